@@ -1,0 +1,40 @@
+"""Trimtab: steer a frozen vision-language model to a new language, domain or objective by training a small part.
+
+>>> import trimtab
+>>> model = trimtab.load("starter")
+>>> model.similarity(["dog.jpg"], ["a photo of a dog"])  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.adapters.adapted import load
+    from trimtab.recipes.adapt import adapt
+    from trimtab.recipes.evaluate import evaluate_classification, evaluate_retrieval
+    from trimtab.towers.dual_encoder import DualEncoder
+
+__version__ = "0.1.0"
+__all__ = ["DualEncoder", "adapt", "evaluate_classification", "evaluate_retrieval", "load"]
+
+# Looked up on first use, so that `import trimtab` and `trimtab --help` do not wait for torch.
+_PLACES = {
+    "load": "trimtab.adapters.adapted",
+    "adapt": "trimtab.recipes.adapt",
+    "evaluate_classification": "trimtab.recipes.evaluate",
+    "evaluate_retrieval": "trimtab.recipes.evaluate",
+    "DualEncoder": "trimtab.towers.dual_encoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}; it has {', '.join(__all__)}")
+    import importlib
+
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

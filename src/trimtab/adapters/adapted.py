@@ -1,0 +1,198 @@
+"""A base with its adapters as one object: what `trimtab.load` returns for an adapted folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapters.files import AdapterFile, check_base, check_student, is_adapted_folder, load_into, read_adapter
+from trimtab.adapters.language import LanguageAdapter
+from trimtab.config import LanguageAdapterConfig, from_mapping
+from trimtab.errors import DataError, ModelError
+from trimtab.files import digest_of
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.freezing import freeze
+from trimtab.towers.hf import load_base
+from trimtab.towers.scripts import is_latin
+from trimtab.towers.text_encoder import TextEncoder
+
+
+class LanguageAdapted(DualEncoder):
+    """A base whose text side also reads another language, through a frozen student and an adapter.
+
+    Attributes:
+        base: the dual encoder that the adapter fits; its image tower encodes the images.
+        student: frozen text encoder of the target language.
+        adapter: from the student's token states to the base's features.
+        english: "route" sends texts in Latin script to the base's own text tower; "adapter" sends all texts
+            through the adapter.
+        folder: the adapted folder.
+    """
+
+    def __init__(
+        self,
+        base: DualEncoder,
+        student: TextEncoder,
+        adapter: LanguageAdapter,
+        *,
+        layers: tuple[int, ...] = (-1,),
+        english: Literal["route", "adapter"] = "route",
+        name: str = "",
+        fingerprint: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        self.__dict__.update(base.__dict__)  # the towers are shared, not copied
+        self.base = base
+        self.student = student
+        self.adapter: LanguageAdapter = freeze(adapter)
+        self.layers = layers
+        self.english = english
+        self.name = name or base.name
+        self.fingerprint = fingerprint or digest_of(
+            base.fingerprint, student.fingerprint, english, repr(tuple(layers)), *_tensor_parts(adapter)
+        )
+        self.folder = folder
+        self.text_inputs = student.text_inputs
+        self.adapter.to(base.device)
+        self.student.to(base.device)
+
+    def to(self, device: str | torch.device) -> LanguageAdapted:
+        """Move base, student and adapter; returns itself."""
+        self.base.to(device)
+        self.student.to(device)
+        self.adapter.to(device)
+        return self
+
+    def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
+        """As `DualEncoder.encode_text`; English goes to the base's tower when `english` is "route"."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if self.english == "adapter":
+            return super().encode_text(texts, batch_size=batch_size, progress=progress)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"text {index} is a {type(text).__name__}, not a string: {text!r:.80}")
+        latin = np.array([is_latin(text) for text in texts], dtype=bool)
+        embeddings = np.zeros((len(texts), self.embedding_dim), np.float32)
+        truncated = 0
+        for owner, encode, chosen in ((self.base, self.base.encode_text, latin), (self, super().encode_text, ~latin)):
+            if chosen.any():
+                picked = [texts[i] for i in np.flatnonzero(chosen)]
+                embeddings[chosen] = encode(picked, batch_size=batch_size, progress=progress)
+                truncated += owner.last_truncated
+        self.last_truncated = truncated
+        return embeddings
+
+    def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Features (B, D) of the student's tokens, through the adapter."""
+        states, mask = self.student.states_of(tokens, self.layers)
+        return self.adapter(states, mask)
+
+    def _write(self, folder: str) -> None:
+        if self.folder is None:
+            raise ModelError("this adapted model was never saved: train it with `trimtab adapt`")
+        for path in self.folder.iterdir():
+            if path.name in ("adapter.json", "adapter.safetensors", "README.md"):
+                shutil.copy(path, folder)
+
+
+def load_adapted(
+    folder: str | Path,
+    *,
+    base: str | Path | DualEncoder | None = None,
+    student: str | Path | TextEncoder | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> LanguageAdapted:
+    """Load an adapted folder together with the base and the student that it names.
+
+    Args:
+        base, student: where they are now, or the loaded objects, if not where the folder says.
+        trust_remote_code: run Python code from the folders of base and student.
+
+    Raises:
+        ModelError: the folder is damaged, or base or student are not those it was trained on.
+    """
+    described = read_adapter(folder)
+    if described.link != "language" or described.student is None:
+        raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
+    if not isinstance(base, DualEncoder):
+        base = load_base(
+            str(base or described.base.name), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    check_base(described, base)
+    if not isinstance(student, TextEncoder):
+        student = TextEncoder.load(
+            str(student or described.student.name),
+            prefix=described.student.prefix,
+            max_tokens=described.student.max_tokens,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    check_student(described, student)
+    adapter = build_language_adapter(described)
+    load_into(adapter, described)
+    english = described.config.get("english")
+    if english not in ("route", "adapter"):
+        raise ModelError(f"{folder}/adapter.json has english={english!r} rather than 'route' or 'adapter'")
+    return LanguageAdapted(
+        base,
+        student,
+        adapter,
+        layers=described.student.layers,
+        english=english,
+        name=str(folder),
+        folder=Path(folder),
+    )
+
+
+def build_language_adapter(described: AdapterFile) -> LanguageAdapter:
+    """The module that an adapted folder describes, not yet filled."""
+    try:
+        config = from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder))
+        sizes = {name: int(described.config[name]) for name in ("input_dim", "output_dim")}
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong size ({error})"
+        raise ModelError(f"{described.folder}/adapter.json {reason}: copy the folder again") from error
+    return LanguageAdapter(config, **sizes)
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    **places: Any,
+) -> DualEncoder:
+    """Load a base or an adapted folder.
+
+    Args:
+        name: "starter", a transformers folder or hub id (CLIP, SigLIP, ChineseCLIP, AltCLIP,
+            VisionTextDualEncoder, FLAVA), or an adapted folder.
+        device: "auto" takes a GPU where there is one; or a torch device.
+        dtype: precision of the weights.
+        trust_remote_code: run Python code from a model folder.
+        places: for an adapted folder, `base=` and `student=` where these are now.
+
+    Raises:
+        ModelError: unknown, incomplete or damaged model, or an adapter of another base.
+    """
+    if is_adapted_folder(name):
+        return load_adapted(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **places)
+    if places:
+        raise ModelError(f"{name} is not an adapted folder: {', '.join(places)} have no meaning for it")
+    return load_base(str(name), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _tensor_parts(adapter: nn.Module) -> Iterator[str | bytes]:
+    for name, tensor in sorted(adapter.state_dict().items()):
+        yield name
+        yield tensor.float().cpu().contiguous().numpy().tobytes()

@@ -1,0 +1,134 @@
+"""The language adapter: token states of a frozen student to the feature space of a frozen teacher.
+
+Down linear -> Transformer layers -> pooling -> Up linear, beside a linear path from the mean-pooled states that
+`fit_linear` sets in closed form. Up starts at zero, so a new adapter is exactly that closed-form map.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.config import LanguageAdapterConfig
+
+
+class Layer(nn.Module):
+    """A pre-norm Transformer layer (Vaswani et al., arXiv 1706.03762; pre-norm: arXiv 2002.04745)."""
+
+    def __init__(self, width: int, heads: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, 1, 1, T) -> (B, T, W)
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, W / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, tokens, width)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.feedforward_norm(x)))))
+
+
+class LanguageAdapter(nn.Module):
+    """Token states (B, T, H) of a student and their mask (B, T) to features (B, D) of the teacher's space.
+
+    Args:
+        input_dim: H, width of the student's states, all chosen layers together.
+        output_dim: D, width of the teacher's features.
+    """
+
+    def __init__(self, config: LanguageAdapterConfig, *, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        # Students have a few dimensions of huge variance; without this they drown the others.
+        self.register_buffer("input_mean", torch.zeros(input_dim))
+        self.register_buffer("input_std", torch.ones(input_dim))
+        # The layers work in standardised units on both ends: a learning rate then means the same for every base.
+        self.register_buffer("output_mean", torch.zeros(output_dim))
+        self.register_buffer("output_std", torch.ones(output_dim))
+        self.input_mean: Tensor
+        self.input_std: Tensor
+        self.output_mean: Tensor
+        self.output_std: Tensor
+        self.down = nn.Linear(input_dim, config.width)
+        inner = config.width * config.feedforward
+        self.layers = nn.ModuleList(
+            Layer(config.width, config.heads, inner, config.dropout) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        if config.pooling == "attention":
+            self.query = nn.Parameter(torch.zeros(config.width))
+        self.up = nn.Linear(config.width, output_dim)
+        if config.init == "ridge":
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+            # Solved, not trained: gradient steps on it undo the solution faster than they improve it.
+            self.linear = nn.Linear(input_dim, output_dim).requires_grad_(False)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, H), (B, T) bool -> (B, D)
+        states = (states - self.input_mean) / self.input_std
+        x = self.down(states)  # (B, T, W)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None, :])
+        output = self.up(self.pool(self.norm(x), mask))
+        if self.config.init == "ridge":
+            output = output + self.linear(masked_mean(states, mask))
+        return output.float() * self.output_std + self.output_mean
+
+    def pool(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, T) -> (B, W)
+        if self.config.pooling == "cls":
+            return x[:, 0]
+        if self.config.pooling == "mean":
+            return masked_mean(x, mask)
+        scores = (x @ self.query) / math.sqrt(x.shape[-1])  # (B, T)
+        return torch.einsum("bt,btw->bw", scores.masked_fill(~mask, -torch.inf).softmax(dim=-1), x)
+
+    @torch.no_grad()
+    def set_statistics(self, states: Tensor, features: Tensor) -> None:
+        """Fix the units of both ends, from a sample of token states (N, H) and of the teacher's features (M, D)."""
+        for mean, std, sample in (
+            (self.input_mean, self.input_std, states),
+            (self.output_mean, self.output_std, features),
+        ):
+            spread = sample.double().std(dim=0)
+            mean.copy_(sample.double().mean(dim=0))
+            # Some towers have dimensions that never vary.
+            std.copy_(spread.clamp_min(1e-2 * spread.mean()))
+
+    @torch.no_grad()
+    def fit_linear(self, pooled: Tensor, targets: Tensor, *, ridge: float, weights: Tensor | None = None) -> None:
+        """Set the linear path to the ridge regression from mean-pooled states to features.
+
+        Args:
+            pooled: (N, H) means of the token states, as the student gives them.
+            targets: (N, D) features that `forward` should return.
+            ridge: penalty, relative to the mean variance of `pooled`.
+            weights: (N,) importance of each row.
+        """
+        x = ((pooled - self.input_mean) / self.input_std).double()
+        y = ((targets - self.output_mean) / self.output_std).double()
+        w = torch.ones(len(x), dtype=x.dtype) if weights is None else weights.double()
+        w = (w / w.sum()).unsqueeze(-1)
+        x_mean, y_mean = (w * x).sum(dim=0), (w * y).sum(dim=0)
+        x, y = x - x_mean, y - y_mean
+        gram = x.T @ (w * x)  # (H, H)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, x.T @ (w * y))  # (H, D)
+        self.linear.weight.copy_(solution.T)
+        self.linear.bias.copy_(y_mean - x_mean @ solution)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, T) bool -> (B, W)
+    weights = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)

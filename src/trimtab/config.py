@@ -1,0 +1,320 @@
+"""Recipes as frozen dataclasses: a configuration that exists is valid.
+
+`load_recipe` reads YAML plus ``key=value`` overrides; the dataclasses below are the whole vocabulary. Each
+checks itself when made and says which value is wrong and what is allowed. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from trimtab import strict_yaml
+from trimtab.errors import RecipeError
+from trimtab.strict_yaml import from_mapping, to_mapping, to_yaml
+
+__all__ = [
+    "RECIPES",
+    "DistillationConfig",
+    "LanguageAdapterConfig",
+    "LanguageData",
+    "LanguageRecipe",
+    "Recipe",
+    "StudentConfig",
+    "TextSource",
+    "TrainingConfig",
+    "from_mapping",
+    "load_recipe",
+    "recipe_from_mapping",
+    "to_mapping",
+    "to_yaml",
+]
+
+
+def _require(config: Any, name: str, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise RecipeError(f"{name}={getattr(config, name)!r} must be {allowed}")
+
+
+# ---------------------------------------------------------------------------------------- language link
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One file of parallel text, or a prepared source such as ``cedict`` or ``cldr:zh``.
+
+    Attributes:
+        path: CSV, TSV, JSONL or Parquet file, or the name of a prepared source.
+        target: column with the target-language text.
+        english: column with its English translation.
+        language: code of the target language; a column ``language`` in the file takes precedence.
+        weight: how often its pairs are drawn relative to other sources' pairs.
+        limit: use at most this many pairs.
+    """
+
+    SHORTHAND: ClassVar[str] = "path"
+
+    path: str
+    target: str = "target"
+    english: str = "english"
+    language: str = "zh"
+    weight: float = 1.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("path", "target", "english", "language"):
+            _require(self, name, bool(getattr(self, name).strip()), "non-empty text")
+        _require(self, "english", self.english != self.target, f"another column than target={self.target!r}")
+        _require(self, "weight", self.weight > 0, "above 0")
+        _require(self, "limit", self.limit is None or self.limit >= 1, "at least 1, or null for all")
+
+
+@dataclass(frozen=True)
+class LanguageData:
+    """Parallel text of the language link and how it is drawn.
+
+    Attributes:
+        train: sources of training pairs.
+        validation: sources of validation pairs; when empty, `validation_size` pairs are split off `train`.
+        validation_size: pairs used for validation, at most.
+        max_chars: longer sides are dropped (and counted).
+        english_share: fraction of English-English pairs mixed into each epoch, 0 <= share < 1.
+        language_balance: languages are drawn with probability proportional to pairs ** language_balance:
+            1 is proportional to their size, 0 all alike.
+        template_share: fraction of short pairs that stand in a photo template in each epoch.
+    """
+
+    train: tuple[TextSource, ...]
+    validation: tuple[TextSource, ...] = ()
+    validation_size: int = 1000
+    max_chars: int = 300
+    english_share: float = 0.1
+    language_balance: float = 0.5
+    template_share: float = 0.4
+
+    def __post_init__(self) -> None:
+        _require(self, "train", len(self.train) > 0, "at least one source of pairs")
+        _require(self, "validation_size", self.validation_size >= 2, "at least 2")
+        _require(self, "max_chars", self.max_chars >= 1, "at least 1")
+        _require(self, "english_share", 0 <= self.english_share < 1, "at least 0 and below 1")
+        _require(self, "language_balance", 0 <= self.language_balance <= 1, "from 0 to 1")
+        _require(self, "template_share", 0 <= self.template_share <= 1, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The frozen text encoder of the target language.
+
+    Attributes:
+        name: ``e5-small``, or a transformers folder or hub id.
+        layers: hidden layers whose token states are concatenated; -1 is the last.
+        prefix: put before every text (E5 wants "query: "); null takes the encoder's own.
+    """
+
+    SHORTHAND: ClassVar[str] = "name"
+
+    name: str = "e5-small"
+    layers: tuple[int, ...] = (-1,)
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self, "name", bool(self.name.strip()), "non-empty text")
+        distinct = 0 < len(self.layers) == len(set(self.layers))
+        _require(self, "layers", distinct, "one or more different layer numbers, for example [-1] or [6, -1]")
+
+
+@dataclass(frozen=True)
+class LanguageAdapterConfig:
+    """Down linear -> Transformer layers -> Up linear -> pooling.
+
+    Attributes:
+        width: inner width, a multiple of `heads`.
+        layers: Transformer encoder layers, 0 to 12 (the published work has 1 or 2).
+        feedforward: inner width of the feed-forward block as a multiple of `width`.
+        init: ``ridge`` starts from the closed-form linear map, ``random`` from nothing.
+    """
+
+    width: int = 384
+    layers: int = 2
+    heads: int = 6
+    feedforward: int = 4
+    pooling: Literal["mean", "cls", "attention"] = "mean"
+    dropout: float = 0.0
+    init: Literal["ridge", "random"] = "ridge"
+
+    def __post_init__(self) -> None:
+        _require(self, "heads", self.heads >= 1, "at least 1")
+        divisible = self.width >= 1 and self.width % self.heads == 0
+        _require(self, "width", divisible, f"a positive multiple of heads={self.heads}")
+        _require(self, "layers", 0 <= self.layers <= 12, "from 0 to 12")
+        _require(self, "feedforward", self.feedforward >= 1, "at least 1")
+        _require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Weights of the terms in `trimtab.objectives.distillation`; a term of weight 0 is not computed.
+
+    Attributes:
+        logit_scale: multiplies cosines in the InfoNCE term.
+        targets: ``standardise`` regresses teacher vectors with zero mean and unit variance per dimension,
+            ``sum`` the raw vectors with the squares summed over dimensions.
+    """
+
+    mse: float = 1.0
+    cosine: float = 0.0
+    infonce: float = 0.0
+    gram: float = 0.0
+    logit_scale: float = 20.0
+    targets: Literal["standardise", "sum"] = "standardise"
+
+    def __post_init__(self) -> None:
+        terms = ("mse", "cosine", "infonce", "gram")
+        for name in terms:
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        some = any(getattr(self, name) > 0 for name in terms)
+        _require(self, "mse", some, "above 0, or one of cosine, infonce, gram")
+        _require(self, "logit_scale", self.logit_scale > 0, "above 0")
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What the one training loop needs to know, whatever the link.
+
+    Attributes:
+        batch_size: items per optimiser step over all processes together.
+        warmup: fraction of all steps in which the learning rate rises from 0.
+        clip: largest gradient norm; null never clips.
+        precision: ``auto`` is bf16 on a GPU that has it, else fp32.
+        checkpoint_every: optimiser steps between checkpoints; every epoch ends with one too.
+        log_every: optimiser steps between records for trackers and history.
+        ema: decay of an exponential moving average of the weights that is validated and kept instead of
+            them; null for none.
+        collapse_at: training stops when validation reports a mean pairwise cosine above this.
+        processes: number of processes expected; null takes what the launcher gives.
+    """
+
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: int = 500
+    log_every: int = 20
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    ema: float | None = None
+    collapse_at: float = 0.95
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        _require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _require(self, "warmup", 0 <= self.warmup < 1, "a fraction of the steps, at least 0 and below 1")
+        _require(self, "clip", self.clip is None or self.clip > 0, "above 0, or null for no clipping")
+        _require(self, "trackers", len(set(self.trackers)) == len(self.trackers), "without repeats")
+        _require(self, "ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or null for none")
+        _require(self, "collapse_at", 0 < self.collapse_at <= 1, "above 0 and at most 1")
+        _require(self, "processes", self.processes is None or self.processes >= 1, "at least 1, or null")
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe:
+    """The language link: a base learns to read another language from parallel text alone.
+
+    Attributes:
+        base: ``starter``, or a transformers folder or hub id.
+        out: the adapted folder to write.
+        english: ``route`` sends English text to the original tower, ``adapter`` through the adapter.
+    """
+
+    link: Literal["language"] = "language"
+    base: str = "starter"
+    student: StudentConfig = field(default_factory=StudentConfig)
+    out: str = "runs/language"
+    seed: int = 0
+    data: LanguageData
+    adapter: LanguageAdapterConfig = field(default_factory=LanguageAdapterConfig)
+    objective: DistillationConfig = field(default_factory=DistillationConfig)
+    english: Literal["route", "adapter"] = "route"
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        _require(self, "base", bool(self.base.strip()), "non-empty text")
+        _require(self, "out", bool(self.out.strip()), "the folder to write")
+        _require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        contrastive = self.objective.infonce > 0 or self.objective.gram > 0
+        if contrastive and self.training.batch_size < 2:
+            raise RecipeError(
+                f"training.batch_size={self.training.batch_size} must be at least 2 with "
+                "objective.infonce or objective.gram, which compare the rows of a batch"
+            )
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Target languages named by the training sources, in their order."""
+        return tuple(dict.fromkeys(source.language for source in self.data.train))
+
+
+Recipe: TypeAlias = LanguageRecipe
+"""Any recipe; grows into a union with each link."""
+
+RECIPES: dict[str, type[Recipe]] = {"language": LanguageRecipe}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``key=value`` overrides.
+
+    Raises:
+        RecipeError: the file is missing or unreadable, is no UTF-8 or no YAML, or describes no valid recipe.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist; recipes/ has examples to start from") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    return recipe_from_mapping(strict_yaml.parse(text, str(path)), str(path), overrides)
+
+
+def recipe_from_mapping(mapping: Any, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Build the recipe that `mapping` describes; its ``link`` decides which kind.
+
+    Args:
+        where: what to call the mapping in messages.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    if not isinstance(mapping, dict):
+        found = "nothing" if mapping is None else f"a {type(mapping).__name__}"
+        raise RecipeError(f"{where}: a recipe is a mapping with the key 'link', but this holds {found}")
+    link = mapping.get("link")
+    for override in overrides:
+        if override.startswith("link="):
+            link = override.removeprefix("link=").strip()
+    recipe = RECIPES.get(link) if isinstance(link, str) else None
+    if recipe is None:
+        problem = "has no key 'link'" if link is None else f"link={link!r:.60} is unknown"
+        raise RecipeError(f"{where}: {problem}; link is one of {_names(RECIPES)}")
+    merged = strict_yaml.apply_overrides(recipe, mapping, overrides)
+    return from_mapping(recipe, merged, where)
+
+
+def _names(choices: Collection[str]) -> str:
+    return ", ".join(repr(choice) for choice in choices)

@@ -1,0 +1,317 @@
+"""Safe image decoding: whatever a user's folder holds becomes an RGB picture or a clear `ImageError`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import stat
+import struct
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from trimtab.errors import DataError
+
+DEFAULT_MAX_PIXELS = 120_000_000
+
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
+
+# Importing the plugin registers its format with Pillow; no other plugin is ever asked to parse a file.
+FORMATS = {
+    "JPEG": JpegImagePlugin,
+    "PNG": PngImagePlugin,
+    "WEBP": WebPImagePlugin,
+    "GIF": GifImagePlugin,
+    "BMP": BmpImagePlugin,
+    "TIFF": TiffImagePlugin,
+    "PPM": PpmImagePlugin,
+}
+
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]+://|(?:data|file|pipe):)")
+
+
+class ImageError(DataError):
+    """One picture that cannot be used.
+
+    Attributes:
+        source: the path, or a short description of bytes, arrays and opened images.
+        reason: what is wrong with it, without the source.
+    """
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source = source
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
+class SkippedImage(NamedTuple):
+    """Where in the input a picture stood (from 0), what it was, and why it was left out."""
+
+    position: int
+    source: str
+    reason: str
+
+
+class SkippedImages(list[SkippedImage]):
+    """The pictures that `read_images` left out, in input order."""
+
+    @property
+    def indices(self) -> list[int]:
+        """Positions in the input."""
+        return [item.position for item in self]
+
+    def summary(self, limit: int = 5) -> str:
+        """One line for a log or a report; at most `limit` pictures are named."""
+        named = "; ".join(f"{item.source}: {item.reason}" for item in self[:limit])
+        more = f"; and {len(self) - limit} more" if len(self) > limit else ""
+        return f"{len(self)} images skipped" + (f" ({named}{more})" if self else "")
+
+
+def is_address(value: str) -> bool:
+    """Whether a string is a web address or another URL rather than a path."""
+    return bool(_ADDRESS.match(value.strip()))
+
+
+def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode one picture to RGB, upright, opaque.
+
+    16-bit and float pictures are rescaled (not clipped), transparency is composited over white, animations
+    give their first frame, EXIF rotation is applied. Addresses are never opened.
+
+    Args:
+        source: a path; the bytes of an image file; an opened image (left as it is); or an array (H, W),
+            (H, W, 3) or (H, W, 4) of uint8, uint16 (0..65535) or floats (0..1).
+        max_pixels: largest width x height that is decoded; checked on the header, before memory is taken.
+
+    Raises:
+        ImageError: with `.source` and `.reason`, for anything that is not a whole picture of a known format.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "") or f"<{source.mode} image {source.width}x{source.height}>"
+        return _decode(source, str(name), max_pixels)
+    if isinstance(source, bytes):
+        return _read_stream(io.BytesIO(source), f"<{len(source)} bytes>", max_pixels)
+    if not isinstance(source, (str, Path)):
+        raise ImageError(f"<{type(source).__name__}>", "not a path, bytes, PIL image or NumPy array")
+    name = str(source)
+    if isinstance(source, str) and is_address(source):
+        raise ImageError(name, "is an address, and addresses are never opened: download the picture first")
+    try:
+        status = Path(source).stat()  # before open(), which would wait forever on a named pipe
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(name, "is a folder, not an image file")
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(name, "is not a regular file")
+        with Path(source).open("rb") as stream:
+            return _read_stream(stream, name, max_pixels)
+    except FileNotFoundError:
+        raise ImageError(name, "no such file") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(name, f"cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_images(
+    sources: Iterable[ImageSource],
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    skipped: SkippedImages | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Decode pictures one after the other.
+
+    Args:
+        sources: anything that `read_image` takes.
+        on_error: "raise" stops at the first bad picture; "skip" leaves it out.
+        skipped: collects what was left out.
+        max_pixels: as for `read_image`.
+
+    Yields:
+        The position in `sources` and the RGB picture.
+
+    Raises:
+        ImageError: for the first bad picture, when `on_error` is "raise".
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
+    for index, source in enumerate(sources):
+        try:
+            image = read_image(source, max_pixels=max_pixels)
+        except ImageError as error:
+            if on_error == "raise":
+                raise
+            if skipped is not None:
+                skipped.append(SkippedImage(index, error.source, error.reason))
+            continue
+        yield index, image
+
+
+def _read_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    prefix = stream.read(512)
+    if not prefix:
+        raise ImageError(name, "the file is empty")
+    for format_name in FORMATS:
+        factory, accept = Image.OPEN[format_name]
+        if accept is None or accept(prefix.ljust(16, b"\0")) is True:  # shorter ones make some of them fail
+            break
+    else:
+        raise ImageError(name, _what_it_is_instead(prefix))
+    stream.seek(0)
+    # The plugin is called directly, since Image.open judges the size by Pillow's own limits, with a global
+    # warning. The GIF and TIFF plugins judge by themselves, so those two are silenced.
+    with _no_bomb_warnings() if format_name in ("GIF", "TIFF") else contextlib.nullcontext():
+        try:
+            image = factory(stream, "")
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders fail in every way on arbitrary bytes
+            raise ImageError(name, _explain(error, format_name, max_pixels)) from error
+        return _decode(image, name, max_pixels)
+
+
+@contextlib.contextmanager
+def _no_bomb_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height == 0:
+        raise ImageError(name, f"has no pixels ({width}x{height})")
+    if width * height > max_pixels:
+        raise ImageError(name, _too_large(f"{width}x{height} pixels", max_pixels))
+    try:
+        image.load()
+        # Only after load(): PNG may carry EXIF behind the pixels, and the TIFF plugin turns by itself.
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+    except (MemoryError, ImageError):
+        raise
+    except Exception as error:
+        raise ImageError(name, _explain(error, image.format or image.mode, max_pixels)) from error
+    if orientation in _TRANSPOSE:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    rgb.info = {}  # the EXIF block would turn the picture again if it is read a second time
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return int(value)
+    except Exception:  # a damaged EXIF block does not make the pixels unusable
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image).astype(np.float32) / 257)
+    if image.mode == "I":
+        values = np.asarray(image)
+        # Pillow opens 16-bit PGM, and some versions 16-bit PNG, in this 32-bit mode.
+        full = 65535.0 if image.format in ("PNG", "PPM") else _full_scale(values)
+        return _grey(values.astype(np.float32) * (255 / full))
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("the pixels hold NaN or infinity")
+        return _grey(values * (255 / _full_scale(values)))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")  # a copy even if it is RGB already
+
+
+def _full_scale(values: np.ndarray) -> float:
+    """The value that stands for white: the smallest usual range that holds all values, else their maximum."""
+    largest = float(values.max())
+    usual = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    return next((full for full in usual if largest <= full), largest)
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """(H, W) on a scale of 0..255, as an RGB image."""
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
+    name = f"<array {array.shape} {array.dtype}>"
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ImageError(name, "has the wrong shape: give (H, W), (H, W, 3) or (H, W, 4)")
+    if array.size == 0:
+        raise ImageError(name, "has no pixels")
+    if array.shape[0] * array.shape[1] > max_pixels:
+        raise ImageError(name, _too_large(f"{array.shape[1]}x{array.shape[0]} pixels", max_pixels))
+    if array.dtype == np.uint16:
+        array = np.rint(array.astype(np.float32) / 257).astype(np.uint8)
+    elif array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # also catches NaN
+            raise ImageError(name, "holds floats outside 0..1: divide by 255 first, or give uint8")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ImageError(name, "has the wrong type: give uint8, uint16 or floats in 0..1")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _too_large(size: str, max_pixels: int) -> str:
+    return f"is too large to decode safely: {size}, the limit is {max_pixels / 1e6:g} million: scale it down"
+
+
+def _explain(error: Exception, format_name: str, max_pixels: int) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_large(str(error).split(" exceeds")[0], max_pixels)
+    if isinstance(error, (struct.error, IndexError, EOFError)) or "truncated" in str(error).lower():
+        return f"is cut off or damaged ({format_name}: {error or type(error).__name__})"
+    return f"cannot be decoded ({format_name}: {error or type(error).__name__})"
+
+
+def _what_it_is_instead(prefix: bytes) -> str:
+    start = prefix.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"<svg") or b"<svg" in start:
+        return "unsupported format SVG: convert it to PNG"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")):
+        return "is a web page, not an image (a download that failed?): fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not an image: run 'git lfs pull'"
+    if prefix[4:8] == b"ftyp":
+        brand = prefix[8:12].decode("ascii", "replace")
+        kind = {"avif": "AVIF", "avis": "AVIF"}.get(brand, "HEIC")
+        if brand in ("avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"):
+            return f"unsupported format {kind}: convert it to JPEG or PNG"
+    for magic, kind in ((b"%pdf", "PDF"), (b"%!ps", "EPS"), (b"8bps", "PSD"), (b"\x00\x00\x01\x00", "ICO")):
+        if start.startswith(magic):
+            return f"unsupported format {kind}: convert it to JPEG or PNG"
+    return f"not an image of a supported format ({', '.join(FORMATS)})"

@@ -1,0 +1,372 @@
+"""Tables that users write: CSV, TSV, JSONL and Parquet with named columns; every error names file and row."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.data.images import is_address
+from trimtab.errors import DataError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record.
+
+    Attributes:
+        row: where the user finds it: the line it starts on (CSV, TSV, JSONL), or the position counted
+            from 1 (Parquet).
+        values: the columns asked for; an optional column that the file lacks, or a null in it, is "".
+    """
+
+    row: int
+    values: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """One picture of a classification manifest; `label` indexes the class list."""
+
+    path: Path
+    label: int
+    row: int
+
+
+@dataclass(frozen=True)
+class RetrievalPairs:
+    """Pictures and texts, each once and in the order of the manifest, and which belong together.
+
+    Attributes:
+        images: unique paths.
+        texts: unique texts.
+        positives: (image index, text index); several texts per image and several images per text.
+    """
+
+    images: list[Path]
+    texts: list[str]
+    positives: list[tuple[int, int]]
+
+
+def read_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[Row]:
+    """Read the named columns of a table; the suffix tells the format.
+
+    Text is UTF-8, with or without a byte-order mark. CSV and TSV have a header and quote as spreadsheets do
+    (double quotes, doubled inside); JSONL has one object per line. Numbers become text.
+
+    Args:
+        path: the manifest.
+        columns: columns that must be there.
+        optional: columns that are read when they are there.
+
+    Raises:
+        DataError: for a missing, empty, wrongly encoded, ragged or otherwise unreadable file, and for missing
+            columns (the message names those found).
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; a manifest is one of {', '.join(SUFFIXES)}")
+    try:
+        reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_delimited)
+        rows = list(reader(path, list(columns), list(optional)))
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from error
+    if not rows:
+        raise DataError(f"{path}: has no rows (only a header, or blank lines)")
+    return rows
+
+
+def read_text(path: str | Path) -> str:
+    """Whole text of a UTF-8 file, without its byte-order mark, line ends as they are.
+
+    Raises:
+        DataError: when it is missing, empty, in another encoding, or has NUL bytes; names the line.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(_wrong_encoding(path, "byte 1, line 1", "UTF-16"))
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise DataError(f"{path}: is empty")
+    if (position := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, position) + 1
+        raise DataError(
+            f"{path}: NUL byte on line {line}: the file is damaged or binary; export it again as UTF-8 text"
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        where = f"byte {error.start + 1}, line {line}"
+        raise DataError(_wrong_encoding(path, where, _guess_encoding(data))) from None
+
+
+def resolve_image_path(value: str, root: Path, *, manifest: str | Path, row: int) -> Path:
+    """Path of a picture below `root`, symbolic links followed; the file itself may be missing.
+
+    Raises:
+        DataError: for an address, an empty path, and whatever leads out of `root`: an absolute path, `..`,
+            a symbolic link. The message names manifest, row and remedy.
+    """
+    where = f"{manifest}, row {row}: image path {value!r}"
+    if not value.strip() or "\0" in value:
+        raise DataError(f"{where} is empty or not a path: give a path relative to {root}")
+    if is_address(value):
+        raise DataError(f"{where} is an address, and addresses are never opened: download the pictures first")
+    try:
+        base = root.resolve()
+        resolved = (base / value).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a path the system refuses
+        raise DataError(f"{where} cannot be followed ({error}): mend the link or the path") from error
+    if resolved.is_relative_to(base):
+        return resolved
+    remedy = f"outside the data folder {root}: pass the folder that holds the pictures with --root"
+    if Path(os.path.normpath(base / value)).is_relative_to(base):
+        raise DataError(f"{where} is a symbolic link that leads {remedy}, or copy the file")
+    raise DataError(f"{where} leads {remedy}")
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """One class name per line; blank lines at the end do not count.
+
+    Raises:
+        DataError: for blank lines in between and for duplicates, with their line numbers.
+    """
+    lines = [line.strip() for line in read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise DataError(f"{path}: is empty")
+    first_line: dict[str, int] = {}
+    for number, name in enumerate(lines, start=1):
+        if not name:
+            raise DataError(f"{path}: line {number} is blank: give one class name per line")
+        if name in first_line:
+            raise DataError(
+                f"{path}: class name {name!r} stands on line {first_line[name]} and on line {number}: "
+                "remove one, or tell them apart by name"
+            )
+        first_line[name] = number
+    return lines
+
+
+def read_classification(
+    path: str | Path, classes: Sequence[str], root: str | Path | None = None
+) -> list[LabelledImage]:
+    """Read a manifest with the columns `image` and `label`.
+
+    Args:
+        path: the manifest.
+        classes: class names; a label must equal one of them, surrounding blanks aside.
+        root: folder of the pictures; the manifest's own by default.
+
+    Raises:
+        DataError: for labels that are not among the classes (the first few, with rows and similar names),
+            and as `read_rows` and `resolve_image_path`.
+    """
+    base = _image_root(path, root)
+    index = {name.strip(): position for position, name in enumerate(classes)}
+    unknown: dict[str, list[int]] = {}
+    items = []
+    for record in read_rows(path, ("image", "label")):
+        label = record.values["label"].strip()
+        if label not in index:
+            unknown.setdefault(label, []).append(record.row)
+            continue
+        image = resolve_image_path(record.values["image"], base, manifest=path, row=record.row)
+        items.append(LabelledImage(image, index[label], record.row))
+    if unknown:
+        shown = [_describe_label(label, rows, list(index)) for label, rows in list(unknown.items())[:5]]
+        more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(
+            f"{path}: {len(unknown)} labels are not among the {len(index)} classes: {'; '.join(shown)}{more}"
+            ". Mend the labels or add them to the class list"
+        )
+    return items
+
+
+def read_retrieval(path: str | Path, root: str | Path | None = None) -> RetrievalPairs:
+    """Read a manifest with the columns `image` and `text`; missing picture files are left to the caller.
+
+    Args:
+        path: the manifest.
+        root: folder of the pictures; the manifest's own by default.
+
+    Raises:
+        DataError: for an empty text, and as `read_rows` and `resolve_image_path`.
+    """
+    base = _image_root(path, root)
+    images: dict[Path, int] = {}
+    texts: dict[str, int] = {}
+    positives: dict[tuple[int, int], None] = {}
+    for record in read_rows(path, ("image", "text")):
+        text = record.values["text"].strip()
+        if not text:
+            raise DataError(f"{path}, row {record.row}: the text is empty: write one or remove the row")
+        image = resolve_image_path(record.values["image"], base, manifest=path, row=record.row)
+        pair = (images.setdefault(image, len(images)), texts.setdefault(text, len(texts)))
+        positives[pair] = None
+    return RetrievalPairs(list(images), list(texts), list(positives))
+
+
+def _image_root(path: str | Path, root: str | Path | None) -> Path:
+    base = Path(path).parent if root is None else Path(root)
+    if root is not None and not base.is_dir():
+        raise DataError(f"--root {base}: no such folder")
+    return base.resolve()
+
+
+def _describe_label(label: str, rows: list[int], classes: list[str]) -> str:
+    where = f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+    near = difflib.get_close_matches(label, classes, n=1)
+    return f"{label!r} ({where}{f', do you mean {near[0]!r}?' if near else ''})"
+
+
+def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
+    # newline="" keeps line ends inside quoted fields as they are.
+    tab = path.suffix.lower() == ".tsv"
+    lines = io.StringIO(read_text(path), newline="")
+    reader = csv.reader(lines, delimiter="\t" if tab else ",", strict=True)
+    header: list[str] | None = None
+    start = 1
+    while True:
+        start = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, row {start}: {error}: a field that starts with a quote, or holds a line break or "
+                "the separator, is quoted, and quotes inside it are doubled"
+            ) from None
+        if not fields:
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            _check_columns(path, header, columns, hint=_separator_hint(fields, tab))
+            continue
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}, row {start}: has {len(fields)} fields, the header has {len(header)} "
+                f"({', '.join(header)}): quote fields that hold the separator"
+            )
+        record = dict(zip(header, fields))
+        yield Row(start, {name: record.get(name, "") for name in (*columns, *optional)})
+
+
+def _separator_hint(header: list[str], tab: bool) -> str:
+    if len(header) == 1 and ("," if tab else "\t") in header[0]:
+        found, suffix = ("comma", "csv") if tab else ("tab", "tsv")
+        return f"; the header looks {found}-separated: name the file .{suffix}"
+    return ""
+
+
+def _check_columns(path: Path, found: list[str], columns: list[str], hint: str = "") -> None:
+    if missing := [name for name in columns if name not in found]:
+        listed = ", ".join(found) or "none"
+        raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{hint}")
+    for name in columns:
+        if found.count(name) > 1:
+            raise DataError(f"{path}: column {name!r} stands in the header {found.count(name)} times: rename one")
+
+
+def _read_jsonl(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
+    # Only "\n" ends a record: str.splitlines would also cut at U+2028 inside a string.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, row {number}: is not JSON ({error}): give one object per line") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, row {number}: is not an object: write {{{_example(columns)}}}")
+        if missing := [name for name in columns if record.get(name) is None]:
+            listed = ", ".join(map(str, record)) or "none"
+            raise DataError(f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}")
+        yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
+
+
+def _example(columns: list[str]) -> str:
+    return ", ".join(f'"{name}": "..."' for name in columns)
+
+
+def _read_parquet(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
+    import pyarrow as pa  # late: it takes longer to import than the rest of this room
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as stream:
+        if not stream.read(1):
+            raise DataError(f"{path}: is empty")
+        stream.seek(0)
+        try:
+            table_file = pq.ParquetFile(stream)
+            found = list(table_file.schema_arrow.names)
+            _check_columns(path, found, columns)
+            names = [*columns, *(name for name in optional if name in found)]
+            number = 0
+            for batch in table_file.iter_batches(columns=names):
+                for record in batch.to_pylist():
+                    number += 1
+                    if missing := [name for name in columns if record[name] is None]:
+                        raise DataError(f"{path}, row {number}: {', '.join(map(repr, missing))} is null")
+                    yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: is not a readable Parquet file ({error}): export it again") from error
+
+
+def _to_row(path: Path, number: int, record: dict[str, Any]) -> Row:
+    values = {}
+    for name, value in record.items():
+        if value is None:
+            value = ""
+        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            kind = type(value).__name__
+            raise DataError(f"{path}, row {number}: {name!r} holds a {kind}, not text or a number")
+        values[name] = str(value)
+        if not values[name].isascii():
+            try:
+                values[name].encode()
+            except UnicodeEncodeError:  # JSON can escape half a character
+                raise DataError(f"{path}, row {number}: {name!r} holds half a character (\\ud800 to \\udfff)") from None
+    return Row(number, values)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such file (current folder: {Path.cwd()})"
+    if isinstance(error, IsADirectoryError):
+        return f"{path}: is a folder, not a file"
+    return f"{path}: cannot be read ({error.strerror or error})"
+
+
+def _guess_encoding(data: bytes) -> str:
+    # European letters may decode as Chinese too, but stand alone between ASCII letters; Chinese ones do not.
+    runs = re.findall(rb"[\x80-\xff]+", data)
+    alone = sum(len(run) == 1 for run in runs)
+    try:
+        data.decode("gb18030")
+    except UnicodeDecodeError:
+        return "WINDOWS-1252"
+    return "GB18030" if alone <= len(runs) / 2 else "WINDOWS-1252"
+
+
+def _wrong_encoding(path: Path, where: str, guess: str) -> str:
+    return (
+        f"{path}: is not UTF-8 ({where}); convert it, for {guess} text as this seems to be: "
+        f"iconv -f {guess} -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}"
+    )

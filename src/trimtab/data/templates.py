@@ -1,0 +1,81 @@
+"""Sentence templates around class names: "a photo of a {}". (Learned tokens are prompts, not templates.)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trimtab.errors import RecipeError
+
+# The lists run in parallel: each template of one language translates that of the other at the same place.
+DEFAULT_TEMPLATES: dict[str, list[str]] = {
+    "en": [
+        "a photo of a {}",
+        "a picture of a {}",
+        "this is a photo of a {}",
+        "a close-up photo of a {}",
+        "a clear photo of a {}",
+        "a bright photo of a {}",
+        "a color photo of a {}",
+        "there is a {} in this picture",
+    ],
+    "zh": [
+        "一张{}的照片",
+        "一幅{}的图片",
+        "这是一张{}的照片",
+        "一张{}的特写照片",
+        "一张清晰的{}的照片",
+        "一张明亮的{}的照片",
+        "一张{}的彩色照片",
+        "这张图片里有{}",
+    ],
+}
+
+
+def check_template(template: str) -> str:
+    """Return the template if it has exactly one `{}`.
+
+    Raises:
+        RecipeError: otherwise.
+    """
+    if (count := template.count("{}")) != 1:
+        raise RecipeError(
+            f"template {template!r} has {count} places for the class name; it needs exactly one {{}}, "
+            f"as in {DEFAULT_TEMPLATES['en'][0]!r}"
+        )
+    return template
+
+
+def fill(template: str, name: str) -> str:
+    """Put a name into a template; other braces, in either, stay as they are.
+
+    Raises:
+        RecipeError: when the template has not exactly one `{}`.
+    """
+    return check_template(template).replace("{}", name)
+
+
+def fill_all(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Every name in every template: names x templates texts, those of one name side by side.
+
+    Raises:
+        RecipeError: when there is no template, or one has not exactly one `{}`.
+    """
+    if not templates:
+        raise RecipeError("no template given; it needs at least one, and '{}' stands for the bare name")
+    for template in templates:
+        check_template(template)
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def templates_for(language: str) -> list[str]:
+    """Default templates of a language tag ("zh-CN" gives those of "zh").
+
+    Raises:
+        RecipeError: when there are none; the message names the languages that have some.
+    """
+    known = DEFAULT_TEMPLATES.get(language) or DEFAULT_TEMPLATES.get(language.replace("_", "-").split("-")[0])
+    if known is None:
+        raise RecipeError(
+            f"no default templates for language {language!r} (known: {', '.join(DEFAULT_TEMPLATES)}): give your own"
+        )
+    return list(known)

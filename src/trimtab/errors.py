@@ -1,0 +1,25 @@
+"""Errors that a user can act on."""
+
+
+class TrimtabError(Exception):
+    """Something the user can mend; the message names the thing and the remedy.
+
+    The command line prints the message alone and exits with status 2. Anything else that is raised is a bug
+    and keeps its traceback.
+    """
+
+
+class DataError(TrimtabError):
+    """A manifest, image or text that cannot be used."""
+
+
+class ModelError(TrimtabError):
+    """A base, student or adapted folder that cannot be used or does not fit."""
+
+
+class RecipeError(TrimtabError):
+    """A recipe with an unknown key or an impossible value."""
+
+
+class TrainingStopped(TrimtabError):  # noqa: N818 - it reads as what happened
+    """Training ended early for a reason in the message: NaN, collapse, no space; finished work is kept."""

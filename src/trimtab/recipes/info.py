@@ -1,0 +1,131 @@
+"""What a model is: a base by its towers, an adapted folder by its description alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.adapters.files import TENSORS_FILE, AdapterFile, is_adapted_folder, read_adapter
+from trimtab.errors import ModelError
+
+if TYPE_CHECKING:
+    from trimtab.towers.dual_encoder import DualEncoder
+
+# By the first word of a parameter's name.
+_SIDES = {"vision": "image", "visual": "image", "image": "image", "text": "text"}
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Facts about a model, as a nested dictionary in reading order.
+
+    An adapted folder is described from its own files, without torch and without its base; a base is loaded.
+
+    Args:
+        model: what `trimtab.load` takes.
+
+    Raises:
+        ModelError: unknown, incomplete or damaged model.
+    """
+    return _describe_adapted(read_adapter(model, tensors=False)) if is_adapted_folder(model) else _describe_base(model)
+
+
+def _describe_base(name: str | Path) -> dict[str, Any]:
+    from trimtab.towers.hf import load_base, resolve_folder
+
+    base = load_base(name, device="cpu")
+    image, text, other = _parameters(base)
+    config = base.model.config
+    image_config = getattr(config, "vision_config", None) or getattr(config, "image_config", None)
+    text_config = getattr(config, "text_config", None)
+    return {
+        "model": base.name,
+        "family": base.family,
+        "embedding_dim": base.embedding_dim,
+        "logit_scale": base.logit_scale,
+        "logit_bias": base.logit_bias,
+        "fingerprint": base.fingerprint,
+        "image_tower": {**_sizes(image_config, ("image_size", "patch_size")), "parameters": image},
+        "text_tower": {**_sizes(text_config, ("vocab_size",)), "context_length": base.max_tokens, "parameters": text},
+        "parameters": {"image": image, "text": text, "other": other, "total": image + text + other},
+        "file_bytes": _file_sizes(resolve_folder(name)),
+    }
+
+
+def _describe_adapted(adapter: AdapterFile) -> dict[str, Any]:
+    student = adapter.student
+    return {
+        "model": str(adapter.folder),
+        "link": adapter.link,
+        "languages": _languages(adapter),
+        "english": adapter.config.get("english"),
+        "base": {
+            "name": adapter.base.name,
+            "family": adapter.base.family,
+            "embedding_dim": adapter.base.embedding_dim,
+            "fingerprint": adapter.base.fingerprint,
+        },
+        "student": {
+            "name": student.name,
+            "layers": list(student.layers),
+            "prefix": student.prefix,
+            "max_tokens": student.max_tokens,
+            "fingerprint": student.fingerprint,
+        }
+        if student
+        else {},
+        "adapter": {**_scalars(adapter.config.get("adapter")), "numbers": _count_numbers(adapter.folder)},
+        "metrics": adapter.metrics,
+        "data": adapter.data,
+        "versions": adapter.versions,
+        "file_bytes": _file_sizes(adapter.folder),
+    }
+
+
+def _parameters(base: DualEncoder) -> tuple[int, int, int]:
+    """Parameters of the image side, the text side, and the rest (logit_scale, fusion)."""
+    counts: Counter[str] = Counter()
+    for name, parameter in base.model.named_parameters():
+        fusion = "_to_mm_" in name  # FLAVA's image_to_mm_projection and its twin
+        counts["other" if fusion else _SIDES.get(name.split("_")[0], "other")] += parameter.numel()
+    return counts["image"], counts["text"], counts["other"]
+
+
+def _sizes(config: Any, extra: tuple[str, ...]) -> dict[str, Any]:
+    """Sizes that a tower's configuration states, under the words that all families share."""
+    names = {"model_type": "kind", "hidden_size": "width", "num_hidden_layers": "layers"}
+    names |= {"num_attention_heads": "heads", **{name: name for name in extra}}
+    return {word: getattr(config, name) for name, word in names.items() if getattr(config, name, None) is not None}
+
+
+def _languages(adapter: AdapterFile) -> list[str]:
+    """Languages that an adapter was trained on, from its data or else from its recipe."""
+    found = adapter.data.get("languages")
+    if not found:
+        sources = (adapter.recipe.get("data") or {}).get("train") or []
+        found = [source["language"] for source in sources if isinstance(source, dict) and source.get("language")]
+    return list(dict.fromkeys(map(str, found)))
+
+
+def _count_numbers(folder: Path) -> int:
+    """Numbers in the adapter's tensors, from the head of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / TENSORS_FILE
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is missing, damaged or cut short ({error}): copy the folder again") from error
+
+
+def _scalars(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {}
+    return {key: value for key, value in values.items() if isinstance(value, (str, int, float))}
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files of a model folder, by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}

@@ -1,0 +1,1 @@
+"""Frozen encoders behind one small interface; the only room that knows transformers and OpenCLIP."""

@@ -1,0 +1,379 @@
+"""The object that `trimtab.load` returns: images and texts to unit-norm embeddings in one space."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trimtab.data.images import ImageError, SkippedImage, SkippedImages, read_image
+from trimtab.errors import ModelError, TrimtabError
+from trimtab.files import explain_disk_errors
+from trimtab.towers.tokens import TextInputs
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from trimtab.data.images import ImageSource
+
+logger = logging.getLogger(__name__)
+
+# Processors scale the short side to the tower's size: a strip of 1 x 100,000 pixels would become gigabytes.
+_MAX_ASPECT = 500
+_DECODING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families.
+
+    Attributes:
+        model_class: name of the transformers class.
+        pad_to_limit: see `TextInputs`.
+        mask_by_tokenizer: pass an attention mask only if the tokenizer says so: SigLIP sees its padding.
+        projects_tokens: `get_*_features` projects every token rather than a pooled vector; the first is the
+            embedding.
+        pools_end_token: the text vector is read at the end token, so the tokenizer must write it.
+    """
+
+    model_class: str
+    pad_to_limit: bool = False
+    mask_by_tokenizer: bool = False
+    projects_tokens: bool = False
+    pools_end_token: bool = False
+
+
+class DualEncoder:
+    """A frozen image tower and a frozen text tower with a shared embedding space.
+
+    Attributes:
+        name: what it was loaded by.
+        family: the model type of its configuration.
+        embedding_dim: D of the embeddings.
+        fingerprint: names its weights and configuration; see `trimtab.towers.freezing.fingerprint`.
+        logit_scale: multiplies cosines to give logits; `logit_bias` is added to them (SigLIP, else 0).
+        model: the transformers model, frozen and in eval mode.
+        text_inputs: its tokenizer, context length and padding.
+        image_processor: resizes and normalises decoded images.
+        last_skipped: images that the last `encode_image` left out.
+        last_truncated: how many texts the last `encode_text` cut to the context length.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text_inputs: TextInputs,
+        image_processor: BaseImageProcessor,
+        *,
+        name: str,
+        family: str,
+        facts: Family,
+        fingerprint: str,
+    ) -> None:
+        self.model: Any = model
+        self.text_inputs = text_inputs
+        self.image_processor = image_processor
+        self.name = name
+        self.family = family
+        self.fingerprint = fingerprint
+        self.last_skipped = SkippedImages()
+        self.last_truncated = 0
+        self._facts = facts
+        scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
+        self.logit_scale = float(scale.detach().float().exp()) if isinstance(scale, Tensor) else 1.0
+        self.logit_bias = float(bias.detach().float()) if isinstance(bias, Tensor) else 0.0
+        with torch.no_grad():
+            self.embedding_dim = self.text_features(["a"]).shape[-1]
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"{kind}({self.name!r}, family={self.family!r}, embedding_dim={self.embedding_dim})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    @property
+    def max_tokens(self) -> int:
+        """Context length of the text tower, special tokens included."""
+        return self.text_inputs.limit
+
+    def to(self, device: str | torch.device) -> DualEncoder:
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        return self
+
+    # Arrays for users
+
+    def encode_image(
+        self,
+        images: Iterable[ImageSource] | ImageSource,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> np.ndarray:
+        """Embed images.
+
+        Args:
+            images: any number of paths, file contents, PIL images or arrays, also from a generator; or one.
+            batch_size: images per forward pass.
+            progress: show a bar.
+            on_error: "skip" leaves out images that cannot be used and lists them in `last_skipped`.
+
+        Returns:
+            (N, D) float32, unit norm; N counts the images that were used.
+
+        Raises:
+            ImageError: an image cannot be used and `on_error` is "raise".
+        """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
+        _check_batch_size(batch_size)
+        sources: Iterable[Any] = [images] if _is_one_image(images) else images  # type: ignore[assignment]
+        self.last_skipped = SkippedImages()
+        parts = []
+        with _progress_bar(sources, "images", progress) as advance:
+            for batch in self._decode_ahead(sources, batch_size):
+                pixels = []
+                for index, future in batch:
+                    try:
+                        pixels.append(future.result())
+                    except ImageError as error:
+                        if on_error == "raise":
+                            raise
+                        self.last_skipped.append(SkippedImage(index, error.source, error.reason))
+                if pixels:
+                    with torch.inference_mode():
+                        parts.append(self._embeddings(self.pixel_features(_stack(pixels)), "an image"))
+                advance(len(batch))
+        return np.concatenate(parts) if parts else np.zeros((0, self.embedding_dim), np.float32)
+
+    def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
+        """Embed texts.
+
+        Texts longer than the context are cut with their end token kept; `last_truncated` counts them.
+
+        Args:
+            texts: any number of texts, also from a generator; or one.
+            batch_size: texts per forward pass; texts of like length share a pass.
+            progress: show a bar.
+
+        Returns:
+            (N, D) float32, unit norm, in the order of `texts`.
+
+        Raises:
+            DataError: an item is not a text.
+        """
+        _check_batch_size(batch_size)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        embeddings = np.zeros((len(texts), self.embedding_dim), np.float32)
+        self.last_truncated = 0
+        with _progress_bar(texts, "texts", progress) as advance, torch.inference_mode():
+            for positions, tokens, _, cut in self.text_inputs.batches(texts, batch_size):
+                embeddings[positions] = self._embeddings(self.token_features(tokens), "a text")
+                self.last_truncated += cut
+                advance(len(positions))
+        if self.last_truncated:
+            logger.warning(
+                "%d of %d texts were longer than the %d tokens that %s reads, and were cut",
+                self.last_truncated, len(texts), self.max_tokens, self.name,
+            )  # fmt: skip
+        return embeddings
+
+    def similarity(self, images: Any, texts: Any) -> np.ndarray:
+        """Cosine of every image with every text.
+
+        Args:
+            images: embeddings (N, D), or what `encode_image` takes.
+            texts: embeddings (M, D), or what `encode_text` takes.
+
+        Returns:
+            (N, M) float32. Logits are ``logit_scale * cosine + logit_bias``.
+        """
+        image_side = images if self._are_embeddings(images) else self.encode_image(images)
+        text_side = texts if self._are_embeddings(texts) else self.encode_text(texts)
+        return np.asarray(image_side, np.float32) @ np.asarray(text_side, np.float32).T
+
+    # Tensors for tasks and adapters; the gradient mode is the caller's
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Features of one batch of texts, (B, D), not normalised."""
+        return self.token_features(self.text_inputs(texts))
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features of one batch of decoded RGB images, (B, D), not normalised."""
+        return self.pixel_features(_stack([self.preprocess(image) for image in images]))
+
+    def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Features (B, D) of what `text_inputs` returns."""
+        return self._features(self.model.get_text_features(**self._on_device(tokens)))
+
+    def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
+        """Features (B, D) of what `preprocess` returns, stacked along the first axis."""
+        return self._features(self.model.get_image_features(**self._on_device(pixels)))
+
+    def preprocess(self, image: Image.Image) -> dict[str, Tensor]:
+        """One decoded RGB image as the image tower's input tensors, with a leading axis of 1."""
+        if max(image.size) > _MAX_ASPECT * min(image.size):
+            size = f"{image.width}x{image.height}"
+            raise ImageError(f"<image {size}>", f"is too narrow ({size}): crop it to at most {_MAX_ASPECT}:1")
+        return dict(self.image_processor(images=[image], return_tensors="pt"))
+
+    # Saving
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write model, tokenizer and image processor as an ordinary transformers folder.
+
+        Everything is written beside `folder` first and moved in when complete, the configuration last.
+        """
+        folder = Path(folder)
+        with explain_disk_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                try:
+                    self._write(temporary)
+                except OSError:
+                    raise
+                except Exception as error:  # safetensors hides the number of an OSError in its text
+                    raise TrimtabError(f"cannot write {folder}: {error}") from error
+                folder.mkdir(exist_ok=True)
+                for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
+                    path.replace(folder / path.name)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload with trimtab",
+    ) -> str:
+        """Upload what `save_pretrained` writes to a hub repository, made if need be; returns its address.
+
+        Raises:
+            TrimtabError: the hub refused or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary) / "model")
+            try:
+                api = HfApi(token=token)
+                address = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            except Exception as error:  # the hub client raises a dozen unrelated kinds
+                raise TrimtabError(f"cannot upload to {repo_id}: {error}") from error
+        return str(address)
+
+    def _write(self, folder: str) -> None:
+        from trimtab.towers.parts import quiet
+
+        with quiet():
+            self.model.save_pretrained(folder)
+            self.text_inputs.tokenizer.save_pretrained(folder)
+            self.image_processor.save_pretrained(folder)
+
+    # Helpers
+
+    def _features(self, output: Any) -> Tensor:
+        # transformers 5 returns an output object; models that bring their own code may return the tensor.
+        features = output if isinstance(output, Tensor) else output.pooler_output
+        return features[:, 0] if self._facts.projects_tokens else features
+
+    def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        device, dtype = self.device, self.dtype
+        return {
+            name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            for name, tensor in tensors.items()
+        }
+
+    def _embeddings(self, features: Tensor, what: str) -> np.ndarray:
+        embeddings = nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+        if not np.isfinite(embeddings).all():
+            hint = "" if self.dtype == torch.float32 else f"; load it with dtype='float32' rather than {self.dtype}"
+            raise ModelError(f"{self.name} gives NaN or infinity for {what}: its weights are damaged{hint}")
+        return embeddings
+
+    def _are_embeddings(self, value: Any) -> bool:
+        return (
+            isinstance(value, np.ndarray)
+            and value.ndim == 2
+            and value.shape[1] == self.embedding_dim
+            and value.dtype.kind == "f"
+        )
+
+    def _read(self, source: ImageSource) -> dict[str, Tensor]:
+        image = read_image(source)
+        try:
+            return self.preprocess(image)
+        except ImageError as error:
+            if isinstance(source, (str, Path)):
+                raise ImageError(str(source), error.reason) from None
+            raise
+
+    def _decode_ahead(
+        self, sources: Iterable[ImageSource], batch_size: int
+    ) -> Iterator[list[tuple[int, Future[dict[str, Tensor]]]]]:
+        """Batches of (position, pixels to come); the next one is decoded while the tower works on this."""
+        numbered = enumerate(sources)
+        pool = ThreadPoolExecutor(min(_DECODING_THREADS, os.cpu_count() or 1))
+
+        def submit() -> list[tuple[int, Future[dict[str, Tensor]]]]:
+            return [(index, pool.submit(self._read, source)) for index, source in islice(numbered, batch_size)]
+
+        try:
+            ahead = submit()
+            while ahead:
+                batch, ahead = ahead, submit()
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _stack(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+
+
+def _is_one_image(images: Any) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    return isinstance(images, (str, Path, bytes, Image.Image))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+
+
+@contextlib.contextmanager
+def _progress_bar(items: Iterable[Any], what: str, show: bool) -> Iterator[Any]:
+    """Yield a function that advances a bar of `items` by a count."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.progress import Progress
+
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

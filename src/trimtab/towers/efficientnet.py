@@ -1,0 +1,116 @@
+"""EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946; the Lite variants drop squeeze-excitation and use ReLU6).
+
+A plain module with readable names, so that later links can hang adapters beside its blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (repeats, kernel, stride, expansion, channels) of each stage, from the paper's table for width and depth 1.0.
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+CLASSES = 1000
+
+
+class SamePadConv(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding: odd remainders go to the bottom and right."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', ceil(H / s), ceil(W / s))
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        height, width = x.shape[-2:]
+        down = max((-(-height // stride) - 1) * stride + kernel - height, 0)
+        right = max((-(-width // stride) - 1) * stride + kernel - width, 0)
+        x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise, project 1x1; the input is added where shapes allow."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = channels_in * expansion
+        self.expand: nn.Module = nn.Identity()
+        if expansion != 1:
+            self.expand = nn.Sequential(nn.Conv2d(channels_in, inner, 1, bias=False), _norm(inner), nn.ReLU6())
+        self.depthwise = nn.Sequential(
+            SamePadConv(inner, inner, kernel, stride, groups=inner, bias=False), _norm(inner), nn.ReLU6()
+        )
+        self.project = nn.Sequential(nn.Conv2d(inner, channels_out, 1, bias=False), _norm(channels_out))
+        self.residual = stride == 1 and channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / s, W / s)
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Trunk with its ImageNet head: pixels to a feature map and to class logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(SamePadConv(3, STEM_CHANNELS, 3, 2, bias=False), _norm(STEM_CHANNELS), nn.ReLU6())
+        blocks, channels = [], STEM_CHANNELS
+        for repeats, kernel, stride, expansion, width in STAGES:
+            for i in range(repeats):
+                blocks.append(InvertedResidual(channels, width, kernel, stride if i == 0 else 1, expansion))
+                channels = width
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Sequential(nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False), _norm(HEAD_CHANNELS), nn.ReLU6())
+        self.classifier = nn.Linear(HEAD_CHANNELS, CLASSES)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, 224, 224) -> (B, 1280, 7, 7)
+        x = self.stem(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def logits(self, feature_map: Tensor) -> Tensor:  # (B, 1280, 7, 7) -> (B, 1000)
+        return self.classifier(feature_map.mean(dim=(2, 3)))
+
+
+def from_packaged_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the packaged checkpoint's tensors (`_blocks.3._bn1.weight`) to this module's."""
+    renamed = {}
+    for name, value in state.items():
+        block, rest = "", name
+        if name.startswith("_blocks."):
+            _, index, rest = name.split(".", 2)
+            block = f"blocks.{index}."
+        part, _, leaf = rest.partition(".")
+        places = {
+            "_expand_conv": "expand.0",
+            "_bn0": "expand.1" if block else "stem.1",
+            "_depthwise_conv": "depthwise.0",
+            "_bn1": "depthwise.1" if block else "head.1",
+            "_project_conv": "project.0",
+            "_bn2": "project.1",
+            "_conv_stem": "stem.0",
+            "_conv_head": "head.0",
+            "_fc": "classifier",
+        }
+        renamed[f"{block}{places[part]}.{leaf}"] = value
+    return renamed
+
+
+def load_packaged(path: str) -> EfficientNetLite0:
+    """Build the trunk and fill it from the packaged checkpoint (tensors only, no pickled code)."""
+    trunk = EfficientNetLite0()
+    trunk.load_state_dict(from_packaged_names(torch.load(path, map_location="cpu", weights_only=True)))
+    return trunk

@@ -1,0 +1,169 @@
+"""Several processes: who is there, which part of a batch is whose, and the sums between them.
+
+Data parallelism by hand rather than by DistributedDataParallel, because the step is any callable: each
+process takes its slice of the global batch and the gradients are averaged after backward. For losses that
+are means over rows, N processes with B / N rows each take the same steps as one process with B.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trimtab.errors import TrimtabError
+
+_TORCHRUN = "torchrun --nproc_per_node {n} --no-python trimtab adapt RECIPE.yaml"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def make_accelerator() -> Accelerator:
+    """Accelerate on the GPU of this process, or on the CPU (gloo between processes) when there is none."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
+
+def announce_world(requested: int | None = None, accelerator: Accelerator | None = None) -> World:
+    """Print how many processes train, after checking that it is the number that was asked for.
+
+    ``accelerate launch --cpu --num_processes 2`` starts one process without a word; it does leave
+    MASTER_ADDR in the environment, which gives it away.
+
+    Args:
+        requested: the number from the recipe, if it states one.
+
+    Raises:
+        TrimtabError: fewer or more processes run than `requested` or the launcher's environment says.
+    """
+    accelerator = accelerator or make_accelerator()
+    world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    check_world(world.size, requested, os.environ)
+    if world.is_main:
+        processes = "1 process" if world.size == 1 else f"{world.size} processes"
+        print(f"training with {processes} on {world.device.type}", file=sys.stderr)
+    return world
+
+
+def check_world(actual: int, requested: int | None, environment: Mapping[str, str]) -> None:
+    """Compare the number of processes with the recipe's and the launcher's; see `announce_world`."""
+    claims: list[tuple[str, int]] = []
+    if requested is not None:
+        claims.append(("training.processes", requested))
+    for name in ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES"):
+        if environment.get(name, "").isdigit():
+            claims.append((name, int(environment[name])))
+    for source, claimed in claims:
+        if claimed != actual:
+            remedy = f"start it with: {_TORCHRUN.format(n=claimed)}"
+            if claimed == 1:
+                remedy = "start it without a launcher" + ("" if source.isupper() else f", or set {source}")
+            raise TrimtabError(f"{source} asks for {claimed} processes but {actual} run; {remedy}")
+    launched = "ACCELERATE_USE_CPU" in environment or "ACCELERATE_MIXED_PRECISION" in environment
+    if actual == 1 and launched and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise TrimtabError(
+            "accelerate launch was asked for several processes but started one (it does so with --cpu); "
+            f"start it with: {_TORCHRUN.format(n=2)}"
+        )
+
+
+def rank_slice(batch: Any, rank: int, size: int) -> tuple[Any, float]:
+    """This rank's part of a global batch and its weight in the mean over ranks.
+
+    The weight is rows here * size / rows in all, so that the mean over ranks of weight * (mean over rows)
+    is the mean over all rows even when they do not divide evenly. With fewer rows than ranks, every rank
+    takes all of them.
+
+    Args:
+        batch: anything that can be sliced (tensor, array, list), or a dict or tuple of such things of one
+            length.
+
+    Raises:
+        ValueError: parts of different lengths.
+    """
+    if size == 1:
+        return batch, 1.0
+    count = _rows(batch)
+    if count < size:
+        return batch, 1.0
+    start, stop = count * rank // size, count * (rank + 1) // size
+    return _cut(batch, start, stop), (stop - start) * size / count
+
+
+def _rows(batch: Any) -> int:
+    parts: Sequence[Any] = (
+        list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else [batch]
+    )
+    counts = {len(part) for part in parts}
+    if len(counts) != 1:
+        raise ValueError(f"the parts of a batch must have one length to be split, not {sorted(counts)}")
+    return counts.pop()
+
+
+def _cut(batch: Any, start: int, stop: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: part[start:stop] for key, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(part[start:stop] for part in batch)
+    return batch[start:stop]
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
+    """Replace every gradient by its mean over ranks, in one message; no gradient counts as zero."""
+    if world.size == 1:
+        return
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def average(values: Tensor, world: World) -> Tensor:
+    """Mean over ranks of a small tensor; NaN on one rank is NaN on all."""
+    if world.size == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world.size
+
+
+def wait(world: World) -> None:
+    """Go on when every rank is here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def copy_from_main(modules: nn.Module, world: World) -> None:
+    """Give every rank the main process's parameters and buffers."""
+    if world.size > 1:
+        for tensor in [*modules.parameters(), *modules.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def stack_over_ranks(tensor: Tensor, world: World) -> Tensor:
+    """(...) on each rank -> (size, ...) on every rank, on the CPU; rank by rank."""
+    if world.size == 1:
+        return tensor[None].cpu()
+    parts = [torch.empty_like(tensor, device=world.device) for _ in range(world.size)]
+    dist.all_gather(parts, tensor.to(world.device).contiguous())
+    return torch.stack(parts).cpu()

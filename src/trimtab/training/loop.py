@@ -1,0 +1,226 @@
+"""The one training loop: it sees callables and tensors, never a vision-language model.
+
+`train` is written to be read from top to bottom. `Run` is all that changes and is saved; checkpoints,
+processes, the optimiser and trackers have a module each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trimtab.config import TrainingConfig
+from trimtab.errors import RecipeError, TrainingStopped
+from trimtab.training import distributed
+from trimtab.training.checkpoint import CheckpointFolder
+from trimtab.training.distributed import World
+from trimtab.training.run import Run, Selection
+from trimtab.training.trackers import Terminal, open_trackers
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run has to say; `modules` were left holding the weights it speaks of.
+
+    Attributes:
+        history: records in order, ``kind`` is "train" (means since the last one) or "validation".
+        best: the validation record of the weights in `modules`, or None without selection.
+        steps: optimiser steps in all.
+        seconds: time in training over all starts, validation and checkpoints included.
+        resumed_from: step at which this start took over, 0 for a fresh run.
+    """
+
+    history: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    steps: int
+    seconds: float
+    resumed_from: int
+
+
+def train(
+    step: Callable[[Any], Mapping[str, Tensor]],
+    modules: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    steps_per_epoch: int,
+    settings: TrainingConfig,
+    checkpoint_dir: str | Path,
+    digest: str,
+    seed: int = 0,
+    validate: Callable[[int], Mapping[str, float]] | None = None,
+    select: Selection | None = None,
+    shard: Callable[[Any, int, int], tuple[Any, float]] = distributed.rank_slice,
+    run_config: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+    show_progress: bool = True,
+) -> TrainingResult:
+    """Train `modules`, or go on from the newest checkpoint in `checkpoint_dir`.
+
+    An interrupted run that is started again with the same arguments ends with the same weights, bit for bit
+    on the CPU, as one that was never interrupted.
+
+    Args:
+        step: batch -> named loss terms (scalars that are means over the batch's rows); their sum is minimised.
+        modules: what is trained and saved; only parameters with requires_grad get updates. Buffers are saved
+            with it. It is moved to the accelerator's device.
+        batches: epoch -> its global batches, a function of the epoch alone. The iterable may offer
+            ``skip(n)`` that returns an iterable without the first n batches; a resumed run uses it.
+        steps_per_epoch: number of batches in every epoch.
+        checkpoint_dir: one run's own folder.
+        digest: names the recipe and data; a checkpoint of another digest is refused.
+        validate: epoch -> named numbers, called in eval mode without gradients after every epoch. The key
+            ``collapse`` is compared with ``settings.collapse_at``.
+        select: keeps the best weights by a number of `validate`; without it the last weights count.
+        shard: (batch, rank, size) -> this rank's part and its weight; see `distributed.rank_slice`.
+        run_config: the resolved recipe, for trackers.
+
+    Raises:
+        TrainingStopped: NaN or infinite loss, collapse, out of memory, or Ctrl-C (after a checkpoint).
+        RecipeError: the checkpoints are of another recipe.
+        TrimtabError: the folder is in use, the disk is full, a tracker is missing.
+    """
+    accelerator = accelerator or distributed.make_accelerator()
+    world = distributed.announce_world(settings.processes, accelerator)
+    if settings.batch_size < world.size:
+        raise RecipeError(f"batch_size={settings.batch_size} must be at least the {world.size} processes")
+    folder = CheckpointFolder(checkpoint_dir)
+    modules.to(world.device)
+    run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=_use_bf16(settings, world))
+
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(folder.locked())
+        run.start_or_resume(seed)
+        resumed_from = run.step
+        trackers = stack.enter_context(
+            open_trackers(settings.trackers if world.is_main else (), folder.folder, run_config or {}, run.step)
+        )
+        shown = show_progress and world.is_main
+        terminal = stack.enter_context(Terminal(run.total, run.step, settings.batch_size, enabled=shown))
+        interrupt = stack.enter_context(_Interrupt())
+        stack.enter_context(_explain_out_of_memory(run))
+        if resumed_from:
+            terminal.say(f"resuming at step {run.step} of {run.total}")
+
+        for epoch in range(run.epochs_done, settings.epochs):
+            modules.train()
+            for batch in _remaining(batches(epoch), run.step - epoch * steps_per_epoch):
+                part, share = shard(batch, world.rank, world.size)
+                with autocast:
+                    terms = dict(step(part))
+                    loss = sum(terms.values(), torch.zeros((), device=world.device))
+                run.optimizer.zero_grad(set_to_none=True)
+                accelerator.backward(loss * share)
+                distributed.average_gradients(run.trained, world)
+                norm = accelerator.clip_grad_norm_(run.trained, settings.clip or math.inf)
+                values, stop = run.agree({**terms, "loss": loss}, share, norm, interrupt.asked)
+                run.refuse_non_finite(values, epoch)
+                run.set_learning_rate()
+                run.optimizer.step()
+                run.count(values)
+
+                terminal.advance(run.step, epoch, settings.epochs)
+                if run.step % settings.log_every == 0 or run.step == run.total:
+                    record = run.record(epoch)
+                    terminal.numbers({name: record[name] for name in values}, run.step)
+                    _log(trackers, "train", record)
+                finished = run.step == (epoch + 1) * steps_per_epoch
+                if stop and not finished:
+                    run.save()
+                    _interrupted(run)
+                if run.step % settings.checkpoint_every == 0 and not finished:
+                    run.save()
+
+            if run.step != (epoch + 1) * steps_per_epoch:
+                done = run.step - epoch * steps_per_epoch
+                raise ValueError(f"epoch {epoch} gave {done} batches, not steps_per_epoch={steps_per_epoch}")
+            if validate:
+                record = run.validate(validate, epoch, select)
+                _log(trackers, "validation", record)
+                terminal.say(f"epoch {epoch + 1}/{settings.epochs}  {_numbers(record)}")
+            run.epochs_done = epoch + 1
+            run.save()
+            if run.agree({}, 1.0, None, interrupt.asked)[1] and run.epochs_done < settings.epochs:
+                _interrupted(run)
+
+        run.adopt_best()
+        return TrainingResult(run.history, run.best, run.step, run.seconds, resumed_from)
+
+
+class _Interrupt:
+    """Ctrl-C (or SIGTERM) asks to stop after the current step; asked twice, it stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self.previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print: a handler may run inside another print.
+        os.write(2, b"\nstopping after this step; once more stops at once, without a checkpoint\n")
+
+
+def _interrupted(run: Run) -> None:
+    raise TrainingStopped(
+        f"interrupted at step {run.step} of {run.total}; {run.kept()}. Start the same command again to resume."
+    )
+
+
+@contextlib.contextmanager
+def _explain_out_of_memory(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise TrainingStopped(
+            f"out of memory at step {run.step + 1}; {run.kept()}. Try a lower training.batch_size. {run.start_again()}"
+        ) from error
+
+
+def _remaining(epoch_batches: Iterable[Any], done: int) -> Iterable[Any]:
+    if done == 0:
+        return epoch_batches
+    skip = getattr(epoch_batches, "skip", None)
+    return skip(done) if skip else itertools.islice(epoch_batches, done, None)
+
+
+def _use_bf16(settings: TrainingConfig, world: World) -> bool:
+    if settings.precision == "auto":
+        return world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"
+
+
+def _log(trackers: Iterable[Any], prefix: str, record: Mapping[str, Any]) -> None:
+    values = {f"{prefix}/{k}": v for k, v in record.items() if k not in ("kind", "step", "epoch")}
+    for tracker in trackers:
+        tracker.log(values, record["step"])
+
+
+def _numbers(record: Mapping[str, Any]) -> str:
+    return "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("kind", "step", "epoch"))

@@ -1,0 +1,72 @@
+"""AdamW groups, the learning rate as a function of the step, and averaged weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.config import TrainingConfig
+
+
+def trainable(modules: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by name."""
+    return {name: p for name, p in modules.named_parameters() if p.requires_grad}
+
+
+def adamw(parameters: dict[str, nn.Parameter], settings: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: biases, norm gains and scalars are left alone."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    others = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate)
+
+
+def learning_rate(step: int, total: int, settings: TrainingConfig) -> float:
+    """Rate for the update that leads from `step` to `step` + 1: linear warm-up, then cosine to 0."""
+    warmup = math.ceil(settings.warmup * total)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - warmup) / max(total - warmup, 1)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class MovingAverage:
+    """Exponential moving average of trained weights.
+
+    Early on the decay is (1 + step) / (10 + step), so that the average forgets the start within a short run.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.parameters = parameters
+        self.decay = decay
+        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            self.tensors[name].lerp_(parameter, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the parameters hold the averaged values."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._fill(self.tensors)
+        try:
+            yield
+        finally:
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,172 @@
+"""Where numbers go while training: trackers on disk or in a service, and the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trimtab.errors import RecipeError, TrimtabError
+
+
+class Tracker(Protocol):
+    """A sink of named numbers."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in ``<folder>/tensorboard``; steps that a resumed run repeats are purged."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run; its mode and project come from the usual WANDB_* variables."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
+        import wandb
+
+        self.run: Any = wandb.init(
+            project=None if _environment("WANDB_PROJECT") else "trimtab", dir=str(folder), config=dict(config)
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Mlflow:
+    """An MLflow run; its server and experiment come from the usual MLFLOW_* variables."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
+        import mlflow
+
+        self.mlflow: Any = mlflow
+        if not _environment("MLFLOW_TRACKING_URI"):
+            mlflow.set_tracking_uri((folder / "mlflow").absolute().as_uri())
+        mlflow.start_run(run_name=folder.name)
+        # MLflow caps the length of a parameter.
+        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.mlflow.log_metrics({name: float(value) for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+}
+
+
+@contextlib.contextmanager
+def open_trackers(
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], first_step: int = 0
+) -> Iterator[list[Tracker]]:
+    """Open the named trackers and close them all at the end, whatever happens.
+
+    Args:
+        folder: where trackers that write files put them.
+        config: the resolved recipe, for services that show it.
+        first_step: the step a resumed run goes on from.
+
+    Raises:
+        RecipeError: an unknown name.
+        TrimtabError: a tracker whose package is not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        opened: list[Tracker] = []
+        for name in names:
+            if name not in TRACKERS:
+                raise RecipeError(f"tracker {name!r} is unknown; known are {', '.join(TRACKERS)}")
+            try:
+                tracker = TRACKERS[name](folder, config, first_step)
+            except ImportError as error:
+                raise TrimtabError(
+                    f"tracker {name!r} needs a package that is not installed ({error}): "
+                    f"pip install 'trimtab[{name}]', or leave it out of training.trackers"
+                ) from error
+            stack.callback(tracker.close)
+            opened.append(tracker)
+        yield opened
+
+
+class Terminal:
+    """A progress bar with the loss terms; plain lines now and then when the output is no terminal."""
+
+    def __init__(self, total: int, first_step: int, batch_size: int, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.total = total
+        self.batch_size = batch_size
+        self.console = Console(stderr=True)
+        self.first_step = first_step
+        self.started = self.last_line = time.monotonic()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Terminal:
+        if self.enabled and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task("", total=self.total, completed=self.first_step, numbers="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, step: int, epoch: int, epochs: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=f"epoch {epoch + 1}/{epochs}")
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Show training numbers; `values` may hold any named floats."""
+        now = time.monotonic()
+        rate = (step - self.first_step) * self.batch_size / max(now - self.started, 1e-9)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items()) + f"  {rate:,.0f} items/s"
+        if self.bar:
+            self.bar.update(self.task, numbers=text)
+        elif self.enabled and now - self.last_line > 30:
+            self.last_line = now
+            self.say(f"step {step}/{self.total}  {text}")
+
+    def say(self, line: str) -> None:
+        if self.enabled:
+            (self.bar.console if self.bar else self.console).print(line, highlight=False, markup=False)
+            sys.stderr.flush()
+
+
+def _environment(name: str) -> str | None:
+    import os
+
+    return os.environ.get(name)

@@ -1,0 +1,54 @@
+"""Shared fixtures: tiny models, built once per session, and a few pictures."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of the hub client: no test may reach the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by its name in `tiny_models.BUILDERS`. Shared: copy before changing anything."""
+    folders: dict[str, Path] = {}
+
+    def build(name: str) -> Path:
+        if name not in folders:
+            import tiny_models
+
+            folders[name] = tiny_models.BUILDERS[name](tmp_path_factory.mktemp(name) / name)
+        return folders[name]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Loaded tiny dual encoder by family, on the CPU. Shared: do not attach or change anything."""
+    bases: dict[str, Any] = {}
+
+    def load(family: str) -> Any:
+        from trimtab.towers.hf import load_base
+
+        if family not in bases:
+            bases[family] = load_base(tiny_folder(family), device="cpu")
+        return bases[family]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    """Five RGB pictures of different sizes and content."""
+    noise = np.random.default_rng(0)
+    sizes = [(40, 50), (32, 32), (64, 33), (20, 90), (100, 41)]
+    return [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]

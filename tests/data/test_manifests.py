@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from trimtab.data.manifests import (
+    read_class_names,
+    read_classification,
+    read_retrieval,
+    read_rows,
+    read_text,
+    resolve_image_path,
+)
+from trimtab.errors import DataError
+
+COLUMNS = ("target", "english")
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+NO_NUL = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30)
+
+
+def write_table(path: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> Path:
+    if path.suffix == ".jsonl":
+        lines = [json.dumps(dict(zip(columns, row)), ensure_ascii=len(rows) % 2 == 0) for row in rows]
+        path.write_bytes(("\n".join(lines) + "\n").encode())
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({name: [row[i] for row in rows] for i, name in enumerate(columns)}), path)
+    else:
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerows([columns, *rows])
+    return path
+
+
+def values(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[tuple[str, ...]]:
+    return [tuple(row.values[name] for name in columns) for row in read_rows(path, columns)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]).flatmap(
+        lambda suffix: st.tuples(
+            st.just(suffix),
+            st.lists(
+                st.tuples(*[ANY_TEXT if suffix in (".jsonl", ".parquet") else NO_NUL] * 2),
+                min_size=1,
+                max_size=6,
+            ),
+        )
+    )
+)
+def test_any_unicode_survives_every_format(case: tuple[str, list[tuple[str, str]]]) -> None:
+    suffix, rows = case
+    with tempfile.TemporaryDirectory() as folder:
+        assert values(write_table(Path(folder) / f"t{suffix}", rows)) == rows
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_order_of_columns_and_others_do_not_matter(suffix: str, tmp_path: Path) -> None:
+    path = write_table(tmp_path / f"t{suffix}", [("x", "dog", "狗"), ("y", "cat", "猫")], ("id", "english", "target"))
+    assert values(path) == [("狗", "dog"), ("猫", "cat")]
+    rows = read_rows(path, ("target",), optional=("id", "note"))
+    assert rows[1].values == {"target": "猫", "id": "y", "note": ""}
+
+
+def test_bom_crlf_and_quoted_newlines(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes('\ufefftarget, english\r\n"两\r\n行","two ""lines"""\r\n\r\n狗,dog'.encode())
+    rows = read_rows(path, COLUMNS)
+    assert [tuple(row.values.values()) for row in rows] == [("两\r\n行", 'two "lines"'), ("狗", "dog")]
+    assert [row.row for row in rows] == [2, 5], "rows are the lines on which the user finds them"
+
+
+def test_jsonl_details(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    text = '{"target": "a\u2028b", "english": 7, "note": null}\r\n\n{"target": "\\u0000", "english": 0.5}\n'
+    path.write_bytes(text.encode("utf-8-sig"))
+    rows = read_rows(path, COLUMNS, optional=("note",))
+    assert [tuple(row.values.values()) for row in rows] == [("a\u2028b", "7", ""), ("\0", "0.5", "")]
+    assert [row.row for row in rows] == [1, 3]
+
+
+def test_parquet_numbers_dictionaries_and_nulls(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table = pa.table(
+        {
+            "target": pa.array(["狗", "猫"]).dictionary_encode(),
+            "english": pa.array([1, 2]),
+            "note": pa.array([None, "x"]),
+        }
+    )
+    pq.write_table(table, path)
+    rows = read_rows(path, COLUMNS, optional=("note",))
+    assert [tuple(row.values.values()) for row in rows] == [("狗", "1", ""), ("猫", "2", "x")]
+    with pytest.raises(DataError, match=r"t\.parquet, row 1: 'note' is null"):
+        read_rows(path, ("note",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"", r"t\.csv: is empty"),
+        ("t.csv", b"\xef\xbb\xbf\n\n", "is empty"),
+        ("t.csv", b"target,english\n", "no rows"),
+        ("t.jsonl", b"\n \n", "is empty"),
+        ("t.parquet", b"", "is empty"),
+        ("t.parquet", b"PAR1 not really PAR1", "Parquet"),
+        ("t.csv", b"zh,en\na,b\n", "no column 'target', 'english'; columns found: zh, en"),
+        ("t.csv", b"target\tenglish\na\tb\n", r"tab-separated: name the file \.tsv"),
+        ("t.tsv", b"target,english\na,b\n", r"comma-separated: name the file \.csv"),
+        ("t.csv", b"target,english,target\na,b,c\n", "'target' stands in the header 2 times"),
+        ("t.csv", b"target,english\na,b\nc,d,e\n", "row 3: has 3 fields, the header has 2"),
+        ("t.csv", b"target,english\na\n", "row 2: has 1 fields"),
+        ("t.csv", b'target,english\n"a\nb,c\n', "row 2: unexpected end"),
+        ("t.tsv", b'target\tenglish\n"a" b\tc\n', "row 2: .*quote"),
+        ("t.csv", b"target,english\n" + b"x" * 200_000 + b",y\n", "row 2: field larger"),
+        (
+            "t.csv",
+            "target,english\n狗,dog\n小猫,kitten\n".encode("gb18030"),
+            r"byte 16, line 2.*iconv -f GB18030",
+        ),
+        ("t.csv", "target,english\nchât ,cat\n".encode("cp1252"), "iconv -f WINDOWS-1252"),
+        ("t.csv", "target,english\n狗,dog\n".encode("utf-16"), "iconv -f UTF-16"),
+        ("t.csv", b"target,english\na,b\n\0,c\n", "NUL byte on line 3"),
+        ("t.jsonl", b'{"target": "a", "english": "b"}\n{"target": "a"\n', "row 2: is not JSON"),
+        ("t.jsonl", b'["a", "b"]\n', "row 1: is not an object"),
+        ("t.jsonl", b'{"target": "a", "en": "b"}\n', "row 1: has no 'english'; keys found: target, en"),
+        ("t.jsonl", b'{"target": "a", "english": ["b"]}\n', "row 1: 'english' holds a list"),
+        ("t.jsonl", b'{"target": "\\ud83d", "english": "b"}\n', "row 1: 'target' holds half a character"),
+        ("t.jsonl", b'{"target": ' + b"[" * 100_000, "row 1: is not JSON"),
+        ("t.xlsx", b"PK", r"unknown suffix '\.xlsx'.*\.csv"),
+        ("t", b"x", "unknown suffix"),
+    ],
+    ids=lambda value: ascii(value[:20]) if isinstance(value, bytes) else None,
+)
+def test_bad_tables_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows(path, COLUMNS)
+    assert name in str(caught.value)
+
+
+def test_missing_columns_of_parquet(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.parquet", [("a", "b")], ("zh", "en"))
+    with pytest.raises(DataError, match="columns found: zh, en"):
+        read_rows(path, COLUMNS)
+    pq.write_table(pa.table({"target": [{"bytes": b"x"}], "english": ["a"]}), path)
+    with pytest.raises(DataError, match="row 1: 'target' holds a dict"):
+        read_rows(path, COLUMNS)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"t\.parquet"):
+        read_rows(path, COLUMNS)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    for name, message in (
+        ("none.csv", "no such file"),
+        ("none.parquet", "no such file"),
+        ("folder.csv", "folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_rows(tmp_path / name, COLUMNS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([".csv", ".tsv", ".jsonl"]), st.binary(max_size=60))
+def test_arbitrary_bytes_give_rows_or_a_data_error(suffix: str, tail: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"t{suffix}"
+        path.write_bytes((b"a,b\n" if suffix == ".csv" else b"") + tail)
+        with contextlib.suppress(DataError):  # any other error fails the test
+            assert read_rows(path, ("a",))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    return folder
+
+
+def test_paths_inside_the_root(root: Path) -> None:
+    expected = (root / "sub" / "a.jpg").resolve()
+    (root / "link.jpg").symlink_to(root / "sub" / "a.jpg")
+    for value in ("sub/a.jpg", "./sub//a.jpg", "sub/../sub/a.jpg", str(root / "sub" / "a.jpg"), "link.jpg"):
+        assert resolve_image_path(value, root, manifest="m.csv", row=3) == expected
+    missing = resolve_image_path("none.jpg", root, manifest="m.csv", row=3)
+    assert missing == root.resolve() / "none.jpg"
+
+
+def test_paths_that_lead_out_are_refused(root: Path) -> None:
+    (root / "out.jpg").symlink_to(root.parent / "secret.jpg")
+    (root / "up").symlink_to(root.parent)
+    (root / "loop").symlink_to(root / "loop")
+    for value, message in (
+        ("../secret.jpg", "outside the data folder.*--root"),
+        ("sub/../../secret.jpg", "--root"),
+        ("/etc/hostname", "--root"),
+        (str(root) + "-other/a.jpg", "--root"),
+        ("out.jpg", "symbolic link.*--root"),
+        ("up/secret.jpg", "symbolic link"),
+        ("https://example.org/a.jpg", "address"),
+        ("file:///etc/hostname", "address"),
+        ("", "empty"),
+        ("a\0.jpg", "not a path"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            resolve_image_path(value, root, manifest="m.csv", row=3)
+        assert "m.csv, row 3" in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["..", ".", "a", "b", "", "/"]), min_size=1, max_size=8).map("/".join))
+def test_no_path_leads_out(value: str) -> None:
+    assume(value)
+    root = Path(tempfile.gettempdir()) / "root" / "deep"
+    try:
+        path = resolve_image_path(value, root, manifest="m.csv", row=1)
+    except DataError:
+        return
+    assert path.is_relative_to(root.resolve())
+
+
+def test_class_names(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeff狗\r\n 猫 \r\nfire truck\n\n\n".encode())
+    assert read_class_names(path) == ["狗", "猫", "fire truck"]
+    for content, message in (
+        ("狗\n\n猫\n", "line 2 is blank"),
+        ("狗\n猫\n狗 \n", "'狗' stands on line 1 and on line 3"),
+        ("\n \n", "empty"),
+        ("\u3000\n", "empty"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            read_class_names(path)
+    path.write_bytes("狗\n猫\n".encode("gb18030"))
+    with pytest.raises(DataError, match="GB18030"):
+        read_class_names(path)
+
+
+def test_classification(root: Path) -> None:
+    path = write_table(root / "m.csv", [("sub/a.jpg", "dog"), ("b.jpg", " cat ")], ("image", "label"))
+    items = read_classification(path, ["cat", "dog"])
+    assert [(item.path.name, item.label, item.row) for item in items] == [("a.jpg", 1, 2), ("b.jpg", 0, 3)]
+    moved = read_classification(path, ["cat", "dog"], root / "sub")
+    assert moved[1].path == (root / "sub" / "b.jpg").resolve()
+    with pytest.raises(DataError, match=r"--root .*nowhere: no such folder"):
+        read_classification(path, ["cat", "dog"], root / "nowhere")
+
+
+def test_labels_that_are_not_classes(root: Path) -> None:
+    rows = [("a.jpg", label) for label in ("dgo", "dgo", "bird", "x1", "x2", "x3", "x4", "")]
+    path = write_table(root / "m.csv", rows, ("image", "label"))
+    with pytest.raises(DataError) as caught:
+        read_classification(path, ["cat", "dog"])
+    message = str(caught.value)
+    for part in (
+        "7 labels",
+        "2 classes",
+        "'dgo' (row 2 and 1 more, do you mean 'dog'?)",
+        "'bird' (row 4)",
+        "2 more",
+    ):
+        assert part in message
+
+
+def test_retrieval_collects_positives(root: Path) -> None:
+    rows = [
+        ("sub/a.jpg", "a dog"),
+        ("b.jpg", "a dog "),
+        ("sub/../sub/a.jpg", "the dog"),
+        ("sub/a.jpg", "a dog"),
+        ("c.jpg", "一只猫"),
+    ]
+    pairs = read_retrieval(write_table(root / "m.tsv", rows, ("image", "text")))
+    assert [path.name for path in pairs.images] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert pairs.texts == ["a dog", "the dog", "一只猫"]
+    assert pairs.positives == [(0, 0), (1, 0), (0, 1), (2, 2)]
+
+
+def test_retrieval_refuses_empty_texts_and_paths_outside(root: Path) -> None:
+    path = write_table(root / "m.jsonl", [("b.jpg", "x"), ("b.jpg", " ")], ("image", "text"))
+    with pytest.raises(DataError, match="row 2: the text is empty"):
+        read_retrieval(path)
+    write_table(path, [("../secret.jpg", "x")], ("image", "text"))
+    with pytest.raises(DataError, match=r"m\.jsonl, row 1.*--root"):
+        read_retrieval(path)
+    widened = read_retrieval(write_table(path, [("secret.jpg", "x")], ("image", "text")), root.parent)
+    assert widened.images == [(root.parent / "secret.jpg").resolve()]
+
+
+def test_read_text_names_unreadable_files(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("x")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text(path)

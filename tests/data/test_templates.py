@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.data.templates import DEFAULT_TEMPLATES, check_template, fill, fill_all, templates_for
+from trimtab.errors import RecipeError
+
+
+def test_defaults_are_parallel_and_sound() -> None:
+    assert len({len(templates) for templates in DEFAULT_TEMPLATES.values()}) == 1
+    for language, templates in DEFAULT_TEMPLATES.items():
+        assert len(set(templates)) == len(templates) >= 8
+        assert all(check_template(template).isascii() == (language == "en") for template in templates)
+
+
+@given(st.text(max_size=20))
+def test_names_go_in_as_they_are(name: str) -> None:
+    assert fill("一张{}的照片", name) == f"一张{name}的照片"
+
+
+def test_other_braces_stay() -> None:
+    assert fill("{x} {} {0}", "{a}") == "{x} {a} {0}"
+
+
+@pytest.mark.parametrize("template", ["", "a photo", "{} and {}", "{0}", "a {name}"])
+def test_templates_need_exactly_one_place(template: str) -> None:
+    with pytest.raises(RecipeError, match=r"exactly one \{\}"):
+        fill(template, "dog")
+    with pytest.raises(RecipeError, match=r"exactly one \{\}"):
+        fill_all(["a {}", template], ["dog"])
+
+
+def test_fill_all_keeps_names_together() -> None:
+    assert fill_all(["{}", "a {}"], ["dog", "cat"]) == ["dog", "a dog", "cat", "a cat"]
+    with pytest.raises(RecipeError, match="no template"):
+        fill_all([], ["dog"])
+
+
+def test_templates_for_language_tags() -> None:
+    assert templates_for("zh-Hans-CN") == templates_for("zh_TW") == DEFAULT_TEMPLATES["zh"]
+    with pytest.raises(RecipeError, match=r"'de'.*en, zh"):
+        templates_for("de")
+    templates_for("en").append("changed")
+    assert "changed" not in DEFAULT_TEMPLATES["en"]

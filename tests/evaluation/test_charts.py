@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.evaluation.blocks import BarPanel, Bars, LinePanel, Series, format_compact, format_value
+from trimtab.evaluation.charts import MAX_POINTS, WIDTH, bars_svg, lines_svg, smoothed, thin, ticks
+
+finite = st.floats(-1e9, 1e9, allow_subnormal=False)
+
+
+@settings(deadline=None)
+@given(finite, st.floats(1e-6, 1e9))
+def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
+    high = low + span
+    found = ticks(low, high)
+    if span > 1e-9 * max(abs(low), abs(high)):
+        assert len(found) <= 7
+        assert all(low - 1e-6 * span <= tick <= high + 1e-6 * span for tick in found)
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 100, [0, 20, 40, 60, 80, 100]),
+        (0, 6, [0, 2, 4, 6]),
+        (0.1, 0.35, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]),
+    ],
+)
+def test_ticks_by_example(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_log_ticks() -> None:
+    assert ticks(0.5, 2000, log=True) == [1, 10, 100, 1000]
+    assert ticks(0.1, 6, log=True) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5])
+    assert len(ticks(1e-12, 1e12, log=True)) <= 6
+    assert len(ticks(3.1, 3.9, log=True)) >= 2
+
+
+def numbers(svg: str, attribute: str) -> list[float]:
+    return [float(value) for value in re.findall(rf' {attribute}="(-?[\d.]+)"', svg)]
+
+
+def test_bars_have_lengths_in_proportion_and_stay_inside() -> None:
+    panel = BarPanel(["R@1", "R@5"], [[50.0, 100.0], [None, 250.0]])
+    svg = bars_svg(Bars(["a", "b"], [panel], maximum=100, unit="%"), panel)
+    lengths = [float(x) for x in re.findall(r'class="fill c\d" x="[\d.]+" y="[\d.]+" width="([\d.]+)"', svg)]
+    room = numbers(svg, "width")[0]
+    assert lengths == pytest.approx([room / 2, 0, room, room])
+    assert "b, R@1: not available" in svg
+    assert "a, R@5: 100.0%" in svg
+
+
+def test_long_group_names_are_shortened_but_told() -> None:
+    panel = BarPanel(["Oxford Flowers 102, base classes"], [[1.0]])
+    svg = bars_svg(Bars(["a"], [panel]), panel)
+    assert "<title>Oxford Flowers 102, base classes</title>Oxford" in svg
+    assert "…</text>" in svg
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-10, 1e6), st.one_of(st.floats(), finite)), max_size=20), st.booleans(), st.booleans()
+)
+def test_lines_stay_inside_whatever_was_recorded(points: list[tuple[float, float]], log_x: bool, log_y: bool) -> None:
+    points = [(x, y if abs(y) < 1e200 else math.inf) for x, y in sorted(points, key=lambda p: p[0])]
+    series = Series("loss", [x for x, _ in points], [y for _, y in points])
+    svg = lines_svg(LinePanel([series], "t", "step", "loss", log_x=log_x, log_y=log_y, smooth=3))
+    assert "nan" not in svg
+    assert "inf" not in svg
+    height = float(re.search(r'viewBox="0 0 400 (\d+)"', svg)[1])  # type: ignore[index]
+    for path in re.findall(r' d="([^"]*)"', svg):
+        coordinates = [float(number) for number in re.findall(r"-?[\d.]+", path)]
+        assert all(-1 <= x <= WIDTH + 1 for x in coordinates[::2])
+        assert all(-1 <= y <= height + 1 for y in coordinates[1::2])
+
+
+def test_a_gap_where_there_is_no_value() -> None:
+    svg = lines_svg(LinePanel([Series("loss", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 2.0, 1.0])], "t"))
+    path = re.findall(r' d="([^"]*)"', svg)[0]
+    assert path.count("M") == 2
+    assert "nothing was recorded" in lines_svg(LinePanel([Series("a", [], [])], "t"))
+
+
+def test_thinning_keeps_ends_and_spikes() -> None:
+    points = [(float(x), 1.0) for x in range(10_000)]
+    points[7777] = (7777.0, 99.0)
+    kept = thin(points, MAX_POINTS)
+    assert len(kept) <= MAX_POINTS + 2
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert (7777.0, 99.0) in kept
+    assert kept == sorted(kept)
+    assert thin(points[:10], MAX_POINTS) == points[:10]
+
+
+def test_smoothing() -> None:
+    assert smoothed([(0, 0), (1, 3), (2, 6), (3, 0)], 3) == [(0, 1.5), (1, 3), (2, 3), (3, 3)]
+    assert math.isnan(smoothed([(0, 1), (1, math.nan), (2, 1)], 3)[1][1])
+
+
+def test_figures_as_text() -> None:
+    assert [format_value(v) for v in (None, math.nan, 3.14159, 12345, "x", True)] == [
+        "–", "–", "3.1", "12,345", "x", "yes",
+    ]  # fmt: skip
+    assert [format_compact(v) for v in (0, 0.5, 1500, 2e6, -3e9, 0.0005, 6.93e-9)] == [
+        "0", "0.5", "1.5k", "2M", "-3G", "5e-4", "6.9e-9",
+    ]  # fmt: skip

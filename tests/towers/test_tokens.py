@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig
+
+import tiny_models
+from tiny_models import CORPUS
+from trimtab.errors import ModelError
+from trimtab.towers import tokens
+from trimtab.towers.tokens import TextInputs, context_length
+
+
+@pytest.fixture(scope="module")
+def inputs() -> TextInputs:
+    return TextInputs(tiny_models.bert_tokenizer(), limit=10)
+
+
+def test_batches_hold_every_text_once_and_the_longest_first(
+    inputs: TextInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_CHUNK", 10)
+    batches = list(inputs.batches(CORPUS, 4))
+    assert sorted(position for positions, *_ in batches for position in positions) == list(range(len(CORPUS)))
+    for positions, tensors, lengths, _ in batches:
+        assert lengths == sorted(lengths, reverse=True)
+        assert tensors["input_ids"].shape == (len(positions), lengths[0])
+        assert tensors["attention_mask"].sum(1).tolist() == lengths
+    assert sum(cut for *_, cut in batches) == inputs.token_ids(CORPUS)[1] > 0
+
+
+def test_padding_follows_the_tower(inputs: TextInputs) -> None:
+    left = replace(inputs, padding_side="left")(["a cat", "a"])
+    assert left["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    full = replace(inputs, pad_to_limit=True, use_mask=False)(["a cat"])
+    assert full.keys() == {"input_ids"}
+    assert full["input_ids"].shape == (1, 10)
+
+
+def test_a_text_without_tokens_gets_a_filler(inputs: TextInputs) -> None:
+    bare = tiny_models.bert_tokenizer()
+    bare.backend_tokenizer.post_processor = None
+    batch = replace(inputs, tokenizer=bare)(["", "a"])
+    assert batch["attention_mask"].tolist() == [[1], [1]]
+
+
+def test_context_is_the_smaller_of_tokenizer_and_positions() -> None:
+    config = BertConfig(max_position_embeddings=99)
+    tokenizer = tiny_models.xlmr_tokenizer()  # without a limit of its own
+    table = nn.ModuleDict({"position_embeddings": nn.Embedding(30, 4)})
+    offset = nn.ModuleDict({"position_embeddings": nn.Embedding(30, 4, padding_idx=1)})
+    assert context_length(tokenizer, table, config) == 30
+    assert context_length(tokenizer, offset, config) == 28
+    assert context_length(tokenizer, nn.Identity(), config) == 99  # rotary positions have no table
+    assert context_length(tiny_models.bert_tokenizer(), table, config) == tiny_models.CONTEXT
+    with pytest.raises(ModelError, match="leaves no room beside 2 special tokens"):
+        context_length(tokenizer, nn.ModuleDict({"position_embeddings": nn.Embedding(2, 4)}), config)
+
+
+def test_settings_left_in_a_tokenizer_do_not_matter(inputs: TextInputs) -> None:
+    expected = inputs(CORPUS[:3])
+    inputs.tokenizer(CORPUS, padding="max_length", truncation=True, max_length=4)
+    torch.testing.assert_close(inputs(CORPUS[:3])["input_ids"], expected["input_ids"])

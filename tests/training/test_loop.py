@@ -1,0 +1,191 @@
+"""The loop: it learns, keeps the best, logs, and stops with advice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_run import STEPS, Problem, settings
+
+from trimtab.config import TrainingConfig
+from trimtab.errors import RecipeError, TrainingStopped
+from trimtab.training import Selection
+from trimtab.training.checkpoint import CheckpointFolder
+from trimtab.training.optimiser import MovingAverage, adamw, learning_rate, trainable
+
+
+def test_loss_falls_and_history_tells(tmp_path):
+    problem = Problem(dropout=0.0, noise=False)
+    before = problem.validate(0)["error"]
+    result = problem.train(tmp_path, settings=settings(epochs=10, log_every=7, ema=None))
+    assert problem.validate(0)["error"] < 0.3 * before
+    assert not problem.model.training
+    records = [record for record in result.history if record["kind"] == "train"]
+    assert len(records) == 10
+    first = records[0]
+    assert first["loss"] == pytest.approx(first["mse"] + first["small"], rel=1e-5)
+    assert first["gradient_norm"] > 0
+    assert len([r for r in result.history if r["kind"] == "validation"]) == 10
+    assert result.best is not None
+    assert result.best["error"] == pytest.approx(problem.validate(0)["error"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("greater", "expected"), [(True, 1), (False, 2)])
+def test_best_weights_by_the_direction_given(tmp_path, greater, expected):
+    problem = Problem()
+    seen = {}
+
+    def validate(epoch: int) -> dict[str, float]:
+        seen[epoch] = problem.model[0].weight.detach().clone()
+        return {"score": [0.0, 3.0, -1.0, math.nan][epoch]}
+
+    select = Selection("score", greater_is_better=greater)
+    result = problem.train(tmp_path, settings=settings(epochs=4), validate=validate, select=select)
+    assert result.best is not None
+    assert result.best["epoch"] == expected
+    assert torch.equal(problem.model[0].weight, seen[expected])
+
+
+def test_validation_sees_eval_mode_no_gradients_and_averaged_weights(tmp_path):
+    problem = Problem()
+    weights = []
+
+    def validate(epoch: int) -> dict[str, float]:
+        assert not problem.model.training
+        assert not torch.is_grad_enabled()
+        weights.append(problem.model[0].weight.detach().clone())
+        return {}
+
+    problem.train(tmp_path, validate=validate, select=None)
+    assert torch.equal(problem.model[0].weight, weights[-1])
+    last = CheckpointFolder(tmp_path).load_newest()
+    assert last is not None
+    assert torch.equal(last.part("average")["0.weight"], weights[-1])
+    assert not torch.equal(last.part("model")["0.weight"], weights[-1])
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_term_stops_before_the_update(tmp_path, poison):
+    problem = Problem()
+    clean = problem.step
+
+    def step(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = clean(rows)
+        if problem.steps == 9:
+            terms["small"] = terms["small"] * poison
+        return terms
+
+    problem.step = step  # type: ignore[method-assign]
+    with pytest.raises(TrainingStopped) as caught:
+        problem.train(tmp_path)
+    message = str(caught.value)
+    assert "step 9 (batch 2 of epoch 2): small=" in message
+    assert "mse" not in message
+    assert "step-00000007.safetensors" in message
+    assert "training.learning_rate" in message
+    assert all(parameter.isfinite().all() for parameter in problem.model.parameters())
+
+
+def test_non_finite_gradient_of_a_finite_loss_stops(tmp_path):
+    problem = Problem(noise=False)
+    root = torch.zeros(1)
+
+    def step(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"root": (problem.model(problem.x[rows]).sum() * 0 + root).sqrt().sum()}
+
+    problem.step = step  # type: ignore[method-assign]
+    with pytest.raises(TrainingStopped, match=r"step 1 .*gradient_norm=nan.*no checkpoint was written yet"):
+        problem.train(tmp_path)
+
+
+def test_collapse_stops_and_keeps_the_checkpoint_before(tmp_path):
+    problem = Problem()
+    collapse = {0: 0.5, 1: 0.99}
+    with pytest.raises(TrainingStopped, match=r"epoch 2 .*collapsed .*0\.990.*step-00000012.*infonce"):
+        problem.train(tmp_path, validate=lambda epoch: {"collapse": collapse[epoch]}, select=None)
+
+
+def test_out_of_memory_gives_advice(tmp_path):
+    problem = Problem()
+
+    def step(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    problem.step = step  # type: ignore[method-assign]
+    with pytest.raises(TrainingStopped, match=r"out of memory at step 1;.*training\.batch_size"):
+        problem.train(tmp_path)
+
+
+def test_wrong_number_of_batches_or_metric_is_a_bug_with_a_name(tmp_path):
+    with pytest.raises(ValueError, match="epoch 0 gave 7 batches, not steps_per_epoch=9"):
+        Problem().train(tmp_path / "a", steps_per_epoch=9)
+    with pytest.raises(ValueError, match=r"gave .*'error'.*, not 'accuracy'"):
+        Problem().train(tmp_path / "b", select=Selection("accuracy"))
+    frozen = Problem()
+    frozen.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        frozen.train(tmp_path / "c")
+
+
+def test_bf16_runs_and_keeps_float32_weights(tmp_path):
+    problem = Problem(dropout=0.0, noise=False)
+    seen = set()
+    clean = problem.step
+
+    def step(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.add(problem.model(problem.x[rows]).dtype)
+        return clean(rows)
+
+    problem.step = step  # type: ignore[method-assign]
+    problem.train(tmp_path, settings=settings(precision="bf16"))
+    assert seen == {torch.bfloat16}
+    assert problem.model[0].weight.dtype == torch.float32
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    settings = TrainingConfig(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+    assert learning_rate(99, 100, TrainingConfig(schedule="constant", warmup=0)) == 1e-3
+    assert learning_rate(0, 1, TrainingConfig(warmup=0.5)) == 1e-3
+
+
+def test_decay_spares_biases_and_norms():
+    model = Problem().model
+    model[0].bias.requires_grad_(False)
+    named = trainable(model)
+    assert "0.bias" not in named
+    decayed, spared = adamw(named, TrainingConfig()).param_groups
+    assert {tuple(p.shape) for p in decayed["params"]} == {(8, 6), (3, 8)}
+    assert len(spared["params"]) == 3
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+
+
+def test_moving_average_restores_the_weights_after_use():
+    model = torch.nn.Linear(2, 1, bias=False)
+    average = MovingAverage(trainable(model), decay=0.5)
+    with torch.no_grad():
+        start = model.weight.clone()
+        model.weight.add_(1)
+    average.update(100)
+    with average.applied():
+        torch.testing.assert_close(model.weight.detach(), start + 0.5)
+    torch.testing.assert_close(model.weight.detach(), start + 1)
+
+
+def test_more_processes_than_rows_is_refused(tmp_path, monkeypatch):
+    from trimtab.training import distributed
+
+    world = distributed.World(0, 4, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "announce_world", lambda *_: world)
+    with pytest.raises(RecipeError, match="batch_size=2 must be at least the 4 processes"):
+        Problem().train(tmp_path, settings=settings(batch_size=2))
+
+
+def test_steps_constant_matches():
+    assert STEPS == 7

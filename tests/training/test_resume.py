@@ -1,0 +1,162 @@
+"""A run that was stopped, in whatever way, ends as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import STEPS, Problem, settings
+
+from trimtab.errors import RecipeError, TrainingStopped, TrimtabError
+from trimtab.training.checkpoint import CheckpointFolder
+
+
+def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    mine, other = a.state_dict(), b.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Problem, list[dict]]:
+    problem = Problem()
+    result = problem.train(tmp_path_factory.mktemp("whole"))
+    assert result.steps == 3 * STEPS
+    return problem, result.history
+
+
+def test_kill_9_in_mid_epoch_then_resume_is_bit_identical(tmp_path, uninterrupted):
+    whole, history = uninterrupted
+    script = [sys.executable, tiny_run.__file__, str(tmp_path), str(tmp_path / "never"), "12"]
+    killed = subprocess.run(script, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+
+    problem = Problem()
+    torch.rand(7)  # whatever happened before must not matter
+    result = problem.train(tmp_path)
+    assert result.resumed_from == 9  # checkpoints at 3, 6, 7 (epoch), 9; the twelfth step was killed
+    assert equal(problem.model, whole.model)
+    assert result.history == history
+
+
+@pytest.mark.parametrize("ema", [0.9, None])
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, ema):
+    whole = Problem()
+    whole.train(tmp_path / "whole", settings=settings(ema=ema), select=None)
+
+    problem = Problem()
+    problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 5 else None
+    with pytest.raises(TrainingStopped, match=r"interrupted at step 5 of 21.*step-00000005.*same command"):
+        problem.train(tmp_path / "run", settings=settings(ema=ema), select=None)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    again = Problem()
+    assert again.train(tmp_path / "run", settings=settings(ema=ema), select=None).resumed_from == 5
+    assert equal(again.model, whole.model)
+
+
+def test_second_ctrl_c_stops_at_once(tmp_path):
+    problem = Problem()
+
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    problem.before_step = twice
+    with pytest.raises(KeyboardInterrupt):
+        problem.train(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_finished_run_returns_its_result_again(tmp_path, uninterrupted):
+    whole, history = uninterrupted
+    Problem().train(tmp_path)
+    again = Problem()
+    result = again.train(tmp_path)
+    assert again.steps == 0
+    assert equal(again.model, whole.model)
+    assert result.history == history
+    assert result.best is not None
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, uninterrupted):
+    whole, _ = uninterrupted
+    problem = Problem()
+    problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 11 else None
+    with pytest.raises(TrainingStopped):
+        problem.train(tmp_path)
+    older, newest = CheckpointFolder(tmp_path).files()
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1  # one bit, in a tensor
+    newest.write_bytes(data)
+
+    again = Problem()
+    with pytest.warns(UserWarning, match=r"step-00000011.* is damaged \(its checksum"):
+        assert again.train(tmp_path).resumed_from == 9
+    assert older.name == "step-00000009.safetensors"
+    assert equal(again.model, whole.model)
+
+
+def test_changed_recipe_is_refused(tmp_path):
+    Problem().train(tmp_path, settings=settings(epochs=1))
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(step 7\).*out=.*delete that folder"):
+        Problem().train(tmp_path, digest="recipe-2")
+
+
+def test_other_modules_are_refused(tmp_path):
+    Problem().train(tmp_path, settings=settings(epochs=1))
+    other = Problem()
+    other.model[3] = torch.nn.Linear(8, 4)
+    with pytest.raises(TrimtabError, match="does not fit these modules"):
+        other.train(tmp_path)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with CheckpointFolder(tmp_path).locked(), pytest.raises(TrimtabError, match="another run is training in"):
+        Problem().train(tmp_path)
+    Problem().train(tmp_path, settings=settings(epochs=1))  # free again
+
+
+def test_iterables_without_skip_resume_too(tmp_path, uninterrupted):
+    whole, _ = uninterrupted
+    problem = Problem()
+    problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 10 else None
+    with pytest.raises(TrainingStopped):
+        problem.train(tmp_path)
+    again = Problem()
+    plain = {"batches": lambda epoch: list(tiny_run.Epoch(epoch))}
+    result = tiny_run.train(
+        again.step,
+        again.model,
+        plain["batches"],
+        steps_per_epoch=STEPS,
+        settings=settings(),
+        checkpoint_dir=tmp_path,
+        digest="recipe-1",
+        validate=again.validate,
+        select=tiny_run.Selection("error", greater_is_better=False),
+        show_progress=False,
+    )
+    assert result.resumed_from == 10
+    assert equal(again.model, whole.model)
+
+
+def test_full_disk_keeps_earlier_checkpoints(tmp_path, monkeypatch):
+    problem = Problem()
+    original = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if problem.steps >= 6:
+            raise OSError(28, "No space left on device")
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(TrimtabError, match=r"step-00000006.*disk is full"):
+        problem.train(tmp_path)
+    assert [path.name for path in CheckpointFolder(tmp_path).files()] == ["step-00000003.safetensors"]
+    assert not list(tmp_path.glob("*.tmp"))

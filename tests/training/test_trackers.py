@@ -1,0 +1,97 @@
+"""Trackers and the terminal: what arrives, and what a missing package says."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import get_args, get_type_hints
+
+import pytest
+from tiny_run import STEPS, Problem, settings
+
+from trimtab.config import TrainingConfig
+from trimtab.errors import RecipeError, TrimtabError
+from trimtab.training.trackers import TRACKERS, Terminal, open_trackers
+
+
+def test_config_names_the_trackers_that_exist():
+    choices = get_args(get_args(get_type_hints(TrainingConfig)["trackers"])[0])
+    assert set(choices) == set(TRACKERS)
+
+
+def test_tensorboard_gets_terms_and_validation(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Problem().train(tmp_path, settings=settings(trackers=("tensorboard",)))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/mse", "train/small", "train/learning_rate", "validation/error"} <= names
+    assert [event.step for event in events.Scalars("validation/error")] == [STEPS, 2 * STEPS, 3 * STEPS]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_missing_package_names_the_extra(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with (
+        pytest.raises(TrimtabError, match=rf"{name}.*pip install 'trimtab\[{name}\]'.*training\.trackers"),
+        open_trackers([name], tmp_path, {}),
+    ):
+        pass
+
+
+def test_unknown_tracker(tmp_path):
+    with (
+        pytest.raises(RecipeError, match="'excel' is unknown; known are tensorboard, wandb, mlflow"),
+        open_trackers(["excel"], tmp_path, {}),
+    ):
+        pass
+
+
+def test_services_are_called_as_their_packages_expect(tmp_path, monkeypatch):
+    calls: list = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append(("log", values, step)), finish=lambda: calls.append("finish")
+    )
+    fake_wandb = types.SimpleNamespace(init=lambda **given: calls.append(given) or run)
+    fake_mlflow = types.SimpleNamespace(
+        set_tracking_uri=lambda uri: calls.append(uri),
+        start_run=lambda run_name: calls.append(run_name),
+        log_params=lambda values: calls.append(values),
+        log_metrics=lambda values, step: calls.append((values, step)),
+        end_run=lambda: calls.append("end"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with open_trackers(["wandb", "mlflow"], tmp_path, {"seed": 1, "long": "x" * 900}) as trackers:
+        for tracker in trackers:
+            tracker.log({"train/loss": 0.5}, 3)
+    assert calls[0] == {"project": "trimtab", "dir": str(tmp_path), "config": {"seed": 1, "long": "x" * 900}}
+    assert calls[1].startswith("file://")
+    assert calls[3] == {"seed": "1", "long": "x" * 500}
+    assert calls[4:] == [("log", {"train/loss": 0.5}, 3), ({"train/loss": 0.5}, 3), "end", "finish"]
+
+
+def test_trackers_close_when_training_fails(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setitem(TRACKERS, "wandb", lambda *_: types.SimpleNamespace(log=print, close=lambda: closed.append(1)))
+    with pytest.raises(RuntimeError), open_trackers(["wandb"], tmp_path, {}):
+        raise RuntimeError
+    assert closed == [1]
+
+
+def test_terminal_without_a_tty_prints_plain_lines(capsys):
+    with Terminal(100, 0, 8) as terminal:
+        terminal.advance(1, 0, 2)
+        terminal.last_line -= 60
+        terminal.numbers({"loss": 0.123456}, 10)
+        terminal.say("epoch 1/2  error [0.5]")
+    err = capsys.readouterr().err
+    assert "step 10/100  loss 0.1235" in err
+    assert "items/s" in err
+    assert "error [0.5]" in err
+    with Terminal(100, 0, 8, enabled=False) as quiet:
+        quiet.say("nothing")
+    assert capsys.readouterr().err == ""
