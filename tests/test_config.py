@@ -218,7 +218,7 @@ def test_resolved_yaml_reads_back_equal(recipe, tmp_path):
         (lambda: TextSource("a", target="x", english="x"), "english='x' must be another column than"),
         (lambda: TextSource("a", limit=0), "limit=0 must be at least 1"),
         (lambda: LanguageData((TextSource("a"),), english_share=1.0), "english_share=1.0 must be at least 0"),
-        (lambda: LanguageData((TextSource("a"),), template_share=2), "template_share=2 must be from 0 to 1"),
+        (lambda: LanguageData((TextSource("a"),), phrases=-1), "phrases=-1 must be at least 0"),
         (lambda: config.StudentConfig(layers=(1, 1)), r"layers=\(1, 1\) must be one or more different"),
         (lambda: LanguageAdapterConfig(dropout=1), "dropout=1 must be at least 0 and below 1"),
         (lambda: DistillationConfig(gram=-1), "gram=-1 must be at least 0"),

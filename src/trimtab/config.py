@@ -83,7 +83,11 @@ class LanguageData:
         english_share: fraction of English-English pairs mixed into each epoch, 0 <= share < 1.
         language_balance: languages are drawn with probability proportional to pairs ** language_balance:
             1 is proportional to their size, 0 all alike.
-        template_share: fraction of short pairs that stand in a photo template in each epoch.
+        phrases: number of phrases composed from the training pairs' nouns ("two red apples"), for languages
+            that `trimtab.data.phrases` knows.
+        exclude: files (CSV, TSV, JSONL, Parquet) whose column ``text`` no training pair may have as its target,
+            so that evaluation on them stays honest.
+        epoch_pairs: pairs drawn per epoch; null draws as many as there are.
     """
 
     train: tuple[TextSource, ...]
@@ -92,7 +96,9 @@ class LanguageData:
     max_chars: int = 300
     english_share: float = 0.1
     language_balance: float = 0.5
-    template_share: float = 0.4
+    phrases: int = 0
+    exclude: tuple[str, ...] = ()
+    epoch_pairs: int | None = None
 
     def __post_init__(self) -> None:
         _require(self, "train", len(self.train) > 0, "at least one source of pairs")
@@ -100,7 +106,8 @@ class LanguageData:
         _require(self, "max_chars", self.max_chars >= 1, "at least 1")
         _require(self, "english_share", 0 <= self.english_share < 1, "at least 0 and below 1")
         _require(self, "language_balance", 0 <= self.language_balance <= 1, "from 0 to 1")
-        _require(self, "template_share", 0 <= self.template_share <= 1, "from 0 to 1")
+        _require(self, "phrases", self.phrases >= 0, "at least 0")
+        _require(self, "epoch_pairs", self.epoch_pairs is None or self.epoch_pairs >= 1, "at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -190,12 +197,13 @@ class TrainingConfig:
         batch_size: items per optimiser step over all processes together.
         warmup: fraction of all steps in which the learning rate rises from 0.
         clip: largest gradient norm; null never clips.
-        precision: ``auto`` is bf16 on a GPU that has it, else fp32.
+        precision: ``auto`` is bf16 where the device computes in it (newer GPUs and CPUs), else fp32.
         checkpoint_every: optimiser steps between checkpoints; every epoch ends with one too.
         log_every: optimiser steps between records for trackers and history.
         ema: decay of an exponential moving average of the weights that is validated and kept instead of
             them; null for none.
-        collapse_at: training stops when validation reports a mean pairwise cosine above this.
+        collapse_at: training stops when validation reports a collapse above this: 0 is as spread out as the
+            teacher's features, 1 a constant output.
         processes: number of processes expected; null takes what the launcher gives.
     """
 

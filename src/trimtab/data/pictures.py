@@ -96,7 +96,10 @@ def _svg_metadata(path: Path) -> tuple[str, list[str]]:
 
 
 def render_svg(path: Path, target: Path, *, size: int = RENDERED_SIZE, background: str | None = "#ffffff") -> Path:
-    """Render a vector picture to PNG, `size` pixels wide; nothing is done when it exists.
+    """Render a vector picture to PNG, its longer side `size` pixels; nothing is done when it exists.
+
+    Args:
+        background: a CSS colour; None keeps what is not drawn transparent.
 
     Raises:
         DataError: the renderer is not installed or refuses the file.
@@ -108,6 +111,7 @@ def render_svg(path: Path, target: Path, *, size: int = RENDERED_SIZE, backgroun
     except ImportError as error:
         raise DataError("rendering SVG needs resvg-py: pip install 'trimtab[quickstart]'") from error
     try:
+        # With both sides given the renderer fits the picture inside and keeps its proportions.
         data = bytes(
             resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, background=background, dpi=96.0)
         )

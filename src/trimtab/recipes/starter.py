@@ -31,8 +31,8 @@ from trimtab.data.pictures import EMOJI_VENDORS, Picture, clip_art, emoji_pictur
 from trimtab.errors import DataError
 from trimtab.evaluation.retrieval import recall_at_k
 from trimtab.files import atomic_path, cache_home, digest_of
+from trimtab.precision import fast_inference
 from trimtab.towers.efficientnet import EfficientNetLite0, load_packaged
-from trimtab.towers.precision import fast_inference
 from trimtab.towers.starter import (
     IMAGE_SIZE,
     SentenceBertModel,

@@ -253,12 +253,16 @@ def build_starter(folder: Path) -> None:
     trunk = load_packaged(str(fetch_file("efficientnet-lite0", "*.pth")))
     vision_tower.trunk.load_state_dict(trunk.state_dict())
     model = VisionTextDualEncoderModel(config=config, vision_model=vision_tower, text_model=text_tower)
+    # The alignment was trained to give features in the text tower's own space.
+    nn.init.eye_(model.visual_projection.weight)
+    nn.init.eye_(model.text_projection.weight)
     state = model.state_dict()
-    # Whatever is of no package; if any were left out it would keep its random start.
+    # Whatever is neither of a package nor a projection; if any were left out it would keep its random start.
+    given = ("vision_model.trunk.", "text_model.", "visual_projection.", "text_projection.")
     expected = {
         name: tensor.shape
         for name, tensor in state.items()
-        if not name.startswith(("vision_model.trunk.", "text_model.")) or name == "text_model.centre"
+        if not name.startswith(given) or name == "text_model.centre"
     }
     if problem := sorted(expected.items() ^ {name: tensor.shape for name, tensor in ours.items()}.items()):
         names = list(dict.fromkeys(name for name, _ in problem))

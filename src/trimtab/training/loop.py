@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrainingStopped
+from trimtab.precision import has_fast_bf16
 from trimtab.training import distributed
 from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.distributed import World
@@ -212,7 +213,7 @@ def _remaining(epoch_batches: Iterable[Any], done: int) -> Iterable[Any]:
 
 def _use_bf16(settings: TrainingConfig, world: World) -> bool:
     if settings.precision == "auto":
-        return world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return has_fast_bf16(world.device)
     return settings.precision == "bf16"
 
 

@@ -138,10 +138,9 @@ class Run:
             if (collapse := metrics.get("collapse")) is not None and not collapse <= self.settings.collapse_at:
                 raise TrainingStopped(
                     f"training stopped after epoch {epoch + 1} (step {self.step}): the student's outputs have "
-                    f"collapsed (mean pairwise cosine {collapse:.3f}, allowed {self.settings.collapse_at}); "
+                    f"collapsed (narrowing {collapse:.3f} of 1, allowed {self.settings.collapse_at}); "
                     f"{self.kept()}. Try objective.targets=standardise, objective.infonce=1, a lower "
-                    f"training.learning_rate, or a higher training.collapse_at if the teacher itself is that "
-                    f"narrow. {self.start_again()}"
+                    f"training.learning_rate, or a higher training.collapse_at. {self.start_again()}"
                 )
             if select:
                 if select.metric not in metrics:

@@ -166,6 +166,24 @@ class Terminal:
             sys.stderr.flush()
 
 
+@contextlib.contextmanager
+def progress_reporter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function told (done, total): a bar on a terminal, a line every half minute elsewhere."""
+    console = Console(stderr=True)
+    last = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{what}: texts", total=None)
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - last > 30:
+                last = time.monotonic()
+                print(f"{what}: {done:,} of {total:,} texts", file=sys.stderr, flush=True)
+
+        yield report
+
+
 def _environment(name: str) -> str | None:
     import os
 

@@ -1,0 +1,38 @@
+"""READ THIS FIRST. From a recipe to an adapted folder: `adapt` is all of Trimtab on one page.
+
+    recipe -> pairs -> frozen features, cached -> adapter, trained on them -> adapted folder
+
+Each link has a module beside this one; `LINKS` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.config import Recipe, load_recipe
+from trimtab.recipes.language import adapt_language
+
+LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {"language": adapt_language}
+
+
+def adapt(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False
+) -> dict[str, Any] | None:
+    """Train what the recipe describes and write the adapted folder, or go on where an earlier run stopped.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        overrides: `key=value` texts on top of the file.
+        dry_run: print the resolved recipe, parameter counts, cache size and time, and train nothing.
+
+    Returns:
+        What happened: the folder, validation figures, counts, durations. None on processes other than the main one.
+
+    Raises:
+        TrimtabError: anything the user can mend; see `trimtab.errors`.
+    """
+    if isinstance(recipe, (str, Path)):
+        recipe = load_recipe(recipe, overrides)
+    return LINKS[recipe.link](recipe, dry_run=dry_run)

@@ -1,0 +1,371 @@
+"""The language link end to end: read top to bottom."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
+from trimtab.adapters.language import LanguageAdapter, masked_mean
+from trimtab.config import LanguageRecipe, to_mapping, to_yaml
+from trimtab.data.cache import PackedStates, cache_bytes_needed, cached_states, cached_vectors
+from trimtab.data.parallel import ParallelText
+from trimtab.data.sampling import draw_epoch, steps_per_epoch
+from trimtab.errors import ModelError, RecipeError
+from trimtab.evaluation.matching import mean_pairwise_cosine, translation_match
+from trimtab.files import cache_home, digest_of
+from trimtab.objectives.distillation import Standardiser
+from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.recipes.sources import PreparedText, prepare
+from trimtab.tasks.language import LanguageTask
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.hf import load_base
+from trimtab.towers.scripts import is_latin
+from trimtab.towers.text_encoder import TextEncoder
+from trimtab.training.loop import train
+from trimtab.training.run import Selection
+from trimtab.training.trackers import progress_reporter
+
+RIDGE = 1e-3
+_SAMPLE = 30_000  # pairs from which statistics and the closed-form start are estimated
+_UNKNOWN_SHARE = 0.2
+_LATIN_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """What the frozen towers say of the pairs, computed once.
+
+    Attributes:
+        states: the student's token states of the training targets, validation targets, validation English.
+        teacher: (texts, D) the base's embeddings of the English texts.
+        english: (pairs,) row in `teacher` of each training pair; `validation` the same for validation pairs.
+        seconds: spent on encoding, near 0 when the cache had them.
+    """
+
+    states: PackedStates
+    teacher: np.ndarray
+    english: np.ndarray
+    validation: np.ndarray
+    seconds: float
+
+
+def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str, Any] | None:
+    """Train a language adapter; see `trimtab.recipes.adapt.adapt`."""
+    started = time.monotonic()
+    text = prepare(recipe)  # the user's mistakes first: no model is loaded before the data is known to be good
+    base = load_base(recipe.base)
+    student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix)
+    check_pairing(recipe, base, student, text.train)
+    torch.manual_seed(recipe.seed)
+    adapter = LanguageAdapter(
+        recipe.adapter, input_dim=student.hidden_size * len(recipe.student.layers), output_dim=base.embedding_dim
+    )
+    if dry_run:
+        print(plan(recipe, text, base, student, adapter))
+        return None
+
+    frozen = encode(recipe, text, base, student)
+    probability = text.train.sampling_weights(recipe.data.language_balance)
+    standardiser = start_adapter(adapter, frozen, probability, recipe)
+
+    def lookup(indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        states, mask = frozen.states.rows(indices)
+        teacher = np.asarray(frozen.teacher[frozen.english[indices]])
+        return torch.from_numpy(states), torch.from_numpy(mask), torch.from_numpy(teacher)
+
+    task = LanguageTask(adapter, standardiser, recipe.objective, lookup)
+    pairs = recipe.data.epoch_pairs or len(text.train)
+    result = train(
+        task.step,
+        task,
+        lambda epoch: draw_epoch(
+            probability,
+            frozen.states.lengths[: len(text.train)],
+            pairs=pairs,
+            batch_size=recipe.training.batch_size,
+            seed=recipe.seed,
+            epoch=epoch,
+        ),
+        steps_per_epoch=steps_per_epoch(pairs, recipe.training.batch_size),
+        settings=recipe.training,
+        checkpoint_dir=training_folder(recipe),
+        digest=digest_of(recipe_digest(recipe), text.train.digest, base.fingerprint, student.fingerprint),
+        seed=recipe.seed,
+        validate=lambda _: validate(task, frozen, text),
+        select=Selection("match"),
+        run_config=to_mapping(recipe),
+    )
+    if int(os.environ.get("RANK", "0")) != 0:
+        return None
+    outcome = {
+        "folder": recipe.out,
+        "validation": dict(result.best or {}),
+        "pairs": len(text.train),
+        "counts": text.counts,
+        "languages": text.train.language_counts(),
+        "seconds": {
+            "encoding": frozen.seconds,
+            "training": result.seconds,
+            "total": time.monotonic() - started,
+        },
+        "steps": result.steps,
+        "history": result.history,
+    }
+    save(recipe, adapter, base, student, text, outcome)
+    return outcome
+
+
+def training_folder(recipe: LanguageRecipe) -> Path:
+    """Checkpoints and logs: beside the adapted folder, which holds only what is deployed."""
+    return Path(f"{recipe.out.rstrip('/')}.training")
+
+
+def recipe_digest(recipe: LanguageRecipe) -> str:
+    """Names what decides the weights: everything but where they are written."""
+    return digest_of(str({key: value for key, value in to_mapping(recipe).items() if key != "out"}))
+
+
+def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder, train: ParallelText) -> None:
+    """Refuse a student that cannot read the target language, and routing by script where scripts are the same.
+
+    Raises:
+        ModelError: naming base and student.
+    """
+    targets = [t for t, language in zip(train.targets[:20_000], train.languages, strict=False) if language != "en"]
+    sample = targets[:: max(1, len(targets) // 500)]
+    unknown_id = student.text_inputs.tokenizer.unk_token_id
+    ids = student.text_inputs.token_ids(sample)[0]
+    unknown = np.mean([token == unknown_id for one in ids for token in one]) if unknown_id is not None else 0.0
+    if unknown > _UNKNOWN_SHARE:
+        raise ModelError(
+            f"student {student.name!r} does not know {unknown:.0%} of the tokens of the target texts, so it cannot "
+            f"teach base {base.name!r} this language: choose a student trained on it, or a multilingual one"
+        )
+    if recipe.english == "route" and np.mean([is_latin(text) for text in sample]) > _LATIN_SHARE:
+        raise RecipeError(
+            "english=route tells English from the target language by its script, but the target texts are in Latin "
+            "script too: set english=adapter (and data.english_share above 0, which keeps English)"
+        )
+
+
+def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, student: TextEncoder) -> FrozenFeatures:
+    """Pass every text through the frozen towers once, or read them from the cache."""
+    started = time.monotonic()
+    folder = cache_home() / "features"
+    precision = "bf16" if has_fast_bf16(base.device) else "fp32"
+    english = list(dict.fromkeys([*text.train.english, *text.validation.english]))
+    place = {sentence: i for i, sentence in enumerate(english)}
+
+    def teach(texts: list[str]) -> np.ndarray:
+        with fast_inference(base.device):
+            return base.encode_text(texts)
+
+    def read(texts: list[str]) -> list[np.ndarray]:
+        with fast_inference(student.device):
+            return student.token_states(texts, recipe.student.layers, batch_size=128)
+
+    with progress_reporter("teacher") as report:
+        teacher = cached_vectors(folder, ("teacher", base.fingerprint, precision), english, teach, progress=report)
+    layers = ",".join(map(str, recipe.student.layers))
+    parts = ("student", student.fingerprint, student.prefix, layers, str(student.max_tokens), precision)
+    items = [*text.train.targets, *text.validation.targets, *text.validation.english]
+    with progress_reporter("student") as report:
+        states = cached_states(folder, parts, items, read, progress=report)
+    return FrozenFeatures(
+        states,
+        teacher,
+        np.array([place[sentence] for sentence in text.train.english]),
+        np.array([place[sentence] for sentence in text.validation.english]),
+        time.monotonic() - started,
+    )
+
+
+@torch.no_grad()
+def start_adapter(
+    adapter: LanguageAdapter, frozen: FrozenFeatures, probability: np.ndarray, recipe: LanguageRecipe
+) -> Standardiser:
+    """Fix the adapter's units from a sample of pairs and, with `init=ridge`, solve its linear path."""
+    rng = np.random.default_rng(recipe.seed)
+    sample = rng.choice(len(probability), size=min(_SAMPLE, 4 * len(probability)), p=probability)
+    teacher = torch.from_numpy(np.asarray(frozen.teacher[frozen.english[sample]], np.float32))
+    tokens = np.concatenate([frozen.states[i] for i in sample[:5000]]).astype(np.float32)
+    adapter.set_statistics(torch.from_numpy(tokens), teacher)
+    if recipe.adapter.init == "ridge":
+        pooled = []
+        for start in range(0, len(sample), 1000):
+            states, mask = frozen.states.rows(sample[start : start + 1000])
+            pooled.append(masked_mean(torch.from_numpy(states).float(), torch.from_numpy(mask)))
+        adapter.fit_linear(torch.cat(pooled), teacher, ridge=RIDGE)
+    return Standardiser.fit(teacher)
+
+
+def validate(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> dict[str, float]:
+    """Translation match of both languages on pairs that no training saw, and the collapse measure."""
+    first, count = len(text.train), len(text.validation)
+    target = _features(task, frozen.states, np.arange(first, first + count))
+    english = _features(task, frozen.states, np.arange(first + count, first + 2 * count))
+    teacher = np.asarray(frozen.teacher[frozen.validation], np.float32)
+    groups = frozen.validation
+    return {
+        "match": translation_match(target, teacher, groups=groups).accuracy,
+        "english_match": translation_match(english, teacher, groups=groups).accuracy,
+        "cosine": float(np.mean(np.sum(_unit(target) * _unit(teacher), axis=1))),
+        "collapse": narrowing(mean_pairwise_cosine(target), mean_pairwise_cosine(teacher)),
+    }
+
+
+def narrowing(student: float, teacher: float) -> float:
+    """How far a student's mean pairwise cosine has gone from its teacher's (0) towards a constant output (1)."""
+    return max(0.0, (student - teacher) / max(1 - teacher, 1e-6))
+
+
+def _features(task: LanguageTask, states: PackedStates, rows: np.ndarray) -> np.ndarray:
+    parts = []
+    for start in range(0, len(rows), 500):
+        values, mask = states.rows(rows[start : start + 500])
+        parts.append(task.features(torch.from_numpy(values), torch.from_numpy(mask)))
+    return np.concatenate(parts)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+
+def plan(
+    recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, student: TextEncoder, adapter: LanguageAdapter
+) -> str:
+    """What a run would do: resolved recipe, parameters, cache, and time measured on a few hundred texts."""
+    trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for model in (base.model, student.model) for p in model.parameters())
+    targets = list(dict.fromkeys(text.train.targets))
+    english = list(dict.fromkeys(text.train.english))
+    sample, sample_english = targets[:: max(1, len(targets) // 256)], english[:: max(1, len(english) // 256)]
+    clock = time.monotonic()
+    with fast_inference(student.device):
+        states = student.token_states(sample, recipe.student.layers)
+    student_rate = len(sample) / (time.monotonic() - clock)
+    clock = time.monotonic()
+    with fast_inference(base.device):
+        base.encode_text(sample_english)
+    teacher_rate = len(sample_english) / (time.monotonic() - clock)
+    width = states[0].shape[1]
+    batch = [torch.from_numpy(one) for one in states[: recipe.training.batch_size]]
+    padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+    clock = time.monotonic()
+    with fast_inference(padded.device):
+        adapter(padded, torch.ones(padded.shape[:2], dtype=torch.bool)).sum().backward()
+    adapter_rate = len(batch) / (time.monotonic() - clock)
+    adapter.zero_grad(set_to_none=True)
+    tokens = float(np.mean([len(one) for one in states]))
+    size = cache_bytes_needed(len(targets), width, tokens_per_item=tokens)
+    size += cache_bytes_needed(len(english), base.embedding_dim)
+    pairs = recipe.data.epoch_pairs or len(text.train)
+    encoding = len(targets) / student_rate + len(english) / teacher_rate
+    training = recipe.training.epochs * pairs / adapter_rate
+    return "\n".join(
+        [
+            to_yaml(recipe).rstrip(),
+            "",
+            f"pairs        {len(text.train):,} to train on, {len(text.validation):,} for validation",
+            f"parameters   {trained:,} trained, {frozen:,} frozen",
+            f"cache        {size / 1e9:.2f} GB in {cache_home() / 'features'}",
+            f"time         about {encoding / 60:.0f} min to encode once, {training / 60:.0f} min to train "
+            f"({recipe.training.epochs} epochs of {pairs:,} pairs)",
+        ]
+    )
+
+
+def save(
+    recipe: LanguageRecipe,
+    adapter: LanguageAdapter,
+    base: DualEncoder,
+    student: TextEncoder,
+    text: PreparedText,
+    outcome: dict[str, Any],
+) -> None:
+    """Write the adapted folder."""
+    languages = [language for language in outcome["languages"] if language != "en"]
+    reference = BaseReference(_portable(base.name), base.fingerprint, base.family, base.embedding_dim)
+    metrics = {k: v for k, v in outcome["validation"].items() if k not in ("kind", "step", "epoch")}
+    save_adapter(
+        recipe.out,
+        link="language",
+        tensors=adapter.state_dict(),
+        config={
+            "adapter": to_mapping(recipe.adapter),
+            "input_dim": len(adapter.input_mean),
+            "output_dim": len(adapter.output_mean),
+            "english": recipe.english,
+        },
+        base=reference,
+        student=StudentReference(
+            _portable(student.name),
+            student.fingerprint,
+            student.prefix,
+            tuple(recipe.student.layers),
+            student.max_tokens,
+        ),
+        tokenizer={"class": type(student.text_inputs.tokenizer).__name__, "max_tokens": student.max_tokens},
+        recipe=to_mapping(recipe),
+        data={
+            "digest": text.train.digest,
+            "pairs": len(text.train),
+            "validation_pairs": len(text.validation),
+            "languages": outcome["languages"],
+            "counts": text.counts,
+        },
+        metrics=metrics,
+        card=model_card(recipe, languages, metrics, outcome),
+    )
+
+
+def model_card(recipe: LanguageRecipe, languages: list[str], metrics: dict[str, float], outcome: dict[str, Any]) -> str:
+    """What a reader of the folder wants to know first."""
+    name = Path(recipe.out).name
+    figures = "\n".join(f"| {key} | {value:.3g} |" for key, value in metrics.items())
+    return f"""---
+library_name: trimtab
+language: [{", ".join([*languages, "en"])}]
+tags: [clip, multilingual, adapter]
+---
+# {name}
+
+A language adapter: it lets the frozen base `{recipe.base}` read {", ".join(languages)} through the frozen text encoder
+`{recipe.student.name}`. It was trained on {outcome["pairs"]:,} pairs of parallel text and saw no image. This folder
+holds the adapter alone; base and student are loaded from their own places and checked by fingerprint.
+
+```python
+import trimtab
+model = trimtab.load("{name}")
+model.similarity(["picture.jpg"], ["..."])
+```
+
+English is {"sent to the base's own text tower" if recipe.english == "route" else "read by the adapter as well"}.
+
+## Validation ({outcome["steps"]} steps, seed {recipe.seed})
+
+| figure | value |
+|---|---|
+{figures}
+
+`match` is translation match in percent: how often a sentence's vector is nearest to that of its translation among the
+validation pairs, mean of both directions. These are not retrieval figures; see the report of the run that made it.
+
+## Limits
+
+The adapter knows the words and kinds of sentence it was trained on, and the base's own limits remain. Check it on your
+own data with `trimtab evaluate` before you rely on it.
+"""
+
+
+def _portable(name: str) -> str:
+    """Names of local folders as absolute paths, so that the adapted folder loads from anywhere on this machine."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

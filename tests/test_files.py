@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.errors import TrimtabError
+from trimtab.files import (
+    atomic_path,
+    build_folder,
+    cache_home,
+    digest_of,
+    explain_disk_errors,
+    sha256_of,
+    write_json,
+    write_text,
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_cache_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TRIMTAB_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_home() == tmp_path / "home" / ".cache" / "trimtab"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_home() == tmp_path / "xdg" / "trimtab"
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "own"))
+    assert cache_home() == tmp_path / "own"
+    monkeypatch.setenv("TRIMTAB_CACHE", "~/own")  # as a container's or a service's settings would say it
+    assert cache_home() == tmp_path / "home" / "own"
+
+
+# Atomic writes
+
+
+def test_writing_makes_folders_and_leaves_one_file(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "text.txt"
+    write_text(target, "猫\n")
+    assert target.read_bytes() == "猫\n".encode()
+    assert names_in(target.parent) == ["text.txt"]
+    write_json(target, {"z": 1, "a": ["猫"]})
+    assert target.read_text(encoding="utf-8") == '{\n  "z": 1,\n  "a": [\n    "猫"\n  ]\n}\n'
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_an_error_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "text.txt"
+    write_text(target, "old")
+    with pytest.raises(type(error)), atomic_path(target) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert target.read_text() == "old"
+    assert names_in(tmp_path) == ["text.txt"]
+
+
+def test_the_target_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "text.txt"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent  # a rename across file systems is a copy
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+
+
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "text.txt", "")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "text.txt").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+    ],
+)
+def test_disk_errors_name_file_and_remedy(tmp_path: Path, number: int, words: str) -> None:
+    target = tmp_path / "weights.safetensors"
+    write_text(target, "old")
+    with pytest.raises(TrimtabError, match=words) as caught, atomic_path(target):
+        raise OSError(number, "as the system says it")
+    assert str(target) in str(caught.value)
+    assert target.read_text() == "old"
+    assert names_in(tmp_path) == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("step", ["tempfile.mkstemp", "pathlib.Path.mkdir"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(step, denied)
+    with pytest.raises(TrimtabError, match=r"cannot write .*result\.json: permission denied"):
+        write_json(tmp_path / "result.json", {})
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "x"), OSError("without a number"), ValueError("x")):
+        with pytest.raises(type(error)), explain_disk_errors(tmp_path):
+            raise error
+
+
+# Folders built once
+
+
+def test_a_folder_is_built_once(tmp_path: Path) -> None:
+    calls = []
+
+    def build(folder: Path) -> None:
+        assert folder.is_dir()
+        assert not list(folder.iterdir())
+        calls.append(folder)
+        write_text(folder / "part", "1")
+        write_text(folder / "last", "2")
+
+    target = tmp_path / "models" / "one"
+    assert build_folder(target, "last", build) == target
+    assert build_folder(target, "last", build) == target
+    assert len(calls) == 1
+    assert names_in(target) == ["last", "part"]
+    assert names_in(target.parent) == ["one", "one.lock"]
+
+
+def test_a_folder_that_failed_is_absent_and_built_again(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        write_text(folder / "part", "1")
+        raise OSError(errno.ENOSPC, "full")
+
+    target = tmp_path / "one"
+    with pytest.raises(TrimtabError, match="disk is full"):
+        build_folder(target, "last", fail)
+    assert names_in(tmp_path) == ["one.lock"]
+    build_folder(target, "last", lambda folder: write_text(folder / "last", ""))
+    assert names_in(target) == ["last"]
+
+
+def test_a_folder_that_is_not_whole_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "one"
+    write_text(target / "rubbish", "")
+    build_folder(target, "last", lambda folder: write_text(folder / "last", ""))
+    assert names_in(target) == ["last"]
+
+
+def test_built_folders_can_be_read_by_others(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        folder = build_folder(tmp_path / "one", "last", lambda folder: write_text(folder / "last", ""))
+    finally:
+        os.umask(old)
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_two_at_once_build_one(tmp_path: Path) -> None:
+    calls = []
+
+    def build(folder: Path) -> None:
+        calls.append(folder)
+        time.sleep(0.05)
+        write_text(folder / "last", "")
+
+    threads = [threading.Thread(target=build_folder, args=(tmp_path / "one", "last", build)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert names_in(tmp_path / "one") == ["last"]
+
+
+# Digests
+
+
+def test_sha256_of_files(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)  # more than one chunk
+    (tmp_path / "data").write_bytes(data)
+    assert sha256_of(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+PARTS = st.lists(st.one_of(st.text(alphabet="ab"), st.binary(max_size=3)), max_size=4)
+
+
+@given(PARTS, PARTS)
+def test_digests_tell_lists_of_parts_apart(one: list[str | bytes], other: list[str | bytes]) -> None:
+    def as_bytes(parts: list[str | bytes]) -> list[bytes]:
+        return [part.encode() if isinstance(part, str) else part for part in parts]
+
+    assert (digest_of(*one) == digest_of(*other)) == (as_bytes(one) == as_bytes(other))
+
+
+@given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=5))
+def test_json_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: dict[str, object]) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    try:
+        write_json(path, value)
+    except UnicodeEncodeError:  # half a surrogate pair is no text
+        return
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+    assert list(json.loads(path.read_text(encoding="utf-8"))) == list(value)

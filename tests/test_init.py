@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import trimtab
+
+HEAVY = ("torch", "transformers", "numpy", "pyarrow", "PIL", "accelerate", "safetensors")
+
+
+@pytest.mark.parametrize("module", ["trimtab", "trimtab.config", "trimtab.errors", "trimtab.files", "trimtab.cli"])
+def test_importing_is_light(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", trimtab.__all__)
+def test_public_names_are_there_on_first_use(name: str) -> None:
+    value = getattr(trimtab, name)
+    assert callable(value)
+    assert value.__name__ == name
+    assert value.__doc__
+
+
+def test_public_names_are_listed() -> None:
+    assert set(trimtab.__all__) <= set(dir(trimtab))
+    assert set(trimtab.__all__) == trimtab._PLACES.keys()
+    assert trimtab.__version__
+
+
+def test_unknown_names_are_told_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lod'; it has .*load"):
+        trimtab.lod  # noqa: B018
+    assert not hasattr(trimtab, "nothing_of_that_name")
