@@ -34,6 +34,6 @@ def test_public_names_are_listed() -> None:
 
 
 def test_unknown_names_are_told_the_known_ones() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'lod'; it has .*load"):
+    with pytest.raises(AttributeError, match=r"no attribute 'lod'; it has .*load"):
         trimtab.lod  # noqa: B018
     assert not hasattr(trimtab, "nothing_of_that_name")

@@ -51,7 +51,7 @@ class TextSource:
         english: column with its English translation.
         language: code of the target language; a column ``language`` in the file takes precedence.
         weight: how often its pairs are drawn relative to other sources' pairs.
-        limit: use at most this many pairs.
+        limit: use at most this many pairs, those of highest weight first.
     """
 
     SHORTHAND: ClassVar[str] = "path"

@@ -87,9 +87,9 @@ class Registry:
         monkeypatch.setattr(shutil, "which", lambda client: f"/usr/bin/{client}")
         self.folder = cache / "packages"
 
-    def offer(self, registry: Any, members: Mapping[str, bytes] = MEMBERS, **changes: Any) -> Package:
+    def offer(self, registry: Any, content: Mapping[str, bytes] = MEMBERS, **changes: Any) -> Package:
         name, pack = ARCHIVES[registry]
-        self.files = {name: pack(members)}
+        self.files = {name: pack(content)}
         options = {
             "registry": registry,
             "name": "demo",

@@ -104,7 +104,6 @@ GRAMMARS: dict[str, Grammar] = {
             ("running", "奔跑的"),
             ("broken", "破碎的"),
             ("sliced", "切片的"),
-            ("half", "半个"),
             ("open", "打开的"),
             ("closed", "关闭的"),
             ("wild", "野生的"),

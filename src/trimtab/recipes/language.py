@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
+from trimtab.adapters.files import (
+    CARD_FILE,
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    BaseReference,
+    StudentReference,
+    is_adapted_folder,
+    save_adapter,
+)
 from trimtab.adapters.language import LanguageAdapter, masked_mean
 from trimtab.config import LanguageRecipe, to_mapping, to_yaml
 from trimtab.data.cache import PackedStates, cache_bytes_needed, cached_states, cached_vectors
@@ -23,7 +32,7 @@ from trimtab.evaluation.matching import mean_pairwise_cosine, translation_match
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16
-from trimtab.recipes.sources import PreparedText, prepare
+from trimtab.recipes.sources import PreparedText, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
@@ -34,6 +43,7 @@ from trimtab.training.run import Selection
 from trimtab.training.trackers import progress_reporter
 
 RIDGE = 1e-3
+ADAPTED_FILES = (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE)
 _SAMPLE = 30_000  # pairs from which statistics and the closed-form start are estimated
 _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE = 0.3
@@ -60,7 +70,8 @@ class FrozenFeatures:
 def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str, Any] | None:
     """Train a language adapter; see `trimtab.recipes.adapt.adapt`."""
     started = time.monotonic()
-    text = prepare(recipe)  # the user's mistakes first: no model is loaded before the data is known to be good
+    check_out(recipe.out)  # the user's mistakes first: no model is loaded before the data is known to be good
+    text = prepare(recipe)
     base = load_base(recipe.base)
     student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix)
     check_pairing(recipe, base, student, text.train)
@@ -73,7 +84,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         return None
 
     frozen = encode(recipe, text, base, student)
-    probability = text.train.sampling_weights(recipe.data.language_balance)
+    probability = drawing_probability(text.train, recipe.data)
     standardiser = start_adapter(adapter, frozen, probability, recipe)
 
     def lookup(indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +108,9 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         steps_per_epoch=steps_per_epoch(pairs, recipe.training.batch_size),
         settings=recipe.training,
         checkpoint_dir=training_folder(recipe),
-        digest=digest_of(recipe_digest(recipe), text.train.digest, base.fingerprint, student.fingerprint),
+        digest=digest_of(
+            recipe_digest(recipe), text.train.digest, text.validation.digest, base.fingerprint, student.fingerprint
+        ),
         seed=recipe.seed,
         validate=lambda _: validate(task, frozen, text),
         select=Selection("match"),
@@ -133,27 +146,55 @@ def recipe_digest(recipe: LanguageRecipe) -> str:
     return digest_of(str({key: value for key, value in to_mapping(recipe).items() if key != "out"}))
 
 
+def check_out(out: str) -> None:
+    """Refuse, before any work, a folder that could not be written at the end or that holds something else.
+
+    Raises:
+        RecipeError: `out` is a file, cannot be written, or is a folder of other things.
+    """
+    folder = Path(out).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise RecipeError(f"out={out}: {place} is a file; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RecipeError(
+            f"out={out}: {place} cannot be written (read-only, or permission denied); choose another folder"
+        )
+    if place == folder and not is_adapted_folder(folder):
+        others = [p.name for p in folder.iterdir() if p.name not in ADAPTED_FILES and not p.name.startswith(".")]
+        if others:
+            raise RecipeError(f"out={out} holds other files ({min(others)} ...); choose a folder of its own")
+
+
 def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder, train: ParallelText) -> None:
-    """Refuse a student that cannot read the target language, and routing by script where scripts are the same.
+    """Refuse a student that cannot read a target language, and routing by script where scripts are the same.
 
     Raises:
         ModelError: naming base and student.
+        RecipeError: naming the language.
     """
-    targets = [t for t, language in zip(train.targets[:20_000], train.languages, strict=False) if language != "en"]
-    sample = targets[:: max(1, len(targets) // 500)]
-    unknown_id = student.text_inputs.tokenizer.unk_token_id
-    ids = student.text_inputs.token_ids(sample)[0]
-    unknown = np.mean([token == unknown_id for one in ids for token in one]) if unknown_id is not None else 0.0
-    if unknown > _UNKNOWN_SHARE:
-        raise ModelError(
-            f"student {student.name!r} does not know {unknown:.0%} of the tokens of the target texts, so it cannot "
-            f"teach base {base.name!r} this language: choose a student trained on it, or a multilingual one"
-        )
-    if recipe.english == "route" and np.mean([is_latin(text) for text in sample]) > _LATIN_SHARE:
-        raise RecipeError(
-            "english=route tells English from the target language by its script, but the target texts are in Latin "
-            "script too: set english=adapter (and data.english_share above 0, which keeps English)"
-        )
+    tokenizer = student.text_inputs.tokenizer
+    by_language: dict[str, list[str]] = {}
+    for target, language in zip(train.targets, train.languages, strict=True):
+        by_language.setdefault(language, []).append(target)
+    for language, targets in by_language.items():
+        if language == "en":
+            continue
+        sample = targets[:: max(1, len(targets) // 500)]
+        # Special tokens are left out: CLIP's unknown token is its end token, which every text has.
+        ids = tokenizer(sample, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        unknown = float(np.mean([token == tokenizer.unk_token_id for one in ids for token in one] or [1.0]))
+        if unknown > _UNKNOWN_SHARE:
+            raise ModelError(
+                f"student {student.name!r} does not know {unknown:.0%} of the tokens of the target texts "
+                f"({language}), so it cannot teach base {base.name!r} this language: choose a student trained on it, "
+                "or a multilingual one"
+            )
+        if recipe.english == "route" and np.mean([is_latin(text) for text in sample]) > _LATIN_SHARE:
+            raise RecipeError(
+                f"english=route tells English from the target language ({language}) by its script, but its texts are "
+                "in Latin script too: set english=adapter (and data.english_share above 0, which keeps English)"
+            )
 
 
 def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, student: TextEncoder) -> FrozenFeatures:
@@ -333,7 +374,7 @@ def model_card(recipe: LanguageRecipe, languages: list[str], metrics: dict[str, 
     figures = "\n".join(f"| {key} | {value:.3g} |" for key, value in metrics.items())
     return f"""---
 library_name: trimtab
-language: [{", ".join([*languages, "en"])}]
+language: {json.dumps([*languages, "en"])}
 tags: [clip, multilingual, adapter]
 ---
 # {name}

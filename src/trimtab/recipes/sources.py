@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import functools
+import unicodedata
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 from trimtab.config import LanguageData, LanguageRecipe, TextSource
 from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
-from trimtab.data.parallel import ParallelText, clean, clean_text, read_parallel, split_validation
+from trimtab.data.parallel import ParallelText, clean, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
 from trimtab.errors import DataError, RecipeError
 
@@ -24,6 +26,7 @@ PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
 }
 """Sources known by name; what follows a colon is the locale: `cedict`, `cldr:ja`, `cataclysm:zh_CN`."""
 
+_LOCALES = {"cldr": "cldr:ja", "cataclysm": "cataclysm:zh_CN"}  # sources that need a locale, and an example
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _LONGEST_NOUN = (8, 24)  # characters of the target and of the English name that make a phrase
 
@@ -50,6 +53,9 @@ def read_source(source: TextSource) -> ParallelText:
     """
     name, _, locale = source.path.partition(":")
     if name in PREPARED:
+        if bool(locale) != (name in _LOCALES):
+            remedy = f"needs a locale, for example {_LOCALES[name]}" if name in _LOCALES else f"has none: write {name}"
+            raise RecipeError(f"data source {source.path!r}: {name} {remedy}")
         rows = list(PREPARED[name](locale))
         language = "en" if name == "imagenet21k" else source.language if not locale else _language_of(locale)
         text = ParallelText(
@@ -67,8 +73,11 @@ def read_source(source: TextSource) -> ParallelText:
             f"data source {source.path!r} is neither a file ({', '.join(_SUFFIXES)}) nor one of the prepared "
             f"sources {', '.join(PREPARED)}{hint}"
         )
-    if source.limit is not None:
-        text = text.take(np.arange(min(source.limit, len(text))))
+    if source.limit is not None and source.limit < len(text):
+        # The heaviest pairs first; among equals a fixed random order, since files are often sorted.
+        shuffled = np.random.default_rng(0).permutation(len(text))
+        heaviest = shuffled[np.argsort(-text.weights[shuffled], kind="stable")]
+        text = text.take(np.sort(heaviest[: source.limit]))
     return ParallelText(text.targets, text.english, text.languages, text.weights * source.weight)
 
 
@@ -77,54 +86,103 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
 
     Raises:
         DataError: nothing is left, or a file cannot be used.
+        RecipeError: the recipe asks for what the pairs do not give.
     """
     data = recipe.data
     counts: dict[str, dict[str, int]] = {}
-    train = _read_all(data.train, data, counts)
-    train, counts["excluded as test texts"] = _exclude(train, data.exclude)
+    test_texts = {_normal(row.values["text"]) for path in data.exclude for row in read_rows(path, ("text",))}
+    train, counts["excluded as test texts"] = _exclude(_read_all(data.train, data, counts), test_texts)
+    _refuse_none(train, "data.exclude names all of their targets as test texts")
+    if all(language == "en" for language in train.languages):
+        raise DataError(f"all {len(train)} training pairs are English-English: give pairs of another language too")
     if data.validation:
-        validation = _read_all(data.validation, data, counts)
-        train, counts["excluded as validation texts"] = _without(train, validation)
-        if len(validation) > data.validation_size:
-            rng = np.random.default_rng(recipe.seed)
-            validation = validation.take(np.sort(rng.permutation(len(validation))[: data.validation_size]))
+        held_out = _read_all(data.validation, data, counts, "validation: ")
+        held_out, _ = _exclude(held_out, test_texts)  # else the weights would be chosen on the test
     else:
-        foreign = np.array([language != "en" for language in train.languages])
-        rest, validation = split_validation(train.take(foreign), data.validation_size, recipe.seed)
-        train = rest.concat(train.take(~foreign)) if (~foreign).any() else rest
+        train, held_out = _split(train, data.validation_size, recipe.seed)
+    picked = np.random.default_rng(recipe.seed).permutation(len(held_out))[: data.validation_size]
+    validation = held_out.take(np.sort(picked))
+    if len(validation) < 2:
+        raise DataError(
+            f"validation needs at least 2 pairs, and {len(validation)} can be used: raise data.validation_size or "
+            "give a longer file in data.validation"
+        )
+    # Splitting keeps equal sentences together; here go those that differ in punctuation, and English-English pairs.
+    train, counts["excluded as validation texts"] = _without(train, held_out)
+    _refuse_none(train, "all share a sentence with the validation pairs")
     if data.phrases:
-        composed = _compose(train, data.phrases, recipe.seed)
-        composed, _ = _without(composed, validation)
-        composed, _ = _exclude(composed, data.exclude)
+        composed, _ = _without(_compose(train, data.phrases, recipe.seed), held_out)
+        composed, _ = _exclude(composed, test_texts)
         counts["composed phrases"] = {"kept": len(composed)}
         train = train.concat(composed)
     if data.english_share:
-        english = _english_pairs(train, data.english_share, recipe.seed)
+        english, _ = _exclude(_english_pairs(train, data.english_share, recipe.seed), test_texts)
         counts["English-English pairs"] = {"kept": len(english)}
         train = train.concat(english)
     return PreparedText(train, validation, counts)
 
 
-def _read_all(sources: Iterable[TextSource], data: LanguageData, counts: dict[str, dict[str, int]]) -> ParallelText:
+def drawing_probability(text: ParallelText, data: LanguageData) -> np.ndarray:
+    """Probability (N,) of each training pair: languages balanced, and English as often as the recipe says."""
+    probability = text.sampling_weights(data.language_balance)
+    english = np.array([language == "en" for language in text.languages])
+    if data.english_share and english.any():
+        probability[english] *= data.english_share / probability[english].sum()
+        probability[~english] *= (1 - data.english_share) / probability[~english].sum()
+    return probability
+
+
+def _read_all(
+    sources: Iterable[TextSource], data: LanguageData, counts: dict[str, dict[str, int]], prefix: str = ""
+) -> ParallelText:
     parts = []
     for source in sources:
-        text, cleaning = clean(read_source(source), max_chars=data.max_chars)
-        counts[source.path] = cleaning.as_dict()
+        try:
+            text, cleaning = clean(read_source(source), max_chars=data.max_chars)
+        except DataError as error:
+            named = source.path in str(error)
+            raise DataError(str(error) if named else f"{source.path}: {error}") from error
+        name = f"{prefix}{source.path}"
+        if name in counts:  # one file may hold several languages, a column each
+            name = f"{name} ({source.target}, {source.language})"
+        counts[name] = cleaning.as_dict()
         parts.append(text)
     joined, cleaning = clean(parts[0].concat(*parts[1:]), max_chars=data.max_chars)
-    counts["all sources"] = cleaning.as_dict()
+    counts[f"{prefix}all sources"] = cleaning.as_dict()
     return joined
 
 
+def _split(train: ParallelText, size: int, seed: int) -> tuple[ParallelText, ParallelText]:
+    """Set validation pairs aside from all languages but English, which has no translation to match."""
+    foreign = np.array([language != "en" for language in train.languages])
+    if size >= foreign.sum():
+        raise RecipeError(
+            f"data.validation_size={size} leaves nothing of {foreign.sum()} pairs to train on: set it lower, for "
+            f"example to {max(2, foreign.sum() // 10)}"
+        )
+    rest, validation = split_validation(train.take(foreign), size, seed)
+    return (rest.concat(train.take(~foreign)) if not foreign.all() else rest), validation
+
+
+def _refuse_none(train: ParallelText, reason: str) -> None:
+    if len(train) == 0:
+        raise DataError(f"no pair is left to train on: {reason}")
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_mark(character: str) -> bool:
+    """Punctuation, blanks and invisible signs."""
+    return unicodedata.category(character)[0] in "PZC"
+
+
 def _normal(text: str) -> str:
-    return clean_text(text).strip(" .。!！?？").casefold()
+    """What two sentences share that differ only in case, punctuation, blanks or width of letters."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(character for character in plain if not _is_mark(character)) or plain
 
 
-def _exclude(text: ParallelText, files: Iterable[str]) -> tuple[ParallelText, dict[str, int]]:
-    banned = {_normal(row.values["text"]) for path in files for row in read_rows(path, ("text",))}
-    keep = np.array([_normal(target) not in banned for target in text.targets], bool)
-    if not keep.any():
-        raise DataError("data.exclude leaves no training pair: every target is among the test texts")
+def _exclude(text: ParallelText, test_texts: Collection[str]) -> tuple[ParallelText, dict[str, int]]:
+    keep = np.array([_normal(target) not in test_texts for target in text.targets], bool)
     return text.take(keep), {"kept": int(keep.sum()), "dropped": int((~keep).sum())}
 
 

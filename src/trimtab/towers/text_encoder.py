@@ -166,9 +166,17 @@ class TextEncoder:
 
     def states_of(self, tokens: dict[str, Tensor], layers: Sequence[int] = (-1,)) -> tuple[Tensor, Tensor]:
         """As `states`, of what `tokenize` returned."""
-        ids = tokens["input_ids"]
-        mask = tokens.get("attention_mask", ids != self.text_inputs.tokenizer.pad_token_id)
-        return self._states(tokens, mask.sum(dim=1).tolist(), self._checked_layers(layers))
+        return self._states(tokens, self._lengths(tokens), self._checked_layers(layers))
+
+    def _lengths(self, tokens: dict[str, Tensor]) -> list[int]:
+        if "attention_mask" in tokens:
+            return tokens["attention_mask"].sum(dim=1).tolist()
+        ids, tokenizer = tokens["input_ids"], self.text_inputs.tokenizer  # (B, T)
+        places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        lengths = (places * (ids != tokenizer.pad_token_id)).amax(dim=1)
+        # SigLIP pads with its end token: the first of them is the text's own.
+        lengths += int(tokenizer.pad_token_id == tokenizer.eos_token_id)
+        return lengths.clamp(1, ids.shape[1]).tolist()
 
     def token_states(
         self, texts: Iterable[str], layers: Sequence[int] = (-1,), *, batch_size: int = 64

@@ -58,9 +58,14 @@ def test_writing_makes_folders_and_leaves_one_file(tmp_path: Path) -> None:
 def test_an_error_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "text.txt"
     write_text(target, "old")
-    with pytest.raises(type(error)), atomic_path(target) as temporary:
-        temporary.write_text("half of the n")
-        raise error
+
+    def fail() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert target.read_text() == "old"
     assert names_in(tmp_path) == ["text.txt"]
 

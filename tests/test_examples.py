@@ -1,0 +1,89 @@
+"""The examples run, on tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tiny_adapted import save_tiny_adapted
+from trimtab.towers.text_encoder import TextEncoder
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path, pictures: list[Image.Image]) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    for at, picture in enumerate(pictures):
+        picture.save(folder / ("inner" if at % 2 else "") / f"{at}.png")
+    return folder
+
+
+def test_embed_and_compare(
+    tiny_folder: Callable[[str], Path], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [str(path) for path in sorted(photos.glob("*.png"))]
+    example("embed_and_compare").main(
+        [*pictures, "--model", str(tiny_folder("clip")), "--text", "a cat", "--text", "a dog"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(pictures)
+    assert lines[0].startswith("0.png: a ")
+
+
+def test_adapt_your_pairs(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("adapt_your_pairs")
+    # Words that the tiny tokenizer knows.
+    nouns, patterns = "猫狗鸟花茶椅熊车", ("{}", "一只{}", "{}的照片", "红色{}", "小{}", "旧{}", "两个{}", "黑{}")
+    module.THINGS = {noun: f"thing {at}" for at, noun in enumerate(nouns)}
+    module.SENTENCES = {pattern: f"pattern {at} of {{}}" for at, pattern in enumerate(patterns)}
+    out = tmp_path / "runs" / "mine"
+    arguments = ["--base", str(tiny_folder("clip")), "--student", str(tiny_folder("bert")), "--epochs", "1"]
+    module.main([*arguments, "--out", str(out)])
+    assert (out / "adapter.safetensors").is_file()
+    assert "translation match on pairs kept aside" in capsys.readouterr().out
+
+
+def test_chinese_search(
+    tiny_base: Callable[[str], Any],
+    tiny_folder: Callable[[str], Path],
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    student = TextEncoder.load(tiny_folder("bert"), device="cpu")
+    folder = save_tiny_adapted(tmp_path / "adapted", tiny_base("clip"), student)
+    (photos / "damaged.jpg").write_bytes(b"no picture")
+    search = example("chinese_search").main
+    search([str(folder), str(photos), "一只猫", "a dog", "--top", "3"])
+    first = capsys.readouterr()
+    found = first.out.strip().splitlines()
+    assert len(found) == 2 * (1 + 3)
+    assert "left out" in first.err
+    assert list((tmp_path / "cache" / "example-search").glob("*.npz"))
+    search([str(folder), str(photos), "一只猫", "a dog", "--top", "3"])
+    assert capsys.readouterr().out.strip().splitlines() == found  # from the cache
+    with pytest.raises(SystemExit, match="holds no pictures"):
+        search([str(folder), str(tmp_path / "cache"), "猫"])
