@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A plain `torch` may pull gigabytes of CUDA packages; set TORCH= to keep one that is already in the environment.
+# A plain `torch` may pull gigabytes of CUDA packages: `make quickstart TORCH=torch` asks for those.
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help

@@ -3,8 +3,8 @@
     python examples/adapt_your_pairs.py
     python examples/adapt_your_pairs.py --out runs/mine --base path/to/clip --student path/to/bert
 
-It writes a CSV of a few hundred pairs itself, so that it runs in a minute or two once `starter` and `e5-small` are
-built. So few pairs teach the adapter these words and little else; use it to see the steps, then give it your file.
+It writes a CSV of a few hundred pairs itself, so that it is quick once `starter` and `e5-small` are built. So few pairs
+teach the adapter these words and little else; use it to see the steps, then give it your file.
 """
 
 from __future__ import annotations

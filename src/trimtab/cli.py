@@ -103,7 +103,8 @@ def adapt(
     resolved = load_recipe(recipe, overrides or ())  # before torch is imported: a typing error shows at once
     from trimtab.recipes.adapt import adapt as run
 
-    _show(run(resolved, dry_run=dry_run))
+    outcome = run(resolved, dry_run=dry_run)
+    _show({key: value for key, value in outcome.items() if key != "history"} if outcome else outcome)
 
 
 @app.command()

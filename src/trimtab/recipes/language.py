@@ -142,8 +142,12 @@ def training_folder(recipe: LanguageRecipe) -> Path:
 
 
 def recipe_digest(recipe: LanguageRecipe) -> str:
-    """Names what decides the weights: everything but where they are written."""
-    return digest_of(str({key: value for key, value in to_mapping(recipe).items() if key != "out"}))
+    """Names what decides the weights: not where they are written, nor how often something is saved or logged."""
+    mapping = to_mapping(recipe)
+    del mapping["out"]
+    for name in ("checkpoint_every", "log_every", "trackers", "processes"):
+        del mapping["training"][name]
+    return digest_of(str(mapping))
 
 
 def check_out(out: str) -> None:
