@@ -330,6 +330,8 @@ def main() -> None:
     # What matters of transformers' chatter is raised as an error by `trimtab.towers`.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait take the cores from each other when a machine is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("trimtab").addHandler(_Warnings())
     logging.getLogger("trimtab").propagate = False
     try:

@@ -55,7 +55,7 @@ def test_balance_decides_how_often_a_small_language_is_drawn() -> None:
         balance: np.mean(draw(text.sampling_weights(balance)) >= 900)  # rows of the small language
         for balance in (0.0, 0.5, 1.0)
     }
-    assert shares == pytest.approx({0.0: 0.5, 0.5: 0.25, 1.0: 0.1}, abs=0.002)
+    assert shares == pytest.approx({0.0: 0.5, 0.5: 0.25, 1.0: 0.1}, abs=0.005)
 
 
 def test_texts_of_like_length_share_a_batch_in_random_order() -> None:

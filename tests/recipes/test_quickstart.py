@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tiny_language import toy_pairs
 
+from tiny_language import toy_pairs
 from trimtab.config import recipe_from_mapping
 from trimtab.data.pictures import Captioned
 from trimtab.recipes import quickstart as module

@@ -7,9 +7,12 @@ Each link has a module beside this one; `LINKS` says which.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from trimtab.config import Recipe, load_recipe
 from trimtab.recipes.language import adapt_language
@@ -35,4 +38,12 @@ def adapt(
     """
     if isinstance(recipe, (str, Path)):
         recipe = load_recipe(recipe, overrides)
+    atexit.unregister(_part)
+    atexit.register(_part)
     return LINKS[recipe.link](recipe, dry_run=dry_run)
+
+
+def _part() -> None:
+    """Part from the other processes in good order; else a thread that waits for them may abort a finished program."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -67,7 +67,7 @@ def read_source(source: TextSource) -> ParallelText:
     elif Path(source.path).suffix.lower() in _SUFFIXES:
         text = read_parallel(source.path, target=source.target, english=source.english, language=source.language)
     else:
-        near = difflib.get_close_matches(name, PREPARED, n=1)
+        near = difflib.get_close_matches(name.lower(), PREPARED, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(
             f"data source {source.path!r} is neither a file ({', '.join(_SUFFIXES)}) nor one of the prepared "

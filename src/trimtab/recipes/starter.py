@@ -33,6 +33,7 @@ from trimtab.evaluation.retrieval import recall_at_k
 from trimtab.files import atomic_path, cache_home, digest_of
 from trimtab.precision import fast_inference
 from trimtab.towers.efficientnet import EfficientNetLite0, load_packaged
+from trimtab.towers.parts import quiet
 from trimtab.towers.starter import (
     IMAGE_SIZE,
     SentenceBertModel,
@@ -67,7 +68,8 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
     torch.manual_seed(SEED)
     pictures = training_pictures()
     trunk = load_packaged(str(fetch_file("efficientnet-lite0", "*.pth"))).eval()
-    texts = TextSide(load_text_tower())
+    with quiet():
+        texts = TextSide(load_text_tower())
     features = [picture_features(pictures, trunk, view) for view in range(VIEWS)]
     captions = [captions_of(picture) for picture in pictures]
     known = sorted({caption for several in captions for caption in several})
@@ -214,11 +216,14 @@ class TextSide:
         """One vector for each ImageNet class: its names alone, in a template and with the definition; (1000, D)."""
         folder = fetch("imagenet-names") / "timm/data/_info"
         lemmas, definitions = (
-            dict(line.split("\t", 1) for line in (folder / f"imagenet_synset_to_{kind}.txt").read_text().splitlines())
+            dict(
+                line.split("\t", 1)
+                for line in (folder / f"imagenet_synset_to_{kind}.txt").read_text(encoding="utf-8").splitlines()
+            )
             for kind in ("lemma", "definition")
         )
         vectors = []
-        for synset in (folder / "imagenet_synsets.txt").read_text().split():
+        for synset in (folder / "imagenet_synsets.txt").read_text(encoding="utf-8").split():
             names = [name.strip() for name in lemmas[synset].split(",")][:3]
             forms = ("{}", "a photo of a {}", f"{{}}, {definitions[synset]}"[:150])
             each = [F.normalize(self._uncentred([form.format(name) for name in names]), dim=0) for form in forms]

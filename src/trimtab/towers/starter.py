@@ -28,6 +28,7 @@ from trimtab.data.packages import fetch_file
 from trimtab.errors import ModelError
 from trimtab.files import build_folder, cache_home, sha256_of
 from trimtab.towers.efficientnet import CLASSES, HEAD_CHANNELS, EfficientNetLite0, load_packaged
+from trimtab.towers.parts import quiet
 
 IMAGE_SIZE = 224
 PIXEL_MEAN = 127 / 255
@@ -290,4 +291,5 @@ def ensure_starter() -> Path:
         raise ModelError("starter's alignment is not in this installation: run `make starter` or install again")
     version = sha256_of(committed_weights())[:12]
     folder = cache_home() / "models" / f"starter-{version}"
-    return build_folder(folder, "config.json", build_starter)
+    with quiet():
+        return build_folder(folder, "config.json", build_starter)

@@ -1,0 +1,276 @@
+"""Parts of the language recipe: what it refuses, what it encodes once, where the adapter starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tiny_language import toy_pairs, toy_recipe, write_pairs
+from trimtab.adapters.language import LanguageAdapter
+from trimtab.config import LanguageRecipe
+from trimtab.data.parallel import ParallelText
+from trimtab.errors import ModelError, RecipeError
+from trimtab.recipes import language
+from trimtab.recipes.adapt import adapt
+from trimtab.recipes.sources import PreparedText, prepare
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.text_encoder import TextEncoder
+
+PAIRS = toy_pairs(200)
+TOLERANCE = 0.03  # of fp16 caches filled in bf16, where the machine has it
+RUSSIAN = ["красная кошка", "большая собака", "старый дом", "синий чайник"]
+
+
+@pytest.fixture
+def make(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., LanguageRecipe]:
+    """The toy recipe with changes, over two hundred pairs."""
+    pairs = write_pairs(tmp_path / "pairs.csv", PAIRS)
+
+    def build(out: Path | None = None, **changes: Any) -> LanguageRecipe:
+        places = tiny_folder("vision-text-dual-encoder"), tiny_folder("bert"), pairs
+        return toy_recipe(*places, out or tmp_path / "out", **changes)
+
+    return build
+
+
+@pytest.fixture
+def base(tiny_base: Callable[[str], DualEncoder]) -> DualEncoder:
+    return tiny_base("vision-text-dual-encoder")
+
+
+@pytest.fixture
+def student(tiny_folder: Callable[[str], Path]) -> TextEncoder:
+    return TextEncoder.load(tiny_folder("bert"), device="cpu")
+
+
+@pytest.fixture
+def encoded(make: Any, base: Any, student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Recipe, text and frozen features."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    recipe = make(data={"english_share": 0.1})
+    text = prepare(recipe)
+    return recipe, text, language.encode(recipe, text, base, student)
+
+
+# The folder to write
+
+
+@pytest.mark.parametrize("holds", [[], ["README.md", ".adapter.json.x.tmp"], ["adapter.json", "notes.txt"]])
+def test_own_folders_are_written_again(holds: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    language.check_out(str(out))  # not there yet
+    out.mkdir()
+    for name in holds:
+        (out / name).touch()
+    language.check_out(str(out))
+    assert sorted(path.name for path in out.iterdir()) == sorted(holds)
+
+
+def test_a_folder_of_other_things_is_left_alone(
+    make: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(language, "prepare", None)  # before any work
+    with pytest.raises(RecipeError, match=r"holds other files \(config\.json \.\.\.\); choose a folder of its own"):
+        adapt(make(tiny_folder("vision-text-dual-encoder")))  # the base itself
+    with pytest.raises(RecipeError, match=r"pairs\.csv is a file; choose another folder"):
+        adapt(make(tmp_path / "pairs.csv"))
+    with pytest.raises(RecipeError, match=r"pairs\.csv is a file; choose another folder"):
+        adapt(make(tmp_path / "pairs.csv" / "out"))
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(RecipeError, match=f"out=.*: {tmp_path} cannot be written .read-only, or permission denied"):
+        language.check_out(str(tmp_path / "a" / "b"))
+
+
+def test_where_a_run_keeps_its_checkpoints(make: Any, tmp_path: Path) -> None:
+    assert language.training_folder(make()) == tmp_path / "out.training"
+    assert language.training_folder(make(Path("runs/zh/"))) == Path("runs/zh.training")
+
+
+def test_the_digest_names_what_decides_the_weights(make: Any) -> None:
+    digest = language.recipe_digest(make())
+    assert language.recipe_digest(make(Path("elsewhere"))) == digest
+    assert language.recipe_digest(make(training={"checkpoint_every": 7, "log_every": 3})) == digest
+    for change in ({"seed": 1}, {"training": {"epochs": 3}}, {"english": "adapter"}, {"objective": {"gram": 1.0}}):
+        assert language.recipe_digest(make(**change)) != digest
+
+
+# Pairing
+
+
+def texts(*languages: tuple[str, list[str]]) -> ParallelText:
+    parts = [ParallelText.from_pairs([(target, "a cat") for target in targets], code) for code, targets in languages]
+    return parts[0].concat(*parts[1:])
+
+
+def test_a_student_that_cannot_read_the_language_is_refused_with_both_named(make: Any, base: Any, student: Any) -> None:
+    with pytest.raises(ModelError) as caught:
+        language.check_pairing(make(), base, student, texts(("ru", RUSSIAN)))
+    for words in (repr(student.name), repr(base.name), "100% of the tokens", "(ru)", "multilingual"):
+        assert words in str(caught.value)
+
+
+def test_a_whole_run_refuses_it_before_encoding(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "encode", None)
+    write_pairs(tmp_path / "pairs.csv", [(f"{RUSSIAN[i % 4]} {'аб'[i % 2] * i}", f"cat {i}") for i in range(60)])
+    with pytest.raises(ModelError, match="does not know"):
+        adapt(make(data={"validation_size": 5}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_unreadable_language_among_readable_ones_is_found(make: Any, base: Any, student: Any) -> None:
+    many = [target for target, _ in PAIRS] * 20
+    with pytest.raises(ModelError, match=r"\(ru\)"):
+        language.check_pairing(make(), base, student, texts(("zh", many), ("ru", RUSSIAN)))
+
+
+@pytest.mark.parametrize("name", ["clip", "xlm-roberta"])
+def test_special_tokens_are_not_unknown_ones(name: str, make: Any, base: Any, tiny_folder: Any) -> None:
+    """CLIP's unknown token is its end token, which every text has; it knows every byte."""
+    other = TextEncoder.load(tiny_folder(name), device="cpu")
+    language.check_pairing(make(), base, other, texts(("zh", ["猫", "狗", "茶"])))
+
+
+def test_a_prefix_does_not_hide_unknown_tokens(make: Any, base: Any, tiny_folder: Any) -> None:
+    student = TextEncoder.load(tiny_folder("bert"), prefix="a photo of a small red car on the road ", device="cpu")
+    with pytest.raises(ModelError, match="100% of the tokens"):
+        language.check_pairing(make(), base, student, texts(("ru", ["дом"])))
+
+
+@pytest.mark.parametrize("targets", [["un cane rosso", "la casa"], ["un café", "小猫", "小狗"]])
+def test_routing_by_script_is_refused_for_latin_targets(targets: list[str], make: Any, base: Any, student: Any) -> None:
+    train = texts(("zh", [target for target, _ in PAIRS]), ("it", targets))
+    with pytest.raises(RecipeError, match=r"english=route .*\(it\).*set english=adapter"):
+        language.check_pairing(make(), base, student, train)
+    language.check_pairing(make(english="adapter"), base, student, train)
+
+
+def test_english_pairs_are_no_target_language(make: Any, base: Any, student: Any) -> None:
+    english = ["a red cat"] * 30_000
+    language.check_pairing(make(), base, student, texts(("en", english), ("zh", ["小猫", "小狗"])))
+    with pytest.raises(ModelError, match=r"\(ru\)"):
+        language.check_pairing(make(), base, student, texts(("en", english), ("ru", RUSSIAN)))
+
+
+# Features
+
+
+def test_features_are_those_of_the_towers(encoded: Any, base: Any, student: Any) -> None:
+    _, text, frozen = encoded
+    at = [0, 7, len(text.train) - 1]  # the last is an English-English pair
+    expected = base.encode_text([text.train.english[i] for i in at])
+    np.testing.assert_allclose(frozen.teacher[frozen.english[at]], expected, atol=TOLERANCE)
+    for i in at:
+        (states,) = student.token_states([text.train.targets[i]], (0, -1))
+        np.testing.assert_allclose(frozen.states[i], states, atol=TOLERANCE)
+    first, count = len(text.train), len(text.validation)
+    assert len(frozen.states) == first + 2 * count
+    (states,) = student.token_states([text.validation.english[3]], (0, -1))
+    np.testing.assert_allclose(frozen.states[first + count + 3], states, atol=TOLERANCE)
+    expected = base.encode_text(text.validation.english)
+    np.testing.assert_allclose(frozen.teacher[frozen.validation], expected, atol=TOLERANCE)
+
+
+def test_a_second_encoding_reads_the_cache(
+    encoded: Any, base: Any, student: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, text, frozen = encoded
+    monkeypatch.setattr(TextEncoder, "token_states", None)
+    monkeypatch.setattr(DualEncoder, "encode_text", None)
+    again = language.encode(recipe, text, base, student)
+    assert np.array_equal(again.teacher, frozen.teacher)
+    assert all(np.array_equal(again.states[i], frozen.states[i]) for i in range(len(frozen.states)))
+
+
+def test_other_layers_are_another_cache(encoded: Any, base: Any, student: Any, make: Any, tmp_path: Path) -> None:
+    _, text, frozen = encoded
+    last = make(student={"layers": [-1]})
+    assert language.encode(last, text, base, student).states.dim == frozen.states.dim / 2
+    assert len([path for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()]) == 3
+
+
+# The start, and validation
+
+
+def start(encoded: Any, **adapter: Any) -> tuple[LanguageAdapter, Any]:
+    recipe, text, frozen = encoded
+    torch.manual_seed(recipe.seed)
+    config = type(recipe.adapter)(**{"width": 32, "heads": 2, **adapter})
+    module = LanguageAdapter(config, input_dim=frozen.states.dim, output_dim=frozen.teacher.shape[1])
+    recipe = type(recipe)(**{**vars(recipe), "adapter": config})
+    probability = np.full(len(text.train), 1 / len(text.train))
+    return module, language.start_adapter(module, frozen, probability, recipe)
+
+
+@pytest.mark.parametrize("init", ["ridge", "random"])
+def test_the_adapter_starts_in_the_teachers_units(init: str, encoded: Any) -> None:
+    _, text, frozen = encoded
+    adapter, standardiser = start(encoded, init=init)
+    teacher = np.asarray(frozen.teacher[frozen.english], np.float32)
+    np.testing.assert_allclose(adapter.output_mean.numpy(), teacher.mean(0), atol=0.1)
+    np.testing.assert_allclose(standardiser.std.numpy(), teacher.std(0), rtol=0.3)
+    states, mask = frozen.states.rows(np.arange(len(text.train)))
+    with torch.no_grad():
+        output = adapter(torch.from_numpy(states).float(), torch.from_numpy(mask)).numpy()
+    error = np.mean(((output - teacher) / standardiser.std.numpy()) ** 2)
+    # Closed form explains most of the variance before the first step; chance explains none.
+    assert error < 0.6 if init == "ridge" else error > 0.9
+
+
+def test_validation_of_the_teacher_itself_is_perfect(encoded: Any) -> None:
+    _, text, frozen = encoded
+
+    class Teacher:
+        def features(self, states: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+            return np.asarray(frozen.teacher[frozen.validation], np.float32)
+
+    figures = language.validate(Teacher(), frozen, text)
+    assert figures["match"] == figures["english_match"] == 100
+    assert figures["cosine"] == pytest.approx(1, abs=1e-5)
+    assert figures["collapse"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_constant_output_is_a_collapse(encoded: Any) -> None:
+    _, text, frozen = encoded
+
+    class Constant:
+        def features(self, states: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+            return np.ones((len(states), frozen.teacher.shape[1]), np.float32)
+
+    figures = language.validate(Constant(), frozen, text)
+    assert figures["collapse"] == pytest.approx(1, abs=1e-3)
+    assert figures["match"] <= 100 / len(text.validation) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"), [(0.3, 0.3, 0), (0.1, 0.3, 0), (1, 0.3, 1), (0.65, 0.3, 0.5)]
+)
+def test_narrowing(student: float, teacher: float, expected: float) -> None:
+    assert language.narrowing(student, teacher) == pytest.approx(expected)
+
+
+# The model card
+
+
+def test_the_card_is_read_by_machines_and_people(make: Any) -> None:
+    outcome = {"pairs": 1234567, "steps": 100}
+    card = language.model_card(make(), ["zh", "no"], {"match": 46.512}, outcome)
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["language"] == ["zh", "no", "en"]  # Norwegian, not false
+    assert "1,234,567 pairs" in card
+    assert "| match | 46.5 |" in card
+    assert "sent to the base's own text tower" in card
+    assert "read by the adapter as well" in language.model_card(make(english="adapter"), ["zh"], {}, outcome)
+
+
+def test_a_prepared_text_needs_no_counts() -> None:
+    text = ParallelText.from_pairs([("猫", "cat")])
+    assert PreparedText(text, text).counts == {}
