@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-import tiny_run
 import torch
 from safetensors.torch import load_file
-from tiny_run import Problem
 
+import tiny_run
+from tiny_run import Problem
 from trimtab.errors import TrimtabError
 from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.distributed import announce_world, check_world, rank_slice

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from tiny_run import STEPS, Problem, settings
 
+from tiny_run import STEPS, Problem, settings
 from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrainingStopped
 from trimtab.training import Selection

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
-from tiny_run import STEPS, Problem, settings
 
+import tiny_run
+from tiny_run import STEPS, Problem, settings
 from trimtab.errors import RecipeError, TrainingStopped, TrimtabError
 from trimtab.training.checkpoint import CheckpointFolder
 

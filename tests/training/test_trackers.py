@@ -7,8 +7,8 @@ import types
 from typing import get_args, get_type_hints
 
 import pytest
-from tiny_run import STEPS, Problem, settings
 
+from tiny_run import STEPS, Problem, settings
 from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrimtabError
 from trimtab.training.trackers import TRACKERS, Terminal, open_trackers
