@@ -451,7 +451,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ]
         floor = ["GFLOP per epoch", "matrix GFLOP/s", "floor s", "later epoch s", "times the floor"]
         made.append(("Adapter-only arithmetic", floor, [cells]))
-    return made
+    return [table for table in made if table[2]]
 
 
 def as_markdown(result: dict[str, Any]) -> str:

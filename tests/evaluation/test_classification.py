@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_model import TableModel, unit
 
+from table_model import TableModel, unit
 from trimtab.data.manifests import LabelledImage
 from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.evaluation import classify, classify_embeddings, embed_classes

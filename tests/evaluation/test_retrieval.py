@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from table_model import TableModel
 
+from table_model import TableModel
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import embed_images, retrieve
 

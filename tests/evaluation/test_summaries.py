@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from table_model import TableModel
 
+from table_model import TableModel
 from trimtab.evaluation import Report, classify, render_html, render_markdown, retrieve
 from trimtab.evaluation.blocks import Details, Text, as_cell
 from trimtab.evaluation.summaries import (
