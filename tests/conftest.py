@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before any import of the hub client: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+
+def pytest_configure() -> None:
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so all processes that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

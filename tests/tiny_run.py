@@ -27,6 +27,7 @@ STEPS = -(-ROWS // BATCH)
 
 def settings(**changes: Any) -> TrainingConfig:
     defaults: dict[str, Any] = {
+        "precision": "fp32",
         "epochs": 3,
         "batch_size": BATCH,
         "learning_rate": 0.05,

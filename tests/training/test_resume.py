@@ -33,7 +33,9 @@ def uninterrupted(tmp_path_factory) -> tuple[Problem, list[dict]]:
 def test_kill_9_in_mid_epoch_then_resume_is_bit_identical(tmp_path, uninterrupted):
     whole, history = uninterrupted
     script = [sys.executable, tiny_run.__file__, str(tmp_path), str(tmp_path / "never"), "12"]
-    killed = subprocess.run(script, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = subprocess.run(
+        script, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
 
     problem = Problem()

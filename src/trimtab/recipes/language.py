@@ -31,7 +31,7 @@ from trimtab.errors import ModelError, RecipeError
 from trimtab.evaluation.matching import mean_pairwise_cosine, translation_match
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
-from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
 from trimtab.recipes.sources import PreparedText, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
@@ -70,6 +70,7 @@ class FrozenFeatures:
 def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str, Any] | None:
     """Train a language adapter; see `trimtab.recipes.adapt.adapt`."""
     started = time.monotonic()
+    tune_allocator()
     check_out(recipe.out)  # the user's mistakes first: no model is loaded before the data is known to be good
     text = prepare(recipe)
     base = load_base(recipe.base)

@@ -50,7 +50,6 @@ from trimtab.evaluation.summaries import (
     score_rows,
 )
 from trimtab.files import atomic_path, cache_home, write_json
-from trimtab.precision import tune_allocator
 from trimtab.recipes.adapt import adapt
 
 DATASETS = {"tuxpaint": "Tux Paint photos", "openmoji": "OpenMoji, held-out names"}
@@ -82,7 +81,6 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
         The headline figures.
     """
     started = time.monotonic()
-    tune_allocator()
     out = Path(out)
     for key in NEEDED:
         print(f"package {PACKAGES[key].name} {PACKAGES[key].version} ({PACKAGES[key].licence})", flush=True)
