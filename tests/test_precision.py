@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 
 import pytest
 import torch
 
-from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.precision import fast_inference, has_fast_bf16, kept_memory, tune_allocator
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -31,3 +33,25 @@ def test_emulation_on_older_gpus_is_not_fast(monkeypatch: pytest.MonkeyPatch) ->
     assert not has_fast_bf16(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert has_fast_bf16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("memory", "kept"), [(64 << 30, 1 << 30), (8 << 30, 1 << 30), (2 << 30, 256 << 20)])
+def test_freed_memory_is_kept_up_to_a_bound(memory: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+
+    class Library:
+        def mallopt(self, option: int, value: int) -> None:
+            told[option] = value
+
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory >> 12, "SC_PAGE_SIZE": 1 << 12}.__getitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    tune_allocator()
+    assert told == {-1: kept, -3: 32 << 20}
+    assert kept_memory() == kept
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    monkeypatch.setattr("sys.platform", "darwin")
+    tune_allocator()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -30,7 +32,7 @@ def tune_allocator() -> None:
     """Keep freed memory in this process instead of giving it back after every layer (glibc only).
 
     Large activations are otherwise mapped and unmapped on each use, and on a CPU the page faults cost more than
-    some of the layers.
+    some of the layers. What is kept at the end of a heap is bounded: without a bound, training was seen to hold 8 GB.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -38,4 +40,22 @@ def tune_allocator() -> None:
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_mmap_threshold, 32 << 20)  # the largest value that glibc takes
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, kept_memory())
+
+
+def kept_memory() -> int:
+    """Bytes of freed memory that `tune_allocator` keeps: 1 GiB, less on machines with under 8 GiB."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(1 << 30, memory // 8)
+
+
+def slow_in_bf16(tower: nn.Module, device: torch.device, first: nn.Module | None = None) -> bool:
+    """Whether a tower, from its module `first` on, has depthwise convolutions that would run on a CPU.
+
+    PyTorch's CPU kernels for these take tens of times longer in bf16 than in fp32.
+    """
+    if device.type != "cpu":
+        return False
+    modules = list(tower.modules())
+    start = next((number for number, one in enumerate(modules) if one is first), 0)
+    return any(isinstance(one, nn.Conv2d) and one.groups > 1 for one in modules[start:])

@@ -1,18 +1,10 @@
+"""What caches give, and that nothing is computed twice; `test_segments.py` is about kills, damage and locks."""
+
 from __future__ import annotations
 
-import errno
-import json
-import logging
-import multiprocessing
-import os
 import pickle
 import shutil
-import subprocess
-import sys
-import threading
-import time
-from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,51 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data import cache
-from trimtab.data.cache import PackedStates, cache_bytes_needed, cached_states, cached_vectors
-from trimtab.errors import DataError, TrimtabError
-
-DIM = 5
-
-
-def state_of(text: str) -> np.ndarray:
-    """(len + 2, DIM), exact in float16 and different for every text used here."""
-    codes = np.array([1, *map(ord, text), 2], np.float32) % 2048
-    return codes[:, None] + np.arange(DIM, dtype=np.float32) / 2 * (codes[:, None] < 512)
-
-
-class Encoder:
-    """Counts what it is asked for."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
-
-    @property
-    def seen(self) -> list[str]:
-        return [text for call in self.calls for text in call]
-
-    def states(self, texts: list[str]) -> list[np.ndarray]:
-        self.calls.append(texts)
-        return [state_of(text) for text in texts]
-
-    def vectors(self, texts: list[str]) -> np.ndarray:
-        self.calls.append(texts)
-        return np.stack([state_of(text).sum(axis=0) for text in texts])
-
-
-def check_states(states: PackedStates, items: list[str]) -> None:
-    assert len(states) == len(items)
-    assert states.lengths.tolist() == [len(item) + 2 for item in items]
-    assert states.total_tokens == states.lengths.sum()
-    indices = np.random.default_rng(0).permutation(len(items))
-    batch, mask = states.rows(indices)
-    for row, keep, index in zip(batch, mask, indices):
-        assert np.array_equal(row[keep], state_of(items[index]))
-        assert not row[~keep].any()
-        assert np.array_equal(states[index], state_of(items[index]))
-
-
-ITEMS = [f"text {i}" + "x" * (i * 7 % 11) for i in range(50)]
+from counting_encoder import DIM, ITEMS, Encoder, check_states, state_of, vectors_of
+from trimtab.data.cache import CachedArrays, cache_bytes_needed, cached_arrays, cached_states, cached_vectors
+from trimtab.errors import DataError
 
 
 def test_states_are_computed_once_and_kept(tmp_path: Path) -> None:
@@ -76,18 +26,19 @@ def test_states_are_computed_once_and_kept(tmp_path: Path) -> None:
     again = Encoder()
     check_states(cached_states(tmp_path, ("enc",), ITEMS, again.states, chunk=13), ITEMS)
     assert not again.calls
+    assert {path.name for path in tmp_path.glob("*/*/*")} == {"states.f16", "lengths.i64", "digests.b16", "meta.json"}
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_vectors_are_computed_once_and_kept(tmp_path: Path) -> None:
     encoder = Encoder()
-    expected = np.stack([state_of(item).sum(axis=0) for item in ITEMS])
+    expected = vectors_of(ITEMS)
     for _ in range(2):
         vectors = cached_vectors(tmp_path, ("enc",), ITEMS, encoder.vectors, chunk=8)
-        assert isinstance(vectors, np.memmap)
+        assert vectors.shape == (len(ITEMS), DIM)
         assert vectors.dtype == np.float16
         assert np.array_equal(vectors, expected.astype(np.float16))
-        assert not vectors.flags.writeable
+        assert not vectors[3].flags.writeable
     assert len(encoder.seen) == len(ITEMS)
     wide = cached_vectors(tmp_path, ("enc",), ITEMS, encoder.vectors, dtype="float32")
     assert np.array_equal(wide, expected)
@@ -96,37 +47,58 @@ def test_vectors_are_computed_once_and_kept(tmp_path: Path) -> None:
 def test_equal_items_are_computed_and_stored_once(tmp_path: Path) -> None:
     items = [ITEMS[i % 7] for i in range(40)]
     encoder = Encoder()
-    states = cached_states(tmp_path, ("enc",), items, encoder.states, chunk=3)
-    check_states(states, items)
+    check_states(cached_states(tmp_path, ("enc",), items, encoder.states, chunk=3), items)
     assert len(encoder.seen) == 7
-    assert states.nbytes == sum(len(item) + 2 for item in ITEMS[:7]) * DIM * 2
+    (stored,) = tmp_path.glob("*/*/states.f16")
+    assert stored.stat().st_size == sum(len(item) + 2 for item in ITEMS[:7]) * DIM * 2
     vectors = cached_vectors(tmp_path, ("enc",), items, encoder.vectors, chunk=3)
     assert len(encoder.seen) == 14
-    assert np.array_equal(vectors, np.stack([state_of(item).sum(axis=0) for item in items]).astype(np.float16))
-    assert {path.suffix for path in tmp_path.glob("*/*")} == {".f16", ".i64", ".json"}, "no work files are left"
+    assert np.array_equal(vectors, vectors_of(items).astype(np.float16))
 
 
-def test_key_tells_everything_apart(tmp_path: Path) -> None:
+def test_a_changed_list_computes_only_what_is_new(tmp_path: Path) -> None:
+    lists = [ITEMS[:20], ITEMS[10:30][::-1], ITEMS[5:8], ITEMS, [*ITEMS[::-1], ITEMS[3]]]
+    encoder, counts = Encoder(), []
+    reports: list[tuple[int, int]] = []
+    for items in lists:
+        before = len(encoder.seen)
+        states = cached_states(
+            tmp_path, (), items, encoder.states, chunk=6, progress=lambda *report: reports.append(report)
+        )
+        check_states(states, items)
+        check_states(pickle.loads(pickle.dumps(states)), items)
+        assert np.array_equal(cached_vectors(tmp_path, (), items, vectors_of, dtype="float32"), vectors_of(items))
+        counts.append(len(encoder.seen) - before)
+    assert counts == [20, 10, 0, 20, 0]
+    assert reports == [(6, 20), (12, 20), (18, 20), (20, 20), (6, 10), (10, 10), *reports[:4]]
+    assert len(list(tmp_path.glob("*/*/states.f16"))) == 3
+    # A list that one segment holds does not look at the others.
+    assert len(cached_states(tmp_path, (), ITEMS[:20], encoder.states)._rows) == 1
+
+
+def test_key_parts_tell_caches_apart(tmp_path: Path) -> None:
     encoder = Encoder()
-    base = dict.fromkeys(
-        [
-            cached_states(tmp_path, parts, items, encoder.states, dtype=dtype).folder
-            for parts, items, dtype in (
-                (("enc", "a"), ["b", "c"], "float16"),
-                (("enc",), ["a", "b", "c"], "float16"),
-                (("enca",), ["b", "c"], "float16"),
-                (("enc", "a"), ["c", "b"], "float16"),
-                (("enc", "a"), ["bc"], "float16"),
-                (("enc", "a"), ["b", "c"], "float32"),
-            )
-        ]
-    )
-    assert len(base) == 6
-    assert len(encoder.calls) == 6
+    for parts in (("enc", "a"), ("enc",), ("enca",), ("a", "enc"), ()):
+        for dtype in ("float16", "float32"):
+            cached_states(tmp_path, parts, ITEMS[:3], encoder.states, dtype=dtype)
+            cached_vectors(tmp_path, parts, ITEMS[:3], encoder.vectors, dtype=dtype)
+    assert len(encoder.calls) == 20
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 20
 
 
-def test_rows_take_any_indices(tmp_path: Path) -> None:
-    states = cached_states(tmp_path, (), ITEMS, Encoder().states)
+def two_segments(folder: Path) -> list[str]:
+    """Items of two segments in turn."""
+    for items in (ITEMS[:25], ITEMS[25:]):
+        cached_states(folder, (), items, Encoder().states)
+        cached_vectors(folder, (), items, vectors_of)
+    return [item for pair in zip(ITEMS[:25], ITEMS[25:], strict=True) for item in pair]
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_rows_take_any_indices(segments: int, tmp_path: Path) -> None:
+    items = two_segments(tmp_path) if segments == 2 else ITEMS
+    states = cached_states(tmp_path, (), items, Encoder().states)
+    assert len(states._rows) == segments
     batch, mask = states.rows([3, 3, 0])
     assert batch.shape == (3, states.lengths[[3, 0]].max(), DIM)
     assert batch.dtype == np.float16
@@ -137,221 +109,142 @@ def test_rows_take_any_indices(tmp_path: Path) -> None:
     assert empty.shape == (0, 0, DIM)
     assert mask.shape == (0, 0)
     with pytest.raises(IndexError):
-        states.rows([len(ITEMS)])
-    check_states(pickle.loads(pickle.dumps(states)), ITEMS)
+        states.rows([len(items)])
+    assert not states[0].flags.writeable
+    check_states(pickle.loads(pickle.dumps(states)), items)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_arrays_are_indexed_like_arrays(segments: int, tmp_path: Path) -> None:
+    items = two_segments(tmp_path) if segments == 2 else ITEMS
+    arrays = cached_vectors(tmp_path, (), items, vectors_of)
+    assert len(arrays._rows) == segments
+    expected = vectors_of(items).astype(np.float16)
+    for index in (
+        *(0, -1, np.int64(7), [3, 3, -1], np.array([[1, 2], [40, 41]]), slice(None, None, -3), np.empty(0, int)),
+        expected[:, 0] > 300,
+    ):
+        assert np.array_equal(arrays[index], expected[index])
+        assert arrays[index].dtype == np.float16
+    assert np.array_equal(np.asarray(arrays, np.float32), expected.astype(np.float32))
+    assert np.array_equal(list(arrays), expected)
+    assert np.array_equal(pickle.loads(pickle.dumps(arrays)), expected)
+    assert arrays.absent.size == 0
+    with pytest.raises(IndexError):
+        arrays[len(items)]
+    with pytest.raises(ValueError, match="without a copy"):
+        np.array(arrays, copy=False)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1, 4, 2)])
+def test_arrays_of_any_fixed_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
+    def compute(items: list[str]) -> np.ndarray:
+        return np.stack([np.full(shape, len(item), np.float32) for item in items])
+
+    for items in (ITEMS[:10], ITEMS):
+        arrays = cached_arrays(tmp_path, (), items, compute, chunk=4)
+        assert arrays.shape == (len(items), *shape)
+        assert np.array_equal(arrays, compute(items))
+    assert arrays[5].shape == shape
+    assert arrays[[5, 6]].shape == (2, *shape)
+
+
+class Pictures:
+    """Gives nothing for items that are broken."""
+
+    def __init__(self, *broken: str) -> None:
+        self.broken = broken
+        self.seen: list[str] = []
+
+    def compute(self, items: list[str]) -> Sequence[np.ndarray | None]:
+        self.seen += items
+        return [None if item in self.broken else state_of(item).sum(axis=0) for item in items]
+
+
+def check_present(arrays: CachedArrays, items: list[str], absent: list[int]) -> None:
+    assert arrays.absent.tolist() == absent
+    present = np.setdiff1d(np.arange(len(items)), absent)
+    assert np.array_equal(arrays[present], vectors_of([items[i] for i in present]))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+def test_items_that_cannot_be_computed_are_absent_and_tried_again_by_the_next_call(chunk: int, tmp_path: Path) -> None:
+    items = [*ITEMS[:20], ITEMS[7]]
+    reports: list[tuple[int, int]] = []
+    first = Pictures(ITEMS[0], ITEMS[7], ITEMS[8])
+    arrays = cached_arrays(
+        *(tmp_path, (), items, first.compute), dtype="float32", chunk=chunk,
+        progress=lambda *report: reports.append(report),
+    )  # fmt: skip
+    assert sorted(first.seen) == sorted(ITEMS[:20]), "each once"
+    assert reports[-1] == (20, 20)
+    check_present(arrays, items, [0, 7, 8, 20])
+    with pytest.raises(LookupError, match="could not be computed"):
+        arrays[[3, 7]]
+    with pytest.raises(LookupError, match="could not be computed"):
+        arrays[8]
+    with pytest.raises(LookupError, match="could not be computed"):
+        list(arrays)
+
+    second = Pictures(ITEMS[8])
+    arrays = cached_arrays(tmp_path, (), items, second.compute, dtype="float32")
+    assert sorted(second.seen) == sorted([ITEMS[0], ITEMS[7], ITEMS[8]])
+    check_present(arrays, items, [8])
+    check_present(pickle.loads(pickle.dumps(arrays)), items, [8])
+    third = Pictures(ITEMS[8])
+    check_present(cached_arrays(tmp_path, (), items, third.compute, dtype="float32"), items, [8])
+    assert third.seen == [ITEMS[8]]
+    assert len(list(tmp_path.glob("*/*/meta.json"))) == 2, "nothing is written of what is absent"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_no_item_can_be_computed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of the 50 items can be computed; the first is 'text 0'"):
+        cached_arrays(tmp_path, (), ITEMS, Pictures(*ITEMS).compute)
+    for run in (cached_vectors, cached_states):
+        with pytest.raises(ValueError, match=r"compute gave|inhomogeneous"):
+            run(tmp_path, (), ITEMS, Pictures(ITEMS[3]).compute)
 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    st.lists(st.text(max_size=6), min_size=1, max_size=30),
+    st.lists(st.lists(st.text(max_size=6), min_size=1, max_size=30), min_size=1, max_size=4),
     st.integers(1, 9),
     st.lists(st.integers(0, 10_000), max_size=9),
 )
 def test_any_texts_chunks_and_batches(
-    tmp_path_factory: pytest.TempPathFactory, items: list[str], chunk: int, picks: list[int]
+    tmp_path_factory: pytest.TempPathFactory, lists: list[list[str]], chunk: int, picks: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
-    states = cached_states(folder, (), items, Encoder().states, chunk=chunk)
-    check_states(states, items)
-    _, mask = states.rows([pick % len(items) for pick in picks])
-    assert mask.sum() == sum(len(items[pick % len(items)]) + 2 for pick in picks)
-    vectors = cached_vectors(folder, (), items, Encoder().vectors, chunk=chunk, dtype="float32")
-    assert np.array_equal(vectors, np.stack([state_of(item).sum(axis=0) for item in items]))
+    encoder = Encoder()
+    for items in lists:
+        states = cached_states(folder, (), items, encoder.states, chunk=chunk)
+        check_states(states, items)
+        indices = [pick % len(items) for pick in picks]
+        _, mask = states.rows(indices)
+        assert mask.sum() == sum(len(items[index]) + 2 for index in indices)
+        vectors = cached_vectors(folder, (), items, vectors_of, chunk=chunk, dtype="float32")
+        assert np.array_equal(vectors, vectors_of(items))
+    assert sorted(encoder.seen) == sorted({text for items in lists for text in items})
     shutil.rmtree(folder)
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-import numpy as np
-sys.path.insert(0, sys.argv[2])
-from test_cache import ITEMS, Encoder
-from trimtab.data.cache import cached_states, cached_vectors
-items, encoder = ITEMS + ITEMS[:9], Encoder()
-def compute(kind):
-    def call(texts):
-        if len(encoder.calls) == 3:
-            os._exit(9)
-        return getattr(encoder, kind)(texts)
-    return call
-if sys.argv[3] == "states":
-    cached_states(sys.argv[1], ("k",), items, compute("states"), chunk=8)
-else:
-    cached_vectors(sys.argv[1], ("k",), items, compute("vectors"), chunk=8)
-"""
-
-
-@pytest.mark.parametrize("kind", ["states", "vectors"])
-def test_kill_half_way_costs_one_chunk(kind: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent), kind]
-    assert subprocess.run(command, check=False).returncode == 9
-    (part,) = tmp_path.glob("*.part")
-    with max(part.iterdir(), key=lambda path: path.stat().st_size).open("ab") as stream:
-        stream.write(b"half a row that progress.json does not count")
-    items, encoder = ITEMS + ITEMS[:9], Encoder()
-    reports: list[tuple[int, int]] = []
-    options = {"chunk": 20, "progress": lambda done, total: reports.append((done, total))}
-    if kind == "states":
-        check_states(cached_states(tmp_path, ("k",), items, encoder.states, **options), items)
-    else:
-        vectors = cached_vectors(tmp_path, ("k",), items, encoder.vectors, **options)
-        assert np.array_equal(vectors, np.stack([state_of(item).sum(axis=0) for item in items]).astype(np.float16))
-    assert sorted(encoder.seen) == sorted(ITEMS[24:])
-    assert reports == [(44, 50), (50, 50)]
-
-
-@pytest.mark.parametrize("moment", ["_checksums", "write_json", "rename"])
-@pytest.mark.parametrize("kind", ["states", "vectors"])
-def test_kill_while_finishing_loses_nothing(
-    kind: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class KillError(BaseException):
-        pass
-
-    def die(*args: object, **_: object) -> None:
-        if moment != "write_json" or Path(str(args[0])).name == "meta.json":
-            raise KillError
-        json_writer(*args)
-
-    items, encoder = ITEMS + ITEMS[:9], Encoder()
-    run = {"states": cached_states, "vectors": cached_vectors}[kind]
-    json_writer = cache.write_json
-    with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "rename") if moment == "rename" else (cache, moment)), die)
-        with pytest.raises(KillError):
-            run(tmp_path, (), items, getattr(encoder, kind), chunk=16)
-    assert len(encoder.seen) == 50
-    assert len(run(tmp_path, (), items, getattr(encoder, kind), chunk=16)) == 59
-    assert len(encoder.seen) == 50, "nothing is computed twice"
-    result = run(tmp_path, (), items, getattr(encoder, kind))
-    if kind == "states":
-        check_states(result, items)
-    else:
-        assert np.array_equal(result, np.stack([state_of(item).sum(axis=0) for item in items]).astype(np.float16))
-
-
-@pytest.mark.parametrize("broken", ["progress.json", "rows", "lengths.i64"])
-def test_damaged_part_starts_anew(broken: str, tmp_path: Path) -> None:
-    def fail(texts: list[str]) -> np.ndarray:
-        if len(encoder.calls) == 3:
-            raise KeyboardInterrupt
-        return encoder.vectors(texts)
-
-    items, encoder = ITEMS + ITEMS[:2], Encoder()
-    with pytest.raises(KeyboardInterrupt):
-        cached_vectors(tmp_path, (), items, fail, chunk=8)
-    (part,) = tmp_path.glob("*.part")
-    with (part / broken).open("rb+") as stream:
-        stream.truncate(7)
-    fresh = Encoder()
-    assert len(cached_vectors(tmp_path, (), items, fresh.vectors, chunk=8)) == 52
-    assert len(fresh.seen) == 50
-
-
-def fill_slowly(folder: str, log: str) -> None:
-    def compute(texts: list[str]) -> list[np.ndarray]:
-        time.sleep(0.02)
-        with Path(log).open("a") as stream:
-            stream.write("".join(f"{text}\n" for text in texts))
-        return [state_of(text) for text in texts]
-
-    check_states(cached_states(folder, ("two",), ITEMS, compute, chunk=10), ITEMS)
-
-
-def test_two_processes_compute_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    log = tmp_path / "log"
-    workers = [context.Process(target=fill_slowly, args=(str(tmp_path / "c"), str(log))) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(20)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert sorted(log.read_text().splitlines()) == sorted(ITEMS)
-
-
-def test_two_threads_compute_once_and_the_second_says_that_it_waits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    encoder, inside, go = Encoder(), threading.Event(), threading.Event()
-
-    def compute(texts: list[str]) -> list[np.ndarray]:
-        inside.set()
-        assert go.wait(10)
-        return encoder.states(texts)
-
-    threads = [threading.Thread(target=cached_states, args=(tmp_path, (), ITEMS, compute)) for _ in range(2)]
-    threads[0].start()
-    assert inside.wait(10)
-    with caplog.at_level(logging.WARNING):
-        threads[1].start()
-        deadline = time.monotonic() + 10
-        while "waiting" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-        go.set()
-        for thread in threads:
-            thread.join(10)
-    assert "waiting" in caplog.text
-    assert len(encoder.seen) == len(ITEMS)
-
-
-def damage_truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 3)
-
-
-def damage_flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
-
-
-def damage_remove(path: Path) -> None:
-    path.unlink()
-
-
-@pytest.mark.parametrize("name", ["states.f16", "offsets.i64", "texts.i64", "meta.json"])
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove])
-def test_damage_is_seen_and_mended(damage: object, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    states = cached_states(tmp_path, (), ITEMS, Encoder().states)
-    damage(states.folder / name)  # type: ignore[operator]
-    encoder = Encoder()
-    with caplog.at_level(logging.WARNING):
-        check_states(cached_states(tmp_path, (), ITEMS, encoder.states), ITEMS)
-    assert "damaged" in caplog.text
-    assert len(encoder.seen) == len(ITEMS)
-
-
-def test_damage_in_large_files_is_looked_for_by_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_BLOCK", 16)
-    monkeypatch.setattr(cache, "_BLOCKS_CHECKED", 4)
-    states = cached_states(tmp_path, (), ITEMS, Encoder().states)
-    for position in (0, -1):
-        data = bytearray((states.folder / "states.f16").read_bytes())
-        data[position] ^= 1
-        (states.folder / "states.f16").write_bytes(data)
-        assert "other content" in cache._damage(states.folder)
-        states = cached_states(tmp_path, (), ITEMS, Encoder().states)
-        assert not cache._damage(states.folder)
-
-
 def test_numbers_that_do_not_fit_are_refused_with_the_text(tmp_path: Path) -> None:
-    def with_value(value: float) -> Callable[[list[str]], list[np.ndarray]]:
-        def compute(texts: list[str]) -> list[np.ndarray]:
-            return [state_of(text) if text != ITEMS[20] else state_of(text) * 0 + value for text in texts]
-
-        return compute
-
     for value, message in (
         (np.nan, "NaN or infinity"),
         (np.inf, "NaN or infinity"),
         (1e5, "too large for float16"),
     ):
+
+        def compute(texts: list[str], value: float = value) -> list[np.ndarray]:
+            return [state_of(text) if text != ITEMS[20] else state_of(text) * 0 + value for text in texts]
+
         with pytest.raises(DataError, match=message) as caught:
-            cached_states(tmp_path, (str(value),), ITEMS, with_value(value), chunk=8)
+            cached_states(tmp_path, (str(value),), ITEMS, compute, chunk=8)
         assert repr(ITEMS[20]) in str(caught.value)
-    cached_states(tmp_path, (), ITEMS, with_value(1e5), dtype="float32")
+    cached_states(tmp_path, (), ITEMS, compute, dtype="float32")
     encoder = Encoder()
-    cached_states(tmp_path, ("nan",), ITEMS, encoder.states, chunk=8)
+    check_states(cached_states(tmp_path, ("nan",), ITEMS, encoder.states, chunk=8), ITEMS)
     assert len(encoder.seen) == 34, "chunks before the bad one are kept"
 
 
@@ -371,6 +264,13 @@ def test_wrong_results_of_compute_are_bugs(result: object, tmp_path: Path) -> No
         cached_vectors(tmp_path, (), ITEMS, lambda texts: np.zeros(len(texts)))
 
 
+def test_the_shape_stays_that_of_the_first_call(tmp_path: Path) -> None:
+    cached_vectors(tmp_path, (), ITEMS[:5], vectors_of)
+    with pytest.raises(ValueError, match="compute gave"):
+        cached_vectors(tmp_path, (), ITEMS, lambda texts: np.zeros((len(texts), DIM + 1)))
+    assert np.array_equal(cached_vectors(tmp_path, (), ITEMS, vectors_of, dtype="float32"), vectors_of(ITEMS))
+
+
 def test_nothing_to_encode(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="empty"):
         cached_states(tmp_path, (), [], Encoder().states)
@@ -380,48 +280,13 @@ def test_nothing_to_encode(tmp_path: Path) -> None:
         cached_states(tmp_path, (), ITEMS, Encoder().states, chunk=0)
 
 
-def test_full_disk_is_explained_and_finished_chunks_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, flushes = Encoder(), []
-
-    def no_space(_: int) -> None:
-        flushes.append(1)
-        if len(flushes) == 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
-        with pytest.raises(TrimtabError, match="disk is full"):
-            cached_states(tmp_path, (), ITEMS, encoder.states, chunk=10)
-    check_states(cached_states(tmp_path, (), ITEMS, encoder.states, chunk=10), ITEMS)
-    assert len(encoder.seen) <= len(ITEMS) + 10
-
-
-def test_lack_of_space_is_foretold_after_the_first_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    encoder = Encoder()
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 100))
-        with pytest.raises(TrimtabError, match="free some space"):
-            cached_states(tmp_path, (), ITEMS, encoder.states, chunk=10)
-    assert len(encoder.seen) == 10
-    check_states(cached_states(tmp_path, (), ITEMS, encoder.states, chunk=10), ITEMS)
-    assert len(encoder.seen) == 50
-
-
-def test_errors_of_compute_pass_through(tmp_path: Path) -> None:
-    def fail(_: list[str]) -> list[np.ndarray]:
-        raise PermissionError(errno.EACCES, "not about the cache")
-
-    with pytest.raises(PermissionError):
-        cached_states(tmp_path, (), ITEMS, fail)
-
-
 def test_bytes_needed_match_the_files(tmp_path: Path) -> None:
-    states = cached_states(tmp_path, (), ITEMS, Encoder().states)
-    files = [path for path in states.folder.iterdir() if path.suffix != ".json"]
-    mean = states.total_tokens / len(ITEMS)
-    assert cache_bytes_needed(len(ITEMS), DIM, tokens_per_item=mean) == sum(path.stat().st_size for path in files)
-    vectors = cached_vectors(tmp_path, (), ITEMS, Encoder().vectors, dtype="float32")
-    assert cache_bytes_needed(len(ITEMS), DIM, dtype="float32") == vectors.nbytes
-    meta = json.loads((states.folder / "meta.json").read_text())
-    assert (meta["items"], meta["rows"], meta["dim"]) == (len(ITEMS), states.total_tokens, DIM)
+    states = cached_states(tmp_path / "s", (), ITEMS, Encoder().states)
+    cached_vectors(tmp_path / "v", (), ITEMS, vectors_of, dtype="float32")
+
+    def written(folder: str) -> int:
+        return sum(path.stat().st_size for path in (tmp_path / folder).glob("*/*/*") if path.suffix != ".json")
+
+    mean = float(states.lengths.mean())
+    assert cache_bytes_needed(len(ITEMS), DIM, tokens_per_item=mean) == written("s")
+    assert cache_bytes_needed(len(ITEMS), DIM, dtype="float32") == written("v")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -122,6 +123,18 @@ def test_dictionary_entries_become_pairs(fake: Path) -> None:
     assert {english for _, english, _ in corpora.cedict_pairs(max_glosses=1)} == {
         *("dog", "apple", "king", "type", "to hit", "one")
     }
+
+
+def test_the_dictionary_is_read_once_until_it_changes(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = fake.rglob("all.js")
+    pairs = list(corpora.cedict_pairs())
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "_read_cedict", None)
+        assert list(corpora.cedict_pairs()) == pairs
+    text = json.dumps({"all": [["貓", "猫", "mao1", ["cat"]]]}, ensure_ascii=False)
+    path.write_text(f"export default {text};\n", encoding="utf-8")
+    os.utime(path, ns=(0, 0))
+    assert [pair[:2] for pair in corpora.cedict_pairs()] == [("猫", "cat")]
 
 
 @pytest.mark.parametrize(

@@ -61,17 +61,6 @@ def encoded(make: Any, base: Any, student: Any, tmp_path: Path, monkeypatch: pyt
 # The folder to write
 
 
-@pytest.mark.parametrize("holds", [[], ["README.md", ".adapter.json.x.tmp"], ["adapter.json", "notes.txt"]])
-def test_own_folders_are_written_again(holds: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    language.check_out(str(out))  # not there yet
-    out.mkdir()
-    for name in holds:
-        (out / name).touch()
-    language.check_out(str(out))
-    assert sorted(path.name for path in out.iterdir()) == sorted(holds)
-
-
 def test_a_folder_of_other_things_is_left_alone(
     make: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -82,17 +71,6 @@ def test_a_folder_of_other_things_is_left_alone(
         adapt(make(tmp_path / "pairs.csv"))
     with pytest.raises(RecipeError, match=r"pairs\.csv is a file; choose another folder"):
         adapt(make(tmp_path / "pairs.csv" / "out"))
-
-
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(RecipeError, match=f"out=.*: {tmp_path} cannot be written .read-only, or permission denied"):
-        language.check_out(str(tmp_path / "a" / "b"))
-
-
-def test_where_a_run_keeps_its_checkpoints(make: Any, tmp_path: Path) -> None:
-    assert language.training_folder(make()) == tmp_path / "out.training"
-    assert language.training_folder(make(Path("runs/zh/"))) == Path("runs/zh.training")
 
 
 def test_the_digest_names_what_decides_the_weights(make: Any) -> None:

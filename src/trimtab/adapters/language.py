@@ -87,11 +87,22 @@ class LanguageAdapter(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, H), (B, T) bool -> (B, D)
-        states = (states - self.input_mean).div_(self.input_std)
+        states = self.standardised(states)
+        return self.features(self.token_states(states, mask), states, mask)
+
+    def standardised(self, states: Tensor) -> Tensor:  # (B, T, H) -> (B, T, H)
+        return (states - self.input_mean).div_(self.input_std)
+
+    def token_states(self, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, H), (B, T) -> (B, T, W)
+        """What the layers make of the student's states in `standardised` units."""
         x = self.down(states)  # (B, T, W)
         for layer in self.layers:
             x = layer(x, mask[:, None, None, :])
-        output = self.up(self.pool(self.norm(x), mask))
+        return self.norm(x)
+
+    def features(self, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, T, H) ... -> (B, D)
+        """Features in the teacher's units, of `token_states` and of the states that they were made of."""
+        output = self.up(self.pool(tokens, mask))
         if self.config.init == "ridge":
             output = output + self.linear(masked_mean(states, mask))
         return output.float() * self.output_std + self.output_mean

@@ -173,8 +173,9 @@ class FusionAdapter(nn.Module):
             The summaries (B, 2H), estimates of `summaries` of the teacher; the text states (B, 1 + M, H), CLS
             first; and the mask (B, 1 + M) bool of those that count.
         """
-        tokens = _token_states(self.language, states, mask)  # (B, T, W)
-        pooled = _features(self.language, tokens, states, mask)  # (B, 2H)
+        states = self.language.standardised(states)
+        tokens = self.language.token_states(states, mask)  # (B, T, W)
+        pooled = self.language.features(tokens, states, mask)  # (B, 2H)
         cls, mean = pooled.split(self.output_dim, dim=-1)
         others = mean[:, None, :] + self.resampler(tokens, mask)  # (B, M, H)
         counted = F.pad(self.resampler.counted(mask), (1, 0), value=True)  # (B, 1 + M)
@@ -218,20 +219,3 @@ def summaries(teacher: Tensor, mask: Tensor) -> Tensor:
         (B, 2H).
     """
     return torch.cat([teacher[:, 0], masked_mean(teacher[:, 1:], mask[:, 1:])], dim=-1)
-
-
-# `LanguageAdapter.forward` in two halves: the resampler reads what lies between them.
-
-
-def _token_states(adapter: LanguageAdapter, states: Tensor, mask: Tensor) -> Tensor:  # -> (B, T, W)
-    x = adapter.down((states - adapter.input_mean) / adapter.input_std)
-    for layer in adapter.layers:
-        x = layer(x, mask[:, None, None, :])
-    return adapter.norm(x)
-
-
-def _features(adapter: LanguageAdapter, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:  # -> (B, D)
-    output = adapter.up(adapter.pool(tokens, mask))
-    if adapter.config.init == "ridge":
-        output = output + adapter.linear(masked_mean((states - adapter.input_mean) / adapter.input_std, mask))
-    return output.float() * adapter.output_std + adapter.output_mean

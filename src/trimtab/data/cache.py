@@ -1,72 +1,44 @@
-"""On-disk caches of what frozen towers give for texts: computed once, memory-mapped afterwards.
+"""On-disk caches of what frozen towers give for texts and pictures: computed once, memory-mapped afterwards.
 
-A cache is a folder named by the SHA-256 of what went in (key parts such as the tower's fingerprint, and
-the items), so a changed tower or text never meets an old cache. It appears by one rename when it is whole.
-Until then it is `<key>.part`, where rows are appended chunk by chunk, each chunk flushed to disk before
-`progress.json` counts it: after a kill the next run cuts off what is not counted and goes on from there. One
-lock per key makes a second process wait and then read. Equal items are computed and stored once.
+A cache is named by its key parts, such as the tower's fingerprint, layers and precision, so a changed tower never meets
+an old cache. Within it every item is found by itself: a list that shares items with an earlier one computes the others
+only. Equal items are computed and stored once. Kills, damage and second processes are `trimtab.data.segments`' matter.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
-import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, overload
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from trimtab.errors import DataError, TrimtabError
-from trimtab.files import digest_of, explain_disk_errors, write_json
+from trimtab.data.segments import DIGEST_BYTES, DTYPES, Layout, Places, Progress, ensure
+from trimtab.errors import DataError
 
-logger = logging.getLogger(__name__)
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (items done, items in all) after every chunk."""
-
-SCHEMA = 1
-_DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
-    "float16": ("f16", np.dtype("<f2")),
-    "float32": ("f32", np.dtype("<f4")),
-}
-_WORK_FILES = ("progress.json", "lengths.i64", "rows")
-_BLOCK = 1 << 24  # bytes per checksum
-_BLOCKS_CHECKED = 64  # the whole file up to 1 GiB; of larger ones an even sample
+__all__ = ["CachedArrays", "PackedStates", "cache_bytes_needed", "cached_arrays", "cached_states", "cached_vectors"]
 
 
 class PackedStates:
     """Token states of N texts, without padding, memory-mapped.
 
-    Files of `folder`: `states.f16` (stored tokens, D); `offsets.i64` (U + 1), where the states of each of the
-    U different texts begin and end; `texts.i64` (N), which of them each text is; `meta.json`.
-
     Attributes:
-        folder: where the files are.
         lengths: (N,) int64, tokens of each text.
         dim: D.
-        total_tokens: tokens of all N texts.
-        nbytes: bytes of the states on disk; equal texts are stored once.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        meta = _read_meta(self.folder)
-        suffix, dtype = _DTYPES[meta["dtype"]]
-        self.dim: int = meta["dim"]
-        offsets = np.fromfile(self.folder / "offsets.i64", "<i8")
-        texts = np.fromfile(self.folder / "texts.i64", "<i8")
-        self._starts = offsets[texts]
-        self.lengths = offsets[texts + 1] - self._starts
-        self.total_tokens = int(self.lengths.sum())
-        stored = np.memmap(self.folder / f"states.{suffix}", dtype, mode="r", shape=(meta["rows"], self.dim))
-        self.nbytes = int(stored.nbytes)
-        self._states = stored.view(np.ndarray)  # np.memmap makes every indexing slower
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._rows = [segment.rows for segment in places.segments]
+        self._owners = places.owners
+        self._starts = np.empty(len(places.rows), np.int64)
+        self.lengths = np.empty(len(places.rows), np.int64)
+        for owner, segment in enumerate(places.segments):
+            mine = places.owners == owner
+            rows = places.rows[mine]
+            self._starts[mine] = segment.offsets[rows]
+            self.lengths[mine] = segment.offsets[rows + 1] - segment.offsets[rows]
+        self.dim: int = self._rows[0].shape[1]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -74,10 +46,10 @@ class PackedStates:
     def __getitem__(self, index: int) -> np.ndarray:
         """States (T_i, D) of one text, a read-only view into the file."""
         start = self._starts[index]
-        return self._states[start : start + self.lengths[index]]
+        return self._rows[self._owners[index]][start : start + self.lengths[index]]
 
-    def __reduce__(self) -> tuple[type[PackedStates], tuple[Path]]:
-        return PackedStates, (self.folder,)  # a worker process maps the files rather than receive a copy
+    def __reduce__(self) -> tuple[type[PackedStates], tuple[Places]]:
+        return PackedStates, (self._places,)
 
     def rows(self, indices: Sequence[int] | np.ndarray, *, dtype: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Gather a batch.
@@ -93,12 +65,66 @@ class PackedStates:
         starts, lengths = self._starts[positions], self.lengths[positions]
         steps = np.arange(lengths.max(initial=0))
         mask = steps < lengths[:, None]  # (B, T)
-        tokens = np.where(mask, starts[:, None] + steps, 0)
-        states = np.empty((*tokens.shape, self.dim), self._states.dtype)
-        # mode="clip" lets take() write straight into `out`; every index is in range.
-        np.take(self._states, tokens.ravel(), axis=0, out=states.reshape(-1, self.dim), mode="clip")
+        states = np.empty((*mask.shape, self.dim), self._rows[0].dtype)
+        if len(self._rows) == 1:
+            tokens = np.where(mask, starts[:, None] + steps, 0)
+            # mode="clip" lets take() write straight into `out`; every index is in range.
+            np.take(self._rows[0], tokens.ravel(), axis=0, out=states.reshape(-1, self.dim), mode="clip")
+        else:  # text by text, which no number of segments makes slower
+            owners = self._owners[positions]
+            for row, owner, start, length in zip(states, owners.tolist(), starts.tolist(), lengths.tolist()):
+                row[:length] = self._rows[owner][start : start + length]
         states[~mask] = 0
         return (states if dtype is None else states.astype(dtype, copy=False)), mask
+
+
+class CachedArrays:
+    """One array of a fixed shape for each of N items, memory-mapped; indexed along N as an ndarray would be.
+
+    Attributes:
+        shape: (N, ...).
+        dtype: as stored.
+        absent: positions of the items that could not be computed; to index one of them is a LookupError.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._rows = [segment.rows for segment in places.segments]
+        self.shape: tuple[int, ...] = (len(places.rows), *self._rows[0].shape[1:])
+        self.dtype: np.dtype[Any] = self._rows[0].dtype
+        self.absent: np.ndarray = np.flatnonzero(places.owners < 0)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __reduce__(self) -> tuple[type[CachedArrays], tuple[Places]]:
+        return CachedArrays, (self._places,)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> np.ndarray: ...
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """(...) of one position, a read-only view; or (B, ...) of several (numbers, a mask or a slice), a copy."""
+        owners, rows = self._places.owners[index], self._places.rows[index]
+        if np.any(owners < 0):
+            # An IndexError would end a loop over the items in silence.
+            raise LookupError(f"{index!r} names items that could not be computed: leave out those in `absent`")
+        if np.ndim(rows) == 0:
+            return self._rows[owners][rows]
+        if len(self._rows) == 1:
+            return self._rows[0].take(rows, axis=0)
+        gathered = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+        for owner, stored in enumerate(self._rows):
+            mine = owners == owner
+            gathered[mine] = stored.take(rows[mine], axis=0)
+        return gathered
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it in memory."""
+        if copy is False:
+            raise ValueError("a cache cannot become an array without a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
 
 
 def cached_states(
@@ -111,7 +137,7 @@ def cached_states(
     chunk: int = 2048,
     progress: Progress | None = None,
 ) -> PackedStates:
-    """Token states of every item, from disk if they are there, else computed and kept.
+    """Token states of every text, from disk if they are there, else computed and kept.
 
     Args:
         folder: holds the caches of all keys.
@@ -123,10 +149,18 @@ def cached_states(
         progress: told about every finished chunk.
 
     Raises:
-        DataError: when there are no items, or `compute` gives NaN, infinity or more than `dtype` can hold.
-        TrimtabError: when the disk is full or cannot be written.
+        DataError: there are no items, or `compute` gives NaN, infinity or more than `dtype` can hold.
+        TrimtabError: the disk is full or cannot be written.
     """
-    return PackedStates(_ensure(Path(folder), "states", key_parts, items, compute, dtype, chunk, progress))
+
+    def compute_states(texts: list[str]) -> list[np.ndarray]:
+        states = [np.asarray(one) for one in compute(texts)]
+        if wrong := [one.shape for one in states if one.ndim != 2]:
+            raise ValueError(f"compute gave an array of shape {wrong[0]}, expected (T, D)")
+        return states
+
+    layout = Layout("states", dtype)
+    return PackedStates(ensure(Path(folder), layout, key_parts, items, compute_states, chunk, progress))
 
 
 def cached_vectors(
@@ -138,269 +172,60 @@ def cached_vectors(
     dtype: str = "float16",
     chunk: int = 4096,
     progress: Progress | None = None,
-) -> np.memmap:
-    """One vector per item, from disk if they are there, else computed and kept.
+) -> CachedArrays:
+    """One vector (D,) per item: `cached_arrays` where `compute` gives an array (n, D) and no item is absent."""
+
+    def compute_vectors(some: list[str]) -> np.ndarray:
+        vectors = np.asarray(compute(some))
+        if vectors.ndim != 2:
+            raise ValueError(f"compute gave an array of shape {vectors.shape}, expected (n, D)")
+        return vectors
+
+    return cached_arrays(folder, key_parts, items, compute_vectors, dtype=dtype, chunk=chunk, progress=progress)
+
+
+def cached_arrays(
+    folder: str | Path,
+    key_parts: Sequence[str],
+    items: Sequence[str],
+    compute: Callable[[list[str]], np.ndarray | Sequence[np.ndarray | None]],
+    *,
+    dtype: str = "float16",
+    chunk: int = 512,
+    progress: Progress | None = None,
+) -> CachedArrays:
+    """One array of a fixed shape per item, from disk if they are there, else computed and kept.
 
     Args:
         folder: holds the caches of all keys.
-        key_parts: what else the vectors depend on: fingerprint of the tower, pooling, template ...
-        items: N texts.
-        compute: gives for n texts, long ones first, an array (n, D).
+        key_parts: what else the arrays depend on: fingerprint of the tower, pooling, template, view ...
+        items: N texts, or names of other things that change with their content (for a picture say its path, size and
+            time of change).
+        compute: gives for n items an array (n, ...), or a list of n arrays of one shape with None for each item that
+            cannot be computed, say a corrupt picture. Such an item is absent from the result, and nothing is kept of
+            it: this call does not try it again, the next one does.
         dtype: "float16" or "float32" on disk.
-        chunk: texts per call of `compute`; at most this much work is lost by a kill.
+        chunk: items per call of `compute`; at most this much work is lost by a kill.
         progress: told about every finished chunk.
 
-    Returns:
-        (N, D), read-only, in the order of `items`.
-
     Raises:
-        DataError: when there are no items, or `compute` gives NaN, infinity or more than `dtype` can hold.
-        TrimtabError: when the disk is full or cannot be written.
+        DataError: there are no items, none can be computed, or `compute` gives NaN, infinity or more than `dtype` can
+            hold.
+        TrimtabError: the disk is full or cannot be written.
     """
 
-    def compute_rows(texts: list[str]) -> list[np.ndarray]:
-        vectors = np.asarray(compute(texts))
-        if vectors.ndim != 2:
-            raise ValueError(f"compute gave an array of shape {vectors.shape}, expected (n, D)")
-        return [row[None] for row in vectors]
+    def compute_rows(some: list[str]) -> list[np.ndarray | None]:
+        return [None if array is None else np.asarray(array)[None] for array in compute(some)]
 
-    ready = _ensure(Path(folder), "vectors", key_parts, items, compute_rows, dtype, chunk, progress)
-    meta = _read_meta(ready)
-    suffix, on_disk = _DTYPES[dtype]
-    return np.memmap(ready / f"vectors.{suffix}", on_disk, mode="r", shape=(meta["rows"], meta["dim"]))
+    places = ensure(Path(folder), Layout("arrays", dtype), key_parts, items, compute_rows, chunk, progress)
+    if not places.segments:
+        raise DataError(f"none of the {len(items)} items can be computed; the first is {items[0]!r}")
+    return CachedArrays(places)
 
 
 def cache_bytes_needed(items: int, dim: int, *, tokens_per_item: float | None = None, dtype: str = "float16") -> int:
     """Bytes on disk of a cache of vectors, or of token states when `tokens_per_item` is given."""
-    size = _DTYPES[dtype][1].itemsize
+    size = dim * DTYPES[dtype][1].itemsize
     if tokens_per_item is None:
-        return items * dim * size
-    return round(items * tokens_per_item) * dim * size + (2 * items + 1) * 8
-
-
-def cache_key(kind: str, dtype: str, key_parts: Sequence[str], items: Sequence[str]) -> str:
-    """Hex SHA-256 that names the cache folder."""
-    head = (str(SCHEMA), kind, dtype, str(len(key_parts)), *key_parts)
-    return digest_of(*head, *(item.encode("utf-8", "surrogatepass") for item in items))
-
-
-def _ensure(
-    folder: Path,
-    kind: str,
-    key_parts: Sequence[str],
-    items: Sequence[str],
-    compute: Callable[[list[str]], list[np.ndarray]],
-    dtype: str,
-    chunk: int,
-    progress: Progress | None,
-) -> Path:
-    """Folder of the finished cache, which this or another process fills if need be."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    if not len(items):
-        raise DataError("there is nothing to encode: the list of texts is empty")
-    key = cache_key(kind, dtype, key_parts, items)
-    final, part = folder / key, folder / f"{key}.part"
-    if final.is_dir() and not _damage(final):
-        return final
-    with explain_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{key}.lock"):
-        if final.is_dir():  # another process finished it meanwhile, or it is damaged
-            if not (damage := _damage(final)):
-                return final
-            logger.warning("cache %s is damaged (%s): computing it again", final, damage)
-            with explain_disk_errors(final):
-                shutil.rmtree(final)
-        if _damage(part):  # not there, or not whole; else a kill came just before the rename
-            writer = _Writer(part, kind, dtype, items)
-            writer.fill(compute, chunk, progress)
-            writer.finish(key)
-        with explain_disk_errors(final):
-            for name in _WORK_FILES:
-                (part / name).unlink(missing_ok=True)
-            part.rename(final)
-    return final
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    with explain_disk_errors(path):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            logger.warning("another process is filling the cache %s: waiting for it", path.with_suffix(""))
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Writer:
-    """Fills one `.part` folder; its rows file is in the final form unless repeats must be written out."""
-
-    def __init__(self, part: Path, kind: str, dtype: str, items: Sequence[str]) -> None:
-        self.part = part
-        self.kind = kind
-        self.dtype_name = dtype
-        suffix, self.dtype = _DTYPES[dtype]
-        first = {item: position for position, item in enumerate(dict.fromkeys(items))}
-        self.unique = list(first)
-        self.texts = np.fromiter((first[item] for item in items), np.int64, len(items))
-        self.main = part / f"{kind}.{suffix}"
-        self.expands = kind == "vectors" and len(self.unique) < len(items)
-        self.rows_path = part / "rows" if self.expands else self.main
-        self.lengths_path = part / "lengths.i64"
-        self.done = self.rows = self.dim = 0
-        with explain_disk_errors(part):
-            self._resume()
-
-    def _resume(self) -> None:
-        """Go back to what progress.json counts, or to an empty folder."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((self.part / "progress.json").read_text(encoding="utf-8"))
-            done, rows, dim = int(state["done"]), int(state["rows"]), int(state["dim"])
-            rows_bytes = rows * dim * self.dtype.itemsize
-            whole = self.rows_path.stat().st_size >= rows_bytes and self.lengths_path.stat().st_size >= done * 8
-            if whole and 0 < done <= len(self.unique):
-                os.truncate(self.rows_path, rows_bytes)
-                os.truncate(self.lengths_path, done * 8)
-                self.done, self.rows, self.dim = done, rows, dim
-                logger.info("cache %s: %d of %d texts are there already", self.part, done, len(self.unique))
-                return
-        if self.part.exists():
-            shutil.rmtree(self.part)
-        self.part.mkdir()
-
-    def fill(self, compute: Callable[[list[str]], list[np.ndarray]], chunk: int, progress: Progress | None) -> None:
-        """Compute what is missing. An interrupt or an error loses the current chunk at most."""
-        while self.done < len(self.unique):
-            texts = self.unique[self.done : self.done + chunk]
-            rows, lengths = self._compute(texts, compute)
-            with explain_disk_errors(self.part):
-                self._append(rows, lengths)
-            self._check_space()
-            if progress is not None:
-                progress(self.done, len(self.unique))
-
-    def _compute(
-        self, texts: list[str], compute: Callable[[list[str]], list[np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (sum of T_i, D) as stored, and lengths (n,), in the order of `texts`."""
-        # Texts of like length in a batch need little padding; long ones first, so that memory runs out early.
-        order = sorted(range(len(texts)), key=lambda position: -len(texts[position]))
-        results = compute([texts[position] for position in order])
-        if len(results) != len(texts):
-            raise ValueError(f"compute gave {len(results)} results for {len(texts)} texts")
-        arrays: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for position, result in zip(order, results):
-            arrays[position] = np.asarray(result)
-        self.dim = self.dim or arrays[0].shape[-1]
-        for array in arrays:
-            if array.ndim != 2 or len(array) == 0 or array.shape[1] != self.dim:
-                raise ValueError(f"compute gave an array of shape {array.shape}, expected (T >= 1, {self.dim})")
-        lengths = np.array([len(array) for array in arrays])
-        with np.errstate(over="ignore"):  # looked for in the next line
-            rows = np.concatenate(arrays).astype(self.dtype)
-        if not np.isfinite(rows).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-            position = int(np.searchsorted(np.cumsum(lengths), bad, side="right"))
-            fits = np.isfinite(arrays[position]).all()
-            what = f"values too large for {self.dtype_name}" if fits else "NaN or infinity"
-            remedy = "use float32 for the cache" if fits else "check the encoder's weights and its dtype"
-            raise DataError(f"the encoder gives {what} for the text {texts[position]!r}: {remedy}")
-        return rows, lengths
-
-    def _append(self, rows: np.ndarray, lengths: np.ndarray) -> None:
-        for path, values in ((self.rows_path, rows), (self.lengths_path, lengths)):
-            _write_flushed(path, "ab", [values])
-        self.done += len(lengths)
-        self.rows += len(rows)
-        write_json(self.part / "progress.json", {"done": self.done, "rows": self.rows, "dim": self.dim})
-
-    def _check_space(self) -> None:
-        """Better stop after the first chunk than after hours."""
-        per_text = self.rows / self.done * self.dim * self.dtype.itemsize
-        needed = per_text * (len(self.unique) - self.done + (len(self.texts) if self.expands else 0))
-        free = shutil.disk_usage(self.part).free
-        if needed * 0.9 > free:  # lengths vary, so the estimate gets some slack
-            raise TrimtabError(
-                f"cannot write {self.part}: the cache needs about {needed / 1e9:.1f} GB more, the disk has "
-                f"{free / 1e9:.1f} GB: free some space or choose another folder; what is computed is kept"
-            )
-
-    def finish(self, key: str) -> None:
-        """Write the other files; meta.json, the last, makes the folder whole."""
-        with explain_disk_errors(self.part):
-            paths = [self.main]
-            if self.kind == "states":
-                lengths = np.fromfile(self.lengths_path, "<i8")
-                index = {"offsets.i64": np.concatenate([[0], np.cumsum(lengths)]), "texts.i64": self.texts}
-                for name, values in index.items():
-                    _write_flushed(self.part / name, "wb", [values])
-                    paths.append(self.part / name)
-            elif self.expands:
-                stored = np.memmap(self.rows_path, self.dtype, mode="r", shape=(self.rows, self.dim))
-                step = 1 << 16
-                blocks = (stored[self.texts[start : start + step]] for start in range(0, len(self.texts), step))
-                _write_flushed(self.main, "wb", blocks)
-            meta = {
-                "schema": SCHEMA,
-                "kind": self.kind,
-                "key": key,
-                "dtype": self.dtype_name,
-                "items": len(self.texts),
-                "rows": len(self.texts) if self.kind == "vectors" else self.rows,
-                "dim": self.dim,
-                "files": {p.name: {"bytes": p.stat().st_size, "crc32": _checksums(p)} for p in paths},
-            }
-            write_json(self.part / "meta.json", meta)
-
-
-def _write_flushed(path: Path, mode: Literal["ab", "wb"], blocks: Iterable[np.ndarray]) -> None:
-    with path.open(mode) as stream:
-        for block in blocks:
-            if block.dtype.kind == "i":
-                block = block.astype("<i8")
-            stream.write(np.ascontiguousarray(block).data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-
-def _damage(folder: Path) -> str:
-    """What is wrong with a finished cache, or ""."""
-    try:
-        for name, facts in _read_meta(folder)["files"].items():
-            path = folder / name
-            if (size := path.stat().st_size) != facts["bytes"]:
-                return f"{name} has {size} bytes, not {facts['bytes']}"
-            blocks = range(len(facts["crc32"]))
-            if len(blocks) > _BLOCKS_CHECKED:
-                blocks_checked = np.linspace(0, len(blocks) - 1, _BLOCKS_CHECKED).astype(int).tolist()
-            else:
-                blocks_checked = list(blocks)
-            if _checksums(path, blocks_checked) != [facts["crc32"][block] for block in blocks_checked]:
-                return f"{name} has other content than was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _checksums(path: Path, blocks: Iterable[int] | None = None) -> list[int]:
-    """CRC-32 of some blocks of a file, of all by default."""
-    if blocks is None:
-        blocks = range(-(-path.stat().st_size // _BLOCK))
-    result = []
-    with path.open("rb") as stream:
-        for block in blocks:
-            stream.seek(block * _BLOCK)
-            result.append(zlib.crc32(stream.read(_BLOCK)))
-    return result
+        return items * (size + DIGEST_BYTES)
+    return round(items * tokens_per_item) * size + items * (DIGEST_BYTES + 8)

@@ -57,9 +57,18 @@ def weight_of(english: str) -> float:
 def cedict_pairs(*, max_glosses: int = 4) -> Iterator[WeightedPair]:
     """CC-CEDICT: every gloss of an entry, without cross-references, readings and remarks in parentheses.
 
-    A later gloss weighs less than the first, as it is more often a rarer sense.
+    A later gloss weighs less than the first, as it is more often a rarer sense. The file is read once per process.
     """
-    text = fetch_file("cc-cedict", "*/data/all.js").read_text(encoding="utf-8")
+    path = fetch_file("cc-cedict", "*/data/all.js")
+    yield from _cedict_pairs(path, path.stat().st_mtime_ns, max_glosses)
+
+
+@functools.lru_cache(maxsize=2)
+def _cedict_pairs(path: Path, _changed: int, max_glosses: int) -> tuple[WeightedPair, ...]:
+    return tuple(_read_cedict(path.read_text(encoding="utf-8"), max_glosses))
+
+
+def _read_cedict(text: str, max_glosses: int) -> Iterator[WeightedPair]:
     for _, simplified, pinyin, glosses, *_ in json.loads(text[text.index("{") :].rstrip().rstrip(";"))["all"]:
         if not re.search(r"[㐀-鿿]", simplified):
             continue

@@ -13,25 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.adapters.files import (
-    CARD_FILE,
-    DESCRIPTION_FILE,
-    TENSORS_FILE,
-    BaseReference,
-    StudentReference,
-    is_adapted_folder,
-    save_adapter,
-)
+from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
 from trimtab.adapters.language import LanguageAdapter, masked_mean
 from trimtab.config import LanguageRecipe, to_mapping, to_yaml
-from trimtab.data.cache import PackedStates, cache_bytes_needed, cached_states, cached_vectors
+from trimtab.data.cache import CachedArrays, PackedStates, cache_bytes_needed, cached_states, cached_vectors
 from trimtab.data.parallel import ParallelText
 from trimtab.data.sampling import draw_epoch, steps_per_epoch
 from trimtab.errors import ModelError, RecipeError
+from trimtab.evaluation.embedding import normalise
 from trimtab.evaluation.matching import mean_pairwise_cosine, translation_match
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
+from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
 from trimtab.recipes.sources import PreparedText, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
@@ -43,7 +37,6 @@ from trimtab.training.run import Selection
 from trimtab.training.trackers import progress_reporter
 
 RIDGE = 1e-3
-ADAPTED_FILES = (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE)
 _SAMPLE = 30_000  # pairs from which statistics and the closed-form start are estimated
 _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE = 0.3
@@ -61,7 +54,7 @@ class FrozenFeatures:
     """
 
     states: PackedStates
-    teacher: np.ndarray
+    teacher: CachedArrays
     english: np.ndarray
     validation: np.ndarray
     seconds: float
@@ -90,7 +83,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
 
     def lookup(indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         states, mask = frozen.states.rows(indices)
-        teacher = np.asarray(frozen.teacher[frozen.english[indices]])
+        teacher = frozen.teacher[frozen.english[indices]]
         return torch.from_numpy(states), torch.from_numpy(mask), torch.from_numpy(teacher)
 
     task = LanguageTask(adapter, standardiser, recipe.objective, lookup)
@@ -108,7 +101,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         ),
         steps_per_epoch=steps_per_epoch(pairs, recipe.training.batch_size),
         settings=recipe.training,
-        checkpoint_dir=training_folder(recipe),
+        checkpoint_dir=training_folder(recipe.out),
         digest=digest_of(
             recipe_digest(recipe), text.train.digest, text.validation.digest, base.fingerprint, student.fingerprint
         ),
@@ -135,40 +128,6 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     }
     save(recipe, adapter, base, student, text, outcome)
     return outcome
-
-
-def training_folder(recipe: LanguageRecipe) -> Path:
-    """Checkpoints and logs: beside the adapted folder, which holds only what is deployed."""
-    return Path(f"{recipe.out.rstrip('/')}.training")
-
-
-def recipe_digest(recipe: LanguageRecipe) -> str:
-    """Names what decides the weights: not where they are written, nor how often something is saved or logged."""
-    mapping = to_mapping(recipe)
-    del mapping["out"]
-    for name in ("checkpoint_every", "log_every", "trackers", "processes"):
-        del mapping["training"][name]
-    return digest_of(str(mapping))
-
-
-def check_out(out: str) -> None:
-    """Refuse, before any work, a folder that could not be written at the end or that holds something else.
-
-    Raises:
-        RecipeError: `out` is a file, cannot be written, or is a folder of other things.
-    """
-    folder = Path(out).absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not place.is_dir():
-        raise RecipeError(f"out={out}: {place} is a file; choose another folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise RecipeError(
-            f"out={out}: {place} cannot be written (read-only, or permission denied); choose another folder"
-        )
-    if place == folder and not is_adapted_folder(folder):
-        others = [p.name for p in folder.iterdir() if p.name not in ADAPTED_FILES and not p.name.startswith(".")]
-        if others:
-            raise RecipeError(f"out={out} holds other files ({min(others)} ...); choose a folder of its own")
 
 
 def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder, train: ParallelText) -> None:
@@ -203,7 +162,7 @@ def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncode
 
 
 def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, student: TextEncoder) -> FrozenFeatures:
-    """Pass every text through the frozen towers once, or read them from the cache."""
+    """Pass every text through the frozen towers once; those of any earlier run come from the cache."""
     started = time.monotonic()
     folder = cache_home() / "features"
     precision = "bf16" if has_fast_bf16(base.device) else "fp32"
@@ -241,7 +200,7 @@ def start_adapter(
     """Fix the adapter's units from a sample of pairs and, with `init=ridge`, solve its linear path."""
     rng = np.random.default_rng(recipe.seed)
     sample = rng.choice(len(probability), size=min(_SAMPLE, 4 * len(probability)), p=probability)
-    teacher = torch.from_numpy(np.asarray(frozen.teacher[frozen.english[sample]], np.float32))
+    teacher = torch.from_numpy(frozen.teacher[frozen.english[sample]].astype(np.float32))
     tokens = np.concatenate([frozen.states[i] for i in sample[:5000]]).astype(np.float32)
     adapter.set_statistics(torch.from_numpy(tokens), teacher)
     if recipe.adapter.init == "ridge":
@@ -258,12 +217,12 @@ def validate(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> 
     first, count = len(text.train), len(text.validation)
     target = _features(task, frozen.states, np.arange(first, first + count))
     english = _features(task, frozen.states, np.arange(first + count, first + 2 * count))
-    teacher = np.asarray(frozen.teacher[frozen.validation], np.float32)
+    teacher = frozen.teacher[frozen.validation].astype(np.float32)
     groups = frozen.validation
     return {
         "match": translation_match(target, teacher, groups=groups).accuracy,
         "english_match": translation_match(english, teacher, groups=groups).accuracy,
-        "cosine": float(np.mean(np.sum(_unit(target) * _unit(teacher), axis=1))),
+        "cosine": float(np.mean(np.sum(normalise(target) * normalise(teacher), axis=1))),
         "collapse": narrowing(mean_pairwise_cosine(target), mean_pairwise_cosine(teacher)),
     }
 
@@ -279,10 +238,6 @@ def _features(task: LanguageTask, states: PackedStates, rows: np.ndarray) -> np.
         values, mask = states.rows(rows[start : start + 500])
         parts.append(task.features(torch.from_numpy(values), torch.from_numpy(mask)))
     return np.concatenate(parts)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
 def plan(
@@ -339,7 +294,7 @@ def save(
 ) -> None:
     """Write the adapted folder."""
     languages = [language for language in outcome["languages"] if language != "en"]
-    reference = BaseReference(_portable(base.name), base.fingerprint, base.family, base.embedding_dim)
+    reference = BaseReference(portable(base.name), base.fingerprint, base.family, base.embedding_dim)
     metrics = {k: v for k, v in outcome["validation"].items() if k not in ("kind", "step", "epoch")}
     save_adapter(
         recipe.out,
@@ -353,7 +308,7 @@ def save(
         },
         base=reference,
         student=StudentReference(
-            _portable(student.name),
+            portable(student.name),
             student.fingerprint,
             student.prefix,
             tuple(recipe.student.layers),
@@ -410,8 +365,3 @@ validation pairs, mean of both directions. These are not retrieval figures; see 
 The adapter knows the words and kinds of sentence it was trained on, and the base's own limits remain. Check it on your
 own data with `trimtab evaluate` before you rely on it.
 """
-
-
-def _portable(name: str) -> str:
-    """Names of local folders as absolute paths, so that the adapted folder loads from anywhere on this machine."""
-    return str(Path(name).resolve()) if Path(name).exists() else name

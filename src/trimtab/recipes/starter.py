@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.config import TrainingConfig
-from trimtab.data.cache import cached_vectors
+from trimtab.data.cache import CachedArrays, cached_vectors
 from trimtab.data.corpora import imagenet21k_texts
 from trimtab.data.images import read_image
 from trimtab.data.packages import fetch, fetch_file
@@ -180,7 +180,7 @@ class AlignmentTask(nn.Module):
         return (own + mean / 2 + strength * towards).clamp(0, 6)
 
     @torch.no_grad()
-    def embed(self, features: np.ndarray, rows: Sequence[int], batch: int = 128) -> np.ndarray:
+    def embed(self, features: CachedArrays, rows: Sequence[int], batch: int = 128) -> np.ndarray:
         parts = []
         for start in range(0, len(rows), batch):
             maps = torch.from_numpy(np.asarray(features[list(rows[start : start + batch])]))
@@ -265,7 +265,7 @@ def validation_groups(pictures: Sequence[Picture]) -> set[str]:
     return set(groups[: int(len(groups) * VALIDATION_SHARE)])
 
 
-def picture_features(pictures: Sequence[Picture], trunk: EfficientNetLite0, view: int) -> np.ndarray:
+def picture_features(pictures: Sequence[Picture], trunk: EfficientNetLite0, view: int) -> CachedArrays:
     """The trunk's 320-channel maps (N, 15680) of one view of every picture, cached on disk in fp16."""
     paths = {f"{view}:{picture.path.name}:{picture.group}": picture.path for picture in pictures}
     items = [f"{view}:{picture.path.name}:{picture.group}" for picture in pictures]
@@ -330,7 +330,7 @@ def save_alignment(path: Path, task: AlignmentTask, texts: TextSide) -> None:
         save_file({k: v.half().contiguous() for k, v in tensors.items()}, temporary, {"sharpness": str(SHARPNESS)})
 
 
-def _maps(trunk: EfficientNetLite0, features: np.ndarray, rows: Sequence[int]) -> Tensor:
+def _maps(trunk: EfficientNetLite0, features: CachedArrays, rows: Sequence[int]) -> Tensor:
     with torch.no_grad():
         maps = torch.from_numpy(np.asarray(features[list(rows)])).float()
         return torch.cat([trunk.head(part.view(-1, 320, 7, 7)) for part in maps.split(128)])

@@ -167,19 +167,19 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def progress_reporter(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_reporter(what: str, unit: str = "texts") -> Iterator[Callable[[int, int], None]]:
     """Yield a function told (done, total): a bar on a terminal, a line every half minute elsewhere."""
     console = Console(stderr=True)
     last = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{what}: texts", total=None)
+        task = bar.add_task(f"{what}: {unit}", total=None)
 
         def report(done: int, total: int) -> None:
             nonlocal last
             bar.update(task, completed=done, total=total)
             if not console.is_terminal and time.monotonic() - last > 30:
                 last = time.monotonic()
-                print(f"{what}: {done:,} of {total:,} texts", file=sys.stderr, flush=True)
+                print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
         yield report
 
