@@ -1,0 +1,323 @@
+"""Pictures with their captions as tables, class folders and shards hold them: read, not yet judged.
+
+What a user must mend (columns, encodings, paths that lead out of the data folder, addresses) is a `DataError`.
+A row without caption or without picture is an entry that says so, for the caller to count.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from trimtab.data.images import is_address
+from trimtab.data.manifests import SUFFIXES, read_rows, read_text, resolve_image_path
+from trimtab.data.parallel import clean_text
+from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
+from trimtab.data.templates import fill_all
+from trimtab.errors import DataError, RecipeError
+
+logger = logging.getLogger(__name__)
+
+_RECORD_TEXTS = ("caption", "text")  # keys of JSON members, when the source's own is not there
+
+Cells: TypeAlias = "dict[str, list[str]]"
+"""Texts of each column of a row: none where it is null or missing, several where it holds a list."""
+
+
+class SourceOptions(Protocol):
+    """What to read and how; `trimtab.config.PairSource` documents it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def root(self) -> str | None: ...
+    @property
+    def templates(self) -> tuple[str, ...]: ...
+    @property
+    def descriptions(self) -> str | None: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def limit(self) -> int | None: ...
+
+
+class Entry(NamedTuple):
+    """One row, class-folder picture or sample of a shard.
+
+    Attributes:
+        picture: where the picture should be, or why there is none.
+        texts: captions; may be empty.
+        file: the table, folder or shard.
+        row: as `Row.row`; in folders and shards the position, counted from 1.
+        problem: why texts are missing, where that is known.
+    """
+
+    picture: PictureFile | str
+    texts: Sequence[str]
+    file: str
+    row: int
+    problem: str = ""
+
+
+def read_entries(source: SourceOptions) -> list[Entry]:
+    """All entries of a source, class names turned into captions.
+
+    Raises:
+        DataError: the source cannot be used; names file, row and remedy.
+        RecipeError: options that do not go with this kind of source.
+    """
+    path = Path(source.path)
+    kind = path.suffix.lower()
+    if is_address(source.path):
+        raise DataError(f"{source.path!r} is an address or a command, and neither is ever opened: download the data")
+    if kind not in SUFFIXES and source.root is not None:
+        raise RecipeError(f"root={source.root!r} goes with a table, and {source.path} is none: leave it out")
+    if kind in SUFFIXES and not path.is_dir():
+        entries, classes = _from_table(path, source), source.label is not None
+    elif kind == ".tar":
+        entries, classes = _from_shards(source), source.label is not None
+    elif path.is_dir():
+        entries, classes = _from_folder(path), True
+    else:
+        problem = "is none of these" if path.exists() else f"does not exist (current folder: {Path.cwd()})"
+        raise DataError(
+            f"{source.path}: pairs come from a table ({', '.join(SUFFIXES)}), a folder with a folder of pictures per "
+            f"class, or uncompressed shards (such as shard-{{000..012}}.tar), and this {problem}"
+        )
+    if classes:
+        return _with_class_captions(entries, source)
+    if source.descriptions is not None:
+        raise RecipeError(
+            f"descriptions={source.descriptions!r} needs class names, and {source.path} is read for captions: name "
+            "the column of the classes with label"
+        )
+    return entries
+
+
+# Tables
+
+
+def _from_table(path: Path, source: SourceOptions) -> list[Entry]:
+    if source.root is not None and not Path(source.root).is_dir():
+        raise DataError(f"root {source.root}: no such folder (current folder: {Path.cwd()})")
+    root = (path.parent if source.root is None else Path(source.root)).resolve()
+    column = source.label or source.text
+    pictures: dict[str, PictureFile | str] = {}
+    entries = []
+    for row, cells in read_cells(path, (source.image, column)):
+        names = cells[source.image]
+        if len(names) > 1:
+            raise DataError(f"{path}, row {row}: {source.image!r} holds a list: give one picture per row")
+        name = names[0].strip() if names else ""
+        if name not in pictures:
+            pictures[name] = _picture(name, root, path, row) if name else f"the column {source.image!r} is empty"
+        entries.append(Entry(pictures[name], cells[column], str(path), row))
+    if not entries:
+        raise DataError(f"{path}: has no rows")
+    return entries
+
+
+def _picture(name: str, root: Path, file: Path, row: int) -> PictureFile:
+    try:
+        path = resolve_image_path(name, root, manifest=file, row=row)
+    except DataError as error:
+        # What is an option of `trimtab evaluate` is a key in a recipe.
+        key = "path" if file.is_dir() else "root"
+        raise DataError(str(error).replace("with --root", f"as the {key} of this source")) from None
+    return PictureFile(path, path.relative_to(root).as_posix())
+
+
+def read_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+    """Rows of a table with the texts of the named columns; JSONL and Parquet may hold lists and nulls.
+
+    Raises:
+        DataError: as `trimtab.data.manifests.read_rows`, nulls and lists aside.
+    """
+    if path.suffix.lower() == ".jsonl":
+        yield from _jsonl_cells(path, columns)
+    elif path.suffix.lower() == ".parquet":
+        yield from _parquet_cells(path, columns)
+    else:
+        try:
+            rows = read_rows(path, columns)
+        except DataError as error:
+            hint = _COLUMN_HINT if "has no column" in str(error) else ""
+            raise DataError(f"{error}{hint}") from error
+        for record in rows:
+            yield record.row, {name: [record.values[name]] for name in columns}
+
+
+_COLUMN_HINT = "; a source names its columns: image, and text for captions or label for class names"
+
+
+def _jsonl_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+    keys: dict[str, None] = {}
+    # Only "\n" ends a record: str.splitlines would also cut at U+2028 inside a string.
+    for row, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, row {row}: is not JSON ({error}): give one object per line") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, row {row}: is not an object: give one object per line")
+        keys |= dict.fromkeys(record)
+        yield row, {name: _texts(record.get(name), f"{path}, row {row}: {name!r}") for name in columns}
+    _check_columns(path, keys, columns)
+
+
+def _parquet_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+    import pyarrow as pa  # late: it takes longer to import than the rest of this room
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (current folder: {Path.cwd()})")
+    row = 0
+    try:
+        with path.open("rb") as stream:
+            table = pq.ParquetFile(stream)
+            _check_columns(path, table.schema_arrow.names, columns)
+            for batch in table.iter_batches(columns=list(columns)):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, {name: _texts(record[name], f"{path}, row {row}: {name!r}") for name in columns}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is not a readable Parquet file ({error}): export it again") from error
+
+
+def _check_columns(path: Path, found: Iterable[str], columns: Sequence[str]) -> None:
+    found = list(found)
+    if missing := [name for name in columns if name not in found]:
+        listed = ", ".join(found) or "none"
+        raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{_COLUMN_HINT}")
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    """A cell's texts: of a null none, of a list those of its items."""
+    texts = []
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float, type(None))):
+            raise DataError(f"{where} holds a {type(item).__name__}, not a text or a list of texts")
+        texts.append("" if item is None else str(item))
+    return texts
+
+
+# Class folders and shards
+
+
+def _from_folder(folder: Path) -> list[Entry]:
+    """Pictures of every folder below, named for the class by the folder that holds them."""
+    root = folder.resolve()
+    entries: list[Entry] = []
+    places: dict[str, str] = {}
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for where, subfolders, files in os.walk(root, onerror=refuse):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in subfolders:
+            if (Path(where) / name).is_symlink():
+                raise DataError(f"{Path(where) / name}: is a link to a folder, which is not followed: copy the folder")
+        if Path(where) == root or not (names := picture_names(files)):
+            continue
+        below = Path(where).relative_to(root)
+        if (other := places.setdefault(below.name, str(below))) != str(below):
+            raise DataError(
+                f"{folder}: the folders {other} and {below} both name the class {below.name!r}: give their pictures "
+                "one folder, rename one, or list the pictures in a table with a column of labels"
+            )
+        for name in names:
+            row = len(entries) + 1
+            picture = _picture((below / name).as_posix(), root, folder, row)
+            entries.append(Entry(picture, [re.sub(r"[-_\s]+", " ", below.name)], str(folder), row))
+    if not entries:
+        shards = next(iter(sorted(folder.glob("*.tar"))), None)
+        hint = f"; it holds shards: give a pattern such as {shards}" if shards else ""
+        raise DataError(f"{folder}: holds no class folders with pictures{hint}")
+    return entries
+
+
+def _from_shards(source: SourceOptions) -> list[Entry]:
+    entries = []
+    for path in expand_shards(source.path):
+        samples, damage = read_shard(path)
+        for row, sample in enumerate(samples.values(), start=1):
+            record, problem = sample.record, sample.problem
+            keys = (source.label,) if source.label else (source.text, *_RECORD_TEXTS)
+            value = next((record[key] for key in keys if record.get(key) is not None), None)
+            try:
+                texts = _texts(value, "the JSON member")
+            except DataError as error:
+                texts, problem = [], str(error)
+            if not texts and not source.label and sample.text:
+                texts = [sample.text]
+            entries.append(Entry(sample.picture, texts, str(path), row, problem))
+        if damage:  # an entry of its own, so that it is counted and listed
+            entries.append(Entry(f"the shard {damage}: what follows is lost", [], str(path), len(samples) + 1))
+    if not entries:
+        raise DataError(f"{source.path}: holds no pictures with captions (members such as 000.jpg and 000.txt)")
+    return entries
+
+
+# Captions of classes
+
+
+def _with_class_captions(entries: list[Entry], source: SourceOptions) -> list[Entry]:
+    names = dict.fromkeys(clean_text(text) for entry in entries for text in entry.texts)
+    sentences = _descriptions(source, [name for name in names if name])
+    captions = {name: [*fill_all(source.templates, [name]), *sentences.get(_fold(name), [])] for name in names if name}
+    return [
+        entry._replace(texts=[caption for text in entry.texts for caption in captions.get(clean_text(text), [""])])
+        for entry in entries
+    ]
+
+
+def _descriptions(source: SourceOptions, names: list[str]) -> dict[str, list[str]]:
+    """Sentences by folded class name."""
+    if source.descriptions is None:
+        return {}
+    sentences: dict[str, list[str]] = {}
+    for row in read_rows(source.descriptions, ("class", "description")):
+        parts = split_sentences(row.values["description"])
+        sentences.setdefault(_fold(row.values["class"]), []).extend(parts)
+    lacking = [name for name in names if not sentences.get(_fold(name))]
+    if names and len(lacking) == len(names):
+        raise DataError(
+            f"{source.descriptions}: describes none of the {len(names)} classes of {source.path}: it has "
+            f"{_first(list(sentences))}, and the classes are {_first(names)}"
+        )
+    if lacking:
+        logger.warning(
+            "%s: no description for %d of %d classes: %s",
+            source.descriptions, len(lacking), len(names), _first(lacking),
+        )  # fmt: skip
+    return sentences
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a description, white space tidied; those after "." need a capital, digit-free start."""
+    parts = re.split(r"(?<=[。！？])|(?<=[.!?])\s+(?=[^\W\d_a-z])", clean_text(text))
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _fold(name: str) -> str:
+    """What class names share that differ in case, blanks, hyphens or underscores."""
+    return re.sub(r"[-_\s]+", " ", name).strip().casefold()
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(repr, names[:4])) + more
