@@ -285,7 +285,7 @@ def test_descriptions_that_do_not_fit_are_refused(adapted: LanguageAdapted, tmp_
 
 
 def test_other_links_are_refused(adapted: LanguageAdapted, tmp_path: Path) -> None:
-    for changes in ({"link": "domain"}, {"student": None}):
+    for changes in ({"link": "prompt"}, {"link": "domain"}, {"student": None}, {"link": "fusion", "student": None}):
         with pytest.raises(ModelError, match="adapter, which this version cannot load"):
             trimtab.load(save(tmp_path / "a", adapted, **changes))
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapters.domain import load_domain
 from trimtab.adapters.files import AdapterFile, check_base, check_student, is_adapted_folder, load_into, read_adapter
 from trimtab.adapters.language import LanguageAdapter
 from trimtab.config import LanguageAdapterConfig, from_mapping
@@ -21,6 +22,9 @@ from trimtab.towers.freezing import freeze
 from trimtab.towers.hf import load_base
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
+
+# The links that can be loaded.
+_HAS_STUDENT = {"language": True, "fusion": True, "domain": False}
 
 
 class LanguageAdapted(DualEncoder):
@@ -109,24 +113,32 @@ def load_adapted(
     device: str = "auto",
     dtype: str = "float32",
     trust_remote_code: bool = False,
-) -> LanguageAdapted:
+) -> Any:
     """Load an adapted folder together with the base and the student that it names.
 
     Args:
         base, student: where they are now, or the loaded objects, if not where the folder says.
         trust_remote_code: run Python code from the folders of base and student.
 
+    Returns:
+        By the folder's link: a `LanguageAdapted`, a `trimtab.adapters.domain.DomainAdapted` or a
+        `trimtab.adapters.fusion.FusionAdapted`.
+
     Raises:
         ModelError: the folder is damaged, or base or student are not those it was trained on.
     """
     described = read_adapter(folder)
-    if described.link != "language" or described.student is None:
+    if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
     if not isinstance(base, DualEncoder):
         base = load_base(
             str(base or described.base.name), device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
     check_base(described, base)
+    if described.student is None:
+        if student is not None:
+            raise ModelError(f"{folder} is a domain adapter without a student: student has no meaning for it")
+        return load_domain(described, base, str(folder), Path(folder))
     if not isinstance(student, TextEncoder):
         student = TextEncoder.load(
             str(student or described.student.name),
@@ -137,6 +149,10 @@ def load_adapted(
             trust_remote_code=trust_remote_code,
         )
     check_student(described, student)
+    if described.link == "fusion":
+        from trimtab.adapters.fusion import load_fusion_adapted  # it builds on this module
+
+        return load_fusion_adapted(folder, base=base, student=student)
     adapter = build_language_adapter(described)
     load_into(adapter, described)
     english = described.config.get("english")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from transformers.models.bert import BertConfig, BertModel
 from trimtab.data.packages import fetch_file
 from trimtab.errors import ModelError
 from trimtab.files import build_folder, cache_home, sha256_of
-from trimtab.towers.efficientnet import CLASSES, HEAD_CHANNELS, EfficientNetLite0, load_packaged
+from trimtab.towers.efficientnet import CLASSES, HEAD_CHANNELS, EfficientNetLite0, channels_last, load_packaged
 from trimtab.towers.parts import quiet
 
 IMAGE_SIZE = 224
@@ -104,12 +104,16 @@ class StarterAlignment(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def tokens(self, feature_map: Tensor) -> list[Tensor]:
-        """Hidden states before and after each layer, from (B, 1280, 7, 7) to (B, 50, width) each."""
+    def embed(self, feature_map: Tensor) -> Tensor:
+        """What enters the first layer: (B, 1280, 7, 7) to (B, 50, width)."""
         features = (feature_map.flatten(2).transpose(1, 2) - self.feature_mean) / self.feature_std  # (B, 49, 1280)
         cls = self.project_pooled(self.input_dropout(features.mean(dim=1, keepdim=True)))
         patches = self.project(self.input_dropout(features))
-        states = [torch.cat([cls, patches], dim=1) + self.positions]
+        return torch.cat([cls, patches], dim=1) + self.positions
+
+    def tokens(self, feature_map: Tensor) -> list[Tensor]:
+        """Hidden states before and after each layer, from (B, 1280, 7, 7) to (B, 50, width) each."""
+        states = [self.embed(feature_map)]
         for layer in self.layers:
             states.append(layer(states[-1]))
         return states
@@ -140,6 +144,40 @@ class StarterVisionModel(PreTrainedModel):
 
     def class_probabilities(self, feature_map: Tensor) -> Tensor:  # (B, 1280, 7, 7) -> (B, 1000)
         return (self.config.sharpness * self.trunk.logits(feature_map)).softmax(dim=-1)
+
+    def lower(self, pixel_values: Tensor, part: Literal["blocks", "layers"], index: int) -> dict[str, Tensor]:
+        """Run the tower up to a block of its trunk or a layer of its alignment.
+
+        Args:
+            index: which block (the trunk's head counts as the last one) or layer.
+
+        Returns:
+            For `upper`: ``states`` that enter it, (B, C, H, W) or (B, 50, width); for a layer also ``knowledge``
+            (B, D), which the class head has by then said.
+        """
+        x = self.trunk.stem(channels_last(pixel_values))
+        blocks = [*self.trunk.blocks, self.trunk.head]
+        for block in blocks[:index] if part == "blocks" else blocks:
+            x = block(x)
+        if part == "blocks":
+            return {"states": x}
+        knowledge = self.class_probabilities(x) @ self.alignment.class_embeddings
+        x = self.alignment.embed(x)
+        for layer in self.alignment.layers[:index]:
+            x = layer(x)
+        return {"states": x, "knowledge": knowledge}
+
+    def upper(self, below: dict[str, Tensor], part: Literal["blocks", "layers"], index: int) -> Tensor:
+        """Run the rest of the tower on what `lower` gave, to `pooler_output` (B, D)."""
+        x = below["states"]
+        if part == "layers":
+            for layer in self.alignment.layers[index:]:
+                x = layer(x)
+            return below["knowledge"] + self.alignment.correction(x)
+        x = channels_last(x)
+        for block in [*self.trunk.blocks, self.trunk.head][index:]:
+            x = block(x)
+        return self.alignment(self.alignment.tokens(x)[-1], self.class_probabilities(x))
 
     def forward(
         self,

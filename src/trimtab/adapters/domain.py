@@ -1,0 +1,402 @@
+"""Adapters beside frozen layers: ``layer(x) + alpha * adapter(x)``.
+
+Up starts at zero, so a new adapter changes nothing (Houlsby et al., arXiv 1902.00751; in parallel to the layer as
+in AdaptFormer, Chen et al., arXiv 2205.13535). `alpha` stays a dial: at 0 the adapters are not even called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from trimtab.adapters.files import (
+    CARD_FILE,
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    AdapterFile,
+    BaseReference,
+    load_into,
+    save_adapter,
+)
+from trimtab.adapters.language import Layer
+from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
+from trimtab.errors import ModelError, RecipeError
+from trimtab.files import digest_of, write_json
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.efficientnet import SamePadConv
+from trimtab.towers.freezing import freeze
+from trimtab.towers.layers import PartName, Site, TowerName, layer_input, padding_mask, sites, tower_module
+
+LINK = "domain"
+_LOGIT_SCALE = "logit_scale"
+_FEEDFORWARD = 4  # inner width of a Transformer layer's feed-forward block, as a multiple of its width
+
+
+class Bottleneck(nn.Module):
+    """Norm, Down, GELU, Up on each token by itself."""
+
+    def __init__(self, config: DomainAdapterConfig, site: Site) -> None:
+        super().__init__()
+        # Towers differ in the scale of their states; normalised, a learning rate means the same for all.
+        self.norm = nn.LayerNorm(site.width_in)
+        self.down = nn.Linear(site.width_in, config.width)
+        self.up = _zeroed(nn.Linear(config.width, site.width_out))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, T, D), (B, T) -> (B, T, D)
+        return self.up(F.gelu(self.down(self.norm(x))))
+
+
+class NarrowTransformer(nn.Module):
+    """Norm, Down, Transformer layers on the narrow width, Up.
+
+    Tokens attend to real tokens only. In a causal tower each attends to itself and those before it, as in the
+    tower: what comes after a prefix never changes the prefix.
+    """
+
+    def __init__(self, config: DomainAdapterConfig, site: Site) -> None:
+        super().__init__()
+        self.causal = site.causal
+        self.norm = nn.LayerNorm(site.width_in)
+        self.down = nn.Linear(site.width_in, config.width)
+        self.layers = nn.ModuleList(
+            Layer(config.width, config.heads, _FEEDFORWARD * config.width, dropout=0.0) for _ in range(config.layers)
+        )
+        self.last_norm = nn.LayerNorm(config.width)
+        self.up = _zeroed(nn.Linear(config.width, site.width_out))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, T, D), (B, T) -> (B, T, D)
+        visible = self._visible(x, mask)
+        x = self.down(self.norm(x))  # (B, T, W)
+        for layer in self.layers:
+            x = layer(x, visible)
+        return self.up(self.last_norm(x))
+
+    def _visible(self, x: Tensor, mask: Tensor | None) -> Tensor:  # -> (B or 1, 1, T or 1, T)
+        tokens = x.shape[1]
+        visible = torch.ones(1, tokens, device=x.device) if mask is None else mask.to(x.device)
+        visible = visible.bool()[:, None, None, :]
+        if self.causal:
+            square = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device)
+            # Padding at the start sees nothing but itself; without that its softmax would be NaN.
+            visible = (visible & square.tril()) | torch.eye(tokens, dtype=torch.bool, device=x.device)
+        return visible
+
+
+class PictureNorm(nn.GroupNorm):
+    """Norm over one picture, in any memory layout.
+
+    PyTorch's own kernel crashes on a CPU in the backward pass of maps in channels_last that need no gradient, which
+    is what enters the first adapter above a cache.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> the same
+        x = x.float()
+        variance, mean = torch.var_mean(x, dim=(1, 2, 3), keepdim=True, correction=0)
+        x = (x - mean) * (variance + self.eps).rsqrt()
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ConvBottleneck(nn.Module):
+    """Norm, 1x1 down, depthwise 3x3 with the block's stride, GELU, 1x1 up (after Conv-Adapter, arXiv 2208.07463).
+
+    The padding is TensorFlow's, so that its grid lies on that of the trunk's blocks. The norm is over one picture:
+    no statistics are kept that training would change.
+    """
+
+    def __init__(self, config: DomainAdapterConfig, site: Site) -> None:
+        super().__init__()
+        self.norm = PictureNorm(1, site.width_in)
+        self.down = nn.Conv2d(site.width_in, config.width, 1)
+        self.depthwise = SamePadConv(config.width, config.width, 3, site.stride, groups=config.width)
+        self.up = _zeroed(nn.Conv2d(config.width, site.width_out, 1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, C, H, W) -> (B, C', H / s, W / s)
+        return self.up(F.gelu(self.depthwise(self.down(self.norm(x)))))
+
+
+# What each kind sits beside, and what builds it.
+KINDS: dict[str, tuple[PartName, Callable[[DomainAdapterConfig, Site], nn.Module]]] = {
+    "bottleneck": ("layers", Bottleneck),
+    "transformer": ("layers", NarrowTransformer),
+    "conv": ("blocks", ConvBottleneck),
+}
+
+
+class DomainAdapters(nn.Module):
+    """All adapters of one model; `attach` puts them to work, as a context or until `detach`.
+
+    While attached they act in everything that runs the base's towers, in any thread. Several sets can be attached to
+    one base together; each adds its own.
+
+    Args:
+        base: what they will fit; it is not kept.
+        groups: kinds and places. Groups may share layers only if they are of different kinds.
+
+    Attributes:
+        adapters: by tower, part, index and kind: ``image_layers_1_bottleneck``.
+
+    Raises:
+        RecipeError: no group, layers that the base does not have, or a layer that two groups of one kind claim.
+        ModelError: the layers of that kind of tower are not known.
+    """
+
+    def __init__(self, base: DualEncoder, groups: Sequence[DomainAdapterConfig], *, alpha: float = 1.0) -> None:
+        super().__init__()
+        if not groups:
+            raise RecipeError("adapters: give at least one group, such as {tower: image, kind: bottleneck}")
+        self.groups = tuple(groups)
+        self.adapters = nn.ModuleDict()
+        self._sites: dict[str, Site] = {}
+        for group in self.groups:
+            for site in sites_of(base, group):
+                key = f"{site.tower}_{site.part}_{site.index}_{group.kind}"
+                if key in self._sites:
+                    raise RecipeError(
+                        f"adapters: two groups with kind={group.kind} claim {site}; let their ranges not overlap"
+                    )
+                self._sites[key] = site
+                self.adapters[key] = KINDS[group.kind][1](group, site)
+        self._base: DualEncoder | None = None
+        self._handles: list[RemovableHandle] = []
+        self._masks: dict[TowerName, Tensor | None] = {}
+        self.alpha = alpha
+
+    @property
+    def alpha(self) -> float:
+        """Multiplies what the adapters add: 0 is the base, bit for bit, and 1 the model as trained."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise RecipeError(f"alpha={value} must be a finite number: 0 is the base, 1 the model as trained")
+        base = self._base
+        self.detach()
+        self._alpha = float(value)
+        if base is not None:
+            self.attach(base)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def placed(self) -> list[tuple[Site, nn.Module]]:
+        """Each adapter with the layer or block that it sits beside."""
+        return [(site, self.adapters[key]) for key, site in self._sites.items()]
+
+    def attach(self, base: DualEncoder) -> DomainAdapters:
+        """Put the adapters beside the layers of `base` until `detach`, or for a block: ``with adapters.attach(base):``.
+
+        Raises:
+            ModelError: they are attached already, or `base` has other layers than they were made for.
+        """
+        if self._base is not None:
+            raise ModelError(f"these adapters are attached to {self._base.name} already: detach them first")
+        parts = {(site.tower, site.part) for site in self._sites.values()}
+        own = {(tower, part): sites(base, tower, part) for tower, part in parts}
+        for site in self._sites.values():
+            if site not in own[site.tower, site.part]:
+                raise ModelError(f"the adapters do not fit {base.name}: its {site} is not that of their own base")
+        self._base = base
+        if self.alpha == 0:  # hooks alone can lead PyTorch to other kernels, with other last bits
+            return self
+        for tower in dict.fromkeys(site.tower for site in self._sites.values()):
+            hook = partial(self._note_mask, tower)
+            self._handles.append(tower_module(base, tower).register_forward_pre_hook(hook, with_kwargs=True))
+        for key, site in self._sites.items():
+            layer = base.model.get_submodule(site.path)
+            self._handles.append(layer.register_forward_hook(partial(self._add, key), with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Leave the base as it was; does nothing if not attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._masks.clear()
+        self._base = None
+
+    def __enter__(self) -> DomainAdapters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _note_mask(self, tower: TowerName, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._masks[tower] = padding_mask(module, args, kwargs)
+
+    def _add(self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        adapter, site = self.adapters[key], self._sites[key]
+        x = layer_input(args, kwargs).to(next(adapter.parameters()).dtype)
+        added = adapter(x, self._masks.get(site.tower))
+        states = (states + self._alpha * added).to(states.dtype)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def sites_of(base: DualEncoder, group: DomainAdapterConfig) -> list[Site]:
+    """The layers or blocks that a group chooses.
+
+    Raises:
+        RecipeError: the tower has no such part, or fewer layers.
+        ModelError: the layers of that kind of tower are not known.
+    """
+    part = KINDS[group.kind][0]
+    found = sites(base, group.tower, part)
+    count = len(found)
+    first, last = (number + count if number < 0 else number for number in (group.first, group.last))
+    if not 0 <= first <= last < count:
+        raise RecipeError(
+            f"adapters: first={group.first}, last={group.last} is no range of the {count} {part} of the "
+            f"{group.tower} tower of {base.name}; number them 0 to {count - 1}, or -{count} to -1 from the end"
+        )
+    return found[first : last + 1]
+
+
+class DomainAdapted(DualEncoder):
+    """A base that knows a domain, by adapters on its layers.
+
+    The base stays as it was: the adapters are attached for each pass through this object and no longer. Passes of
+    this object wait for each other; the base itself must not run in another thread meanwhile.
+
+    Attributes:
+        base: the dual encoder that the adapters fit.
+        adapters: frozen here.
+        folder: the adapted folder.
+    """
+
+    def __init__(
+        self,
+        base: DualEncoder,
+        adapters: DomainAdapters,
+        *,
+        logit_scale: float | None = None,
+        name: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        self.__dict__.update(base.__dict__)  # the towers are shared, not copied
+        self.base = base
+        self.adapters: DomainAdapters = freeze(adapters).to(base.device)
+        self.name = name or base.name
+        self.folder = folder
+        if logit_scale is not None:
+            self.logit_scale = logit_scale
+        self._lock = threading.Lock()
+        self.fingerprint = self._digest()
+
+    @property
+    def alpha(self) -> float:
+        """See `DomainAdapters.alpha`; another alpha is another fingerprint."""
+        return self.adapters.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.adapters.alpha = value
+        self.fingerprint = self._digest()
+
+    def to(self, device: str | torch.device) -> DomainAdapted:
+        """Move base and adapters; returns itself."""
+        self.base.to(device)
+        self.adapters.to(device)
+        return self
+
+    def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
+        """As `DualEncoder.token_features`, through the adapters."""
+        with self._lock, self.adapters.attach(self.base):
+            return self.base.token_features(tokens)
+
+    def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
+        """As `DualEncoder.pixel_features`, through the adapters."""
+        with self._lock, self.adapters.attach(self.base):
+            return self.base.pixel_features(pixels)
+
+    def _digest(self) -> str:
+        parts: list[str | bytes] = [self.base.fingerprint, repr(self.alpha), repr(self.logit_scale)]
+        for name, tensor in sorted(self.adapters.state_dict().items()):
+            parts += [name, tensor.float().cpu().numpy().tobytes()]
+        return digest_of(*parts)
+
+    def _write(self, folder: str) -> None:
+        if self.folder is None:
+            raise ModelError("this adapted model was never saved: save it with save_domain")
+        for path in self.folder.iterdir():
+            if path.name in (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE):
+                shutil.copy(path, folder)
+        path = Path(folder) / DESCRIPTION_FILE
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if described["config"]["alpha"] != self.alpha:  # the dial was turned since it was loaded
+            described["config"]["alpha"] = self.alpha
+            write_json(path, described)
+
+
+def save_domain(
+    folder: str | Path,
+    adapters: DomainAdapters,
+    *,
+    base: DualEncoder,
+    logit_scale: float | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    card: str = "",
+) -> Path:
+    """Write an adapted folder for `trimtab.load`; see `trimtab.adapters.files.save_adapter`.
+
+    Args:
+        logit_scale: multiplies cosines, if it was trained; None keeps the base's.
+    """
+    tensors = adapters.state_dict()
+    if logit_scale is not None:
+        tensors[_LOGIT_SCALE] = torch.tensor(float(logit_scale))
+    return save_adapter(
+        folder,
+        link=LINK,
+        tensors=tensors,
+        config={"adapters": to_mapping(adapters.groups), "alpha": adapters.alpha},
+        base=BaseReference.of(base),
+        recipe=recipe,
+        data=data,
+        metrics=metrics,
+        card=card,
+    )
+
+
+def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Path) -> DomainAdapted:
+    """Build what an adapted folder of this link describes, on the base that it was trained on.
+
+    Raises:
+        ModelError: the description is incomplete or does not fit its tensors.
+    """
+    where = described.folder / DESCRIPTION_FILE
+    try:
+        mappings, alpha = list(described.config["adapters"]), float(described.config["alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong value ({error})"
+        raise ModelError(f"{where} {reason}: copy the folder again") from error
+    groups = tuple(from_mapping(DomainAdapterConfig, mapping, str(where)) for mapping in mappings)
+    adapters = DomainAdapters(base, groups, alpha=alpha)
+    tensors = dict(described.tensors)
+    scale = tensors.pop(_LOGIT_SCALE, None)
+    if scale is not None and (scale.numel() != 1 or scale <= 0):
+        raise ModelError(f"{where} has a logit_scale that is no number above 0: copy the folder again")
+    load_into(adapters, replace(described, tensors=tensors))
+    return DomainAdapted(base, adapters, logit_scale=None if scale is None else float(scale), name=name, folder=folder)
+
+
+def _zeroed(layer: Any) -> Any:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,80 @@
+"""Tiny dual encoders for all kinds of towers that layers are known of: more than one per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import tiny_models
+from tiny_starter import build_starter
+from trimtab.towers.dual_encoder import DualEncoder, _stack
+from trimtab.towers.layers import TowerName
+
+_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+# The longest is neither first nor last, so that a batch has padding of several lengths.
+TEXTS = ["a cat", "a photo of a small red car on the road", "two apples", "the moon over the sea"]
+
+
+def _pair(folder: Path, vision: Any, text: Any, tokenizer: Any) -> Path:
+    from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+
+    config = VisionTextDualEncoderConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=tiny_models.EMBEDDING_DIM
+    )
+    model = tiny_models.randomised(VisionTextDualEncoderModel(config))
+    return tiny_models._save(folder, model, tokenizer, tiny_models._clip_processor())
+
+
+def build_clip_with_roberta(folder: Path) -> Path:
+    from transformers import CLIPVisionConfig, RobertaConfig
+
+    tokenizer = tiny_models.xlmr_tokenizer()
+    vision = CLIPVisionConfig(**_SIZES, image_size=tiny_models.IMAGE_SIZE, patch_size=tiny_models.PATCH_SIZE)
+    text = RobertaConfig(**_SIZES, vocab_size=len(tokenizer), max_position_embeddings=tiny_models.CONTEXT + 2)
+    return _pair(folder, vision, text, tokenizer)
+
+
+def build_vit_with_xlmr(folder: Path) -> Path:
+    from transformers import ViTConfig, XLMRobertaConfig
+
+    tokenizer = tiny_models.xlmr_tokenizer()
+    vision = ViTConfig(**_SIZES, image_size=tiny_models.IMAGE_SIZE, patch_size=tiny_models.PATCH_SIZE)
+    text = XLMRobertaConfig(**_SIZES, vocab_size=len(tokenizer), max_position_embeddings=tiny_models.CONTEXT + 2)
+    return _pair(folder, vision, text, tokenizer)
+
+
+def build_vit_with_clip_text(folder: Path) -> Path:
+    from transformers import CLIPTextConfig, ViTConfig
+
+    tokenizer = tiny_models.clip_tokenizer()
+    vision = ViTConfig(**_SIZES, image_size=tiny_models.IMAGE_SIZE, patch_size=tiny_models.PATCH_SIZE)
+    text = CLIPTextConfig(
+        **_SIZES, vocab_size=len(tokenizer), max_position_embeddings=tiny_models.CONTEXT,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return _pair(folder, vision, text, tokenizer)
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    **tiny_models.DUAL_ENCODERS,
+    "starter": build_starter,
+    "clip+roberta": build_clip_with_roberta,
+    "vit+xlm-roberta": build_vit_with_xlmr,
+    "vit+clip-text": build_vit_with_clip_text,
+}
+TOWERS: list[tuple[str, TowerName]] = [(name, tower) for name in BUILDERS for tower in ("image", "text")]
+
+
+def inputs_of(base: DualEncoder, tower: TowerName, pictures: list[Image.Image], texts: list[str] = TEXTS) -> Any:
+    """A batch of the tower's input tensors."""
+    if tower == "text":
+        return base.text_inputs(texts)
+    return _stack([base.preprocess(picture) for picture in pictures])
+
+
+def features_of(base: DualEncoder, tower: TowerName, inputs: Any) -> Any:
+    """The tower's features (B, D)."""
+    return base.token_features(inputs) if tower == "text" else base.pixel_features(inputs)
