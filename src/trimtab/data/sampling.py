@@ -53,3 +53,53 @@ def draw_epoch(
         by_length = part[np.argsort(lengths[part] + rng.random(len(part)), kind="stable")]
         batches.append(by_length.reshape(-1, batch_size))
     return EpochBatches(rng.permutation(np.concatenate(batches)))
+
+
+def pairs_per_epoch(pairs: int, share: float, batch_size: int) -> int:
+    """How many pairs `draw_hard_epoch` draws: ``share`` of them in full batches, or one short batch of them all."""
+    wanted = max(1, round(share * pairs))
+    return wanted - wanted % batch_size if wanted > batch_size else wanted
+
+
+def draw_hard_epoch(
+    probability: np.ndarray,
+    *,
+    share: float,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    captions: np.ndarray | None = None,
+) -> EpochBatches:
+    """Draw `pairs_per_epoch` different pairs, the likelier the higher their probability, as batches in random order.
+
+    Each pair's clock rings after an exponential time of rate `probability` and the first to ring are drawn
+    (Efraimidis & Spirakis 2006, "Weighted random sampling with a reservoir"; the same draw as the Gumbel top-k
+    of Kool et al. 2019, arXiv 1903.06059): every draw is in proportion to `probability` among the pairs not yet
+    drawn. Equal probabilities give a plain random subset. How likely a pair is to be in the epoch is not
+    ``pairs * probability``; see `objectives.memory_bank.inclusion_probability`.
+
+    Args:
+        probability: (N,) that sums to 1.
+        share: fraction of the pairs to draw, above 0 and at most 1.
+        captions: (N,) caption number of each pair: pairs of one caption are spread over the batches as evenly
+            as they go, so that a batch has many captions to tell apart.
+
+    Raises:
+        ValueError: no probabilities, or fewer above 0 than pairs to draw.
+    """
+    probability = np.asarray(probability, np.float64)
+    if not (probability >= 0).all() or abs(probability.sum() - 1) > 1e-6:
+        raise ValueError(f"probability must be at least 0 and sum to 1, not to {probability.sum()}")
+    count = pairs_per_epoch(len(probability), share, batch_size)
+    if np.count_nonzero(probability) < count:
+        raise ValueError(f"{count} pairs to draw, but only {np.count_nonzero(probability)} of probability above 0")
+    rng = np.random.default_rng([seed, epoch])
+    with np.errstate(divide="ignore"):
+        rings = rng.standard_exponential(len(probability)) / probability
+    drawn = np.argsort(rings, kind="stable")[:count]
+    if captions is not None:
+        order = rng.permutation(int(captions.max()) + 1)
+        drawn = drawn[np.argsort(order[captions[drawn]], kind="stable")]
+    # Dealt out like cards, one to each batch in turn: neighbours (early clocks, equal captions) are kept apart.
+    dealt = drawn.reshape(-1, steps_per_epoch(count, batch_size)).T  # (steps, B)
+    return EpochBatches(rng.permutation(dealt))

@@ -41,6 +41,11 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available())
 
 
+def world_of(accelerator: Accelerator) -> World:
+    """The processes that an accelerator found."""
+    return World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
 def announce_world(requested: int | None = None, accelerator: Accelerator | None = None) -> World:
     """Print how many processes train, after checking that it is the number that was asked for.
 
@@ -53,8 +58,7 @@ def announce_world(requested: int | None = None, accelerator: Accelerator | None
     Raises:
         TrimtabError: fewer or more processes run than `requested` or the launcher's environment says.
     """
-    accelerator = accelerator or make_accelerator()
-    world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    world = world_of(accelerator or make_accelerator())
     check_world(world.size, requested, os.environ)
     if world.is_main:
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
@@ -144,6 +148,57 @@ def average(values: Tensor, world: World) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / world.size
+
+
+def gather_rows(tensor: Tensor, world: World) -> Tensor:
+    """The rows of all ranks in rank order, with gradient: (n, ...) on each rank -> (sum of n, ...) on every rank.
+
+    For losses over the global batch. **The rule:** every rank computes the same loss from the gathered rows, as one
+    process would from its whole batch, and returns it as it is. Then the gradient after `average_gradients` is the
+    one of a single process: the shares of `rank_slice` sum to ``size``; backward here adds up what all ranks' losses,
+    each times its share, want of a row, which is ``size`` times the gradient; the mean over ranks takes that factor
+    away again. A parameter used after gathering (a learned logit_scale), or in rows that every rank computes alike
+    (hard negatives), gets share times its gradient on each rank, and the mean is right as well. So nothing else
+    may be scaled by the number of processes, and each rank must not take the mean over its own rows alone.
+
+    Every rank must call this in the same order and use the result in its loss. Numbers of rows may differ. With
+    fewer rows than ranks, where `rank_slice` gives all rows to each, every row comes ``size`` times: gradients of
+    contrastive terms stay the same.
+
+    Written as an autograd function over the two basic collectives, because torch's own differentiable one changed
+    its place and name between the versions supported here.
+
+    Raises:
+        ValueError: ranks that disagree in the shape of a row or on whether there is a gradient, on all of them.
+    """
+    if world.size == 1:
+        return tensor
+    with_gradient = tensor.requires_grad and torch.is_grad_enabled()
+    told = stack_over_ranks(torch.tensor([len(tensor), tensor.shape[1:].numel(), with_gradient]), world)  # (size, 3)
+    # A rank without the backward of the others would leave them waiting for ever: find it here.
+    if (told[:, 1:] != told[0, 1:]).any():
+        raise ValueError(f"ranks gather different rows: (rows, numbers in each, with gradient) = {told.tolist()}")
+    return _GatherRows.apply(tensor, told[:, 0].tolist(), world.rank)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, counts: list[int], rank: int) -> Tensor:
+        ctx.counts, ctx.rank = counts, rank
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        # Sums of halves lose digits.
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).contiguous()
+        dist.all_reduce(total)
+        start = sum(ctx.counts[: ctx.rank])
+        return total[start : start + ctx.counts[ctx.rank]].to(gradient.dtype), None, None
 
 
 def wait(world: World) -> None:
