@@ -7,8 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.evaluation.blocks import BarPanel, Bars, LinePanel, Series, format_compact, format_value
-from trimtab.evaluation.charts import MAX_POINTS, WIDTH, bars_svg, lines_svg, smoothed, thin, ticks
+from trimtab.evaluation.blocks import BarPanel, Bars, Histogram, LinePanel, Series, format_compact, format_value
+from trimtab.evaluation.charts import (
+    MAX_POINTS,
+    WIDTH,
+    bars_svg,
+    histogram_svg,
+    lines_svg,
+    marker,
+    smoothed,
+    thin,
+    ticks,
+)
+from trimtab.evaluation.labels import label_places, text_width
 
 finite = st.floats(-1e9, 1e9, allow_subnormal=False)
 
@@ -79,6 +90,72 @@ def test_lines_stay_inside_whatever_was_recorded(points: list[tuple[float, float
         coordinates = [float(number) for number in re.findall(r"-?[\d.]+", path)]
         assert all(-1 <= x <= WIDTH + 1 for x in coordinates[::2])
         assert all(-1 <= y <= height + 1 for y in coordinates[1::2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(finite, st.one_of(st.floats(), finite)), max_size=12))
+def test_labelled_points_stay_inside(points: list[tuple[float, float]]) -> None:
+    series = Series("a", [x for x, _ in points], [y for _, y in points], [f"{at / 4:g}" for at in range(len(points))])
+    svg = lines_svg(LinePanel([series], "t", "general", "domain", tall=True))
+    assert "nan" not in svg
+    height = float(re.search(r'viewBox="0 0 400 (\d+)"', svg)[1])  # type: ignore[index]
+    drawn = re.findall(r'<text class="label c1" x="([\d.]+)" y="([\d.]+)"', svg)
+    assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= height for x, y in drawn)
+    shown = sum(abs(y) < 1e100 for _, y in points)
+    assert svg.count('class="point c1"') == shown
+    assert len(drawn) <= shown
+
+
+def test_labels_speak_and_share_a_point() -> None:
+    full = Series("full", [50.0, 30.0], [10.0, 70.0], ["base", "1"], color=4)
+    adapter = Series("adapter", [50.0, 45.0], [10.0, 72.0], ["base", "1"], color=1)
+    svg = lines_svg(LinePanel([full, adapter], "Curve", "general", "domain"))
+    assert svg.count(">base</text>") == 1
+    assert '<text class="label" ' in svg  # the shared one has no line's colour
+    assert svg.count('<text class="label c') == 2
+    assert "full: base (50, 10), 1 (30, 70); adapter: base (50, 10), 1 (45, 72)" in svg
+    assert "adapter, 1: general 45, domain 72" in svg
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 400), st.floats(0, 300), st.text("0.12", min_size=1, max_size=4)), max_size=15))
+def test_labels_never_lie_on_each_other(points: list[tuple[float, float, str]]) -> None:
+    named = [((x, y), text) for x, y, text in points]
+    places = label_places(named, [[place for place, _ in named]], (0.0, 0.0, 400.0, 300.0))
+    assert len(places) == len(named)
+    boxes = [
+        (place[0] - text_width(text) / 2, place[1] - 6.5, place[0] + text_width(text) / 2, place[1] + 6.5)
+        for place, (_, text) in zip(places, named)
+        if place is not None
+    ]
+    for at, box in enumerate(boxes):
+        assert box[0] >= 0
+        assert box[2] <= 400
+        for other in boxes[:at]:
+            assert box[0] >= other[2] or other[0] >= box[2] or box[1] >= other[3] or other[1] >= box[3]
+
+
+def test_every_color_has_its_own_mark() -> None:
+    assert len({marker(color).replace(f"c{color}", "") for color in range(6)}) == 6
+
+
+def test_a_series_may_have_its_own_color() -> None:
+    svg = lines_svg(LinePanel([Series("a", [1, 2], [1, 2], color=4), Series("b", [1, 2], [2, 1])]))
+    assert re.findall(r'class="line (c\d)"', svg) == ["c4", "c2"]
+
+
+def test_histogram_layers_have_heights_in_proportion() -> None:
+    histogram = Histogram(["base", "now"], [0, 1, 2, 4], [[1, 1, 2], [10, 0, 0]], "Difficulty", marks=[1.5, 9.0])
+    svg = histogram_svg(histogram)
+    areas = re.findall(r'class="area (c\d)" d="([^"]*)"', svg)
+    assert [color for color, _ in areas] == ["c0", "c1"]
+    base, now = ([float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", path)] for _, path in areas)
+    ground = base[0]
+    assert (ground - base[5]) / (ground - now[1]) == pytest.approx(0.5, abs=0.01)  # 50% beside 100%
+    assert svg.count("mark own") == 1  # the other lies outside
+    assert "1 to 2: base 25.0%, now 0.0%" in svg
+    assert "Difficulty. base: median 1.5, most from 2 to 4 (50%); now: median 9, most from 0 to 1 (100%)" in svg
+    assert "nothing was recorded" in histogram_svg(Histogram(["a"], [0, 1], [[0]]))
 
 
 def test_a_gap_where_there_is_no_value() -> None:

@@ -66,11 +66,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with small print below it; None shows as "–"."""
+    """A value with small print below it; None shows as "–".
+
+    Attributes:
+        picture: whatever `trimtab.data.images.read_image` takes; drawn small in place of the value, which then
+            names it for those who do not see it, and in Markdown.
+    """
 
     value: Value
     note: str = ""
     tone: Tone = "plain"
+    picture: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -146,15 +152,24 @@ class Bars:
 
 @dataclass(frozen=True)
 class Series:
-    """One line; values that are not finite leave a gap."""
+    """One line; values that are not finite leave a gap.
+
+    Attributes:
+        labels: one per point, empty ones for none; each point is then drawn with a mark of the line's own shape.
+        color: place in the palette; None for the next by order.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
+    labels: Sequence[str] = ()
+    color: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.xs) != len(self.ys):
             raise ValueError(f"series {self.name!r} has {len(self.xs)} x and {len(self.ys)} y")
+        if self.labels and len(self.labels) != len(self.xs):
+            raise ValueError(f"series {self.name!r} has {len(self.xs)} points and {len(self.labels)} labels")
 
 
 @dataclass(frozen=True)
@@ -164,6 +179,7 @@ class LinePanel:
     Attributes:
         smooth: also draw each line through the mean of this many neighbouring points, the raw one faint.
         mark: an x to point at, such as the checkpoint that was kept, and its label.
+        tall: half as high again, for lines whose shape matters more than their ends.
     """
 
     series: Sequence[Series]
@@ -175,6 +191,12 @@ class LinePanel:
     smooth: int = 1
     mark: tuple[float, str] | None = None
     digits: int = 3
+    tall: bool = False
+
+    def color(self, index: int) -> int:
+        """Place in the palette of a series; grey, which stands for the reference among bars, comes last."""
+        own = self.series[index].color
+        return (index + 1 if own is None else own) % PALETTE_SIZE
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,42 @@ class Lines:
     panels: Sequence[LinePanel]
     title: str = ""
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often values of each size occur, a layer per set of values; heights are percent of the set.
+
+    Attributes:
+        names: of the sets.
+        edges: of the bins, ascending, one more than there are bins.
+        counts: ``counts[s][b]`` values of set `s` lie in bin `b`.
+        marks: a value to point at per set, such as its median; None for none.
+        mark_name: what the marks are.
+    """
+
+    names: Sequence[str]
+    edges: Sequence[float]
+    counts: Sequence[Sequence[int]]
+    title: str = ""
+    note: str = ""
+    x_label: str = ""
+    y_label: str = "%"
+    marks: Sequence[float | None] = ()
+    mark_name: str = "median"
+
+    def __post_init__(self) -> None:
+        if [len(counts) for counts in self.counts] != [len(self.edges) - 1] * len(self.names) or len(self.edges) < 2:
+            raise ValueError(f"histogram {self.title!r} must have a count per set and bin, and one edge more than bins")
+        if any(before >= after for before, after in zip(self.edges, self.edges[1:])):
+            raise ValueError(f"the edges of histogram {self.title!r} must ascend")
+        if self.marks and len(self.marks) != len(self.names):
+            raise ValueError(f"{len(self.marks)} marks for {len(self.names)} sets")
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """Percent of each set in each bin; 0 where the set is empty."""
+        return [[100 * count / max(1, sum(counts)) for count in counts] for counts in self.counts]
 
 
 @dataclass(frozen=True)
@@ -249,7 +307,7 @@ class Group:
     lead: str = ""
 
 
-Block: TypeAlias = "Tiles | Text | Table | Bars | Lines | ImageGrid | Facts | Code | Details | Group"
+Block: TypeAlias = "Tiles | Text | Table | Bars | Lines | Histogram | ImageGrid | Facts | Code | Details | Group"
 
 
 def as_cell(cell: Cell | str | int | float | None) -> Cell:

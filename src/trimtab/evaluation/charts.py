@@ -7,19 +7,22 @@ there is room. Colours are the classes ``c0`` to ``c5``; the style sheet sets th
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from trimtab.evaluation.blocks import (
     PALETTE_SIZE,
     BarPanel,
     Bars,
+    Histogram,
     LinePanel,
     Series,
     format_compact,
     format_value,
 )
 from trimtab.evaluation.escape import escape
+from trimtab.evaluation.labels import NamedPoint, Point, label_places, next_to_equal, text_width
 
 WIDTH = 400
 MAX_POINTS = 300
@@ -29,13 +32,49 @@ _LABEL_WIDTH, _VALUE_WIDTH = 46, 38
 _LINE_HEIGHT = 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 20, 40
 
-Point = tuple[float, float]
+
+@dataclass(frozen=True)
+class Frame:
+    """Axes, and where values lie on them."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log_x: bool = False
+    log_y: bool = False
+    height: int = _LINE_HEIGHT
+
+    @property
+    def base(self) -> int:
+        """Height of the lower axis, from the top."""
+        return self.height - _BOTTOM
+
+    def place(self, x: float, y: float) -> Point:
+        return (
+            _LEFT + (WIDTH - _LEFT - _RIGHT) * _fraction(x, *self.x, self.log_x),
+            _TOP + (self.base - _TOP) * (1 - _fraction(y, *self.y, self.log_y)),
+        )
+
+    def axes(self, x_label: str) -> list[str]:
+        parts = []
+        for tick in ticks(*self.y, self.log_y):
+            y = self.place(self.x[0], tick)[1]
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="tick y" x="{_LEFT - 8}" y="{y:.1f}">{format_compact(tick)}</text>')
+        for tick in ticks(*self.x, self.log_x, count=6):
+            x = self.place(tick, self.y[0])[0]
+            parts.append(f'<text class="tick x" x="{x:.1f}" y="{self.base + 15}">{format_compact(tick)}</text>')
+        middle = _LEFT + (WIDTH - _LEFT - _RIGHT) / 2
+        parts.append(
+            f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{self.base}" y2="{self.base}"/>'
+            f'<text class="name" x="{middle}" y="{self.height - 5}">{escape(x_label)}</text>'
+        )
+        return parts
 
 
 def bars_svg(bars: Bars, panel: BarPanel) -> str:
     """Horizontal bars, a group per block of lines, each with its value at the end."""
     maximum = bars.maximum or _nice_ceiling(max(_finite(panel_values(bars)), default=1.0))
-    left = min(max(_LABEL_WIDTH, *(_text_width(group) + 12 for group in panel.groups)), WIDTH // 3)
+    left = min(max(_LABEL_WIDTH, *(text_width(group) + 12 for group in panel.groups)), WIDTH // 3)
     room = WIDTH - left - _VALUE_WIDTH
     block = len(bars.series) * (_BAR + _BAR_GAP) - _BAR_GAP
     height = len(panel.groups) * (block + _GROUP_GAP) - _GROUP_GAP + 4
@@ -83,67 +122,137 @@ def panel_values(bars: Bars) -> list[float | None]:
 
 
 def lines_svg(panel: LinePanel) -> str:
-    """Lines with axes, each ending in a dot."""
+    """Lines with axes, each ending in a dot, or with a mark and a label at each point."""
     usable = [_usable(series, panel) for series in panel.series]
     everything = [point for points in usable for point in points if math.isfinite(point[1])]
     if not everything:
-        message = '<text class="tick empty" x="200" y="60">nothing was recorded</text>'
-        return _svg(120, f"{panel.title}. Nothing was recorded.", [message], "lines")
+        return _nothing(panel.title, "lines")
     xs, ys = zip(*everything)
-    x_low, x_high = _range(xs, panel.log_x, pad=False)
-    y_low, y_high = _range(ys, panel.log_y, pad=True)
-    width, height = WIDTH - _LEFT - _RIGHT, _LINE_HEIGHT - _TOP - _BOTTOM
-
-    def place(x: float, y: float) -> Point:
-        return (
-            _LEFT + width * _fraction(x, x_low, x_high, panel.log_x),
-            _TOP + height * (1 - _fraction(y, y_low, y_high, panel.log_y)),
-        )
-
-    parts = []
-    for tick in ticks(y_low, y_high, panel.log_y):
-        y = place(x_low, tick)[1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick y" x="{_LEFT - 8}" y="{y:.1f}">{format_compact(tick)}</text>')
-    base = _TOP + height
-    for tick in ticks(x_low, x_high, panel.log_x, count=6):
-        x = place(tick, y_low)[0]
-        parts.append(f'<text class="tick x" x="{x:.1f}" y="{base + 15}">{format_compact(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
-    parts.append(f'<text class="name" x="{_LEFT + width / 2}" y="{_LINE_HEIGHT - 5}">{escape(panel.x_label)}</text>')
-    if panel.mark is not None and x_low <= panel.mark[0] <= x_high:
-        x = place(panel.mark[0], y_low)[0]
+    labelled = any(series.labels for series in panel.series)
+    frame = Frame(
+        _range(xs, panel.log_x, pad=labelled, from_zero=not labelled),
+        _range(ys, panel.log_y, pad=True, from_zero=not labelled),
+        panel.log_x,
+        panel.log_y,
+        round(1.5 * _LINE_HEIGHT) if panel.tall else _LINE_HEIGHT,
+    )
+    parts = frame.axes(panel.x_label)
+    if panel.mark is not None and frame.x[0] <= panel.mark[0] <= frame.x[1]:
+        x = frame.place(panel.mark[0], frame.y[0])[0]
         label_x = min(max(x, _LEFT + 20.0), WIDTH - _RIGHT - 20.0)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{base}"/>')
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{frame.base}"/>')
         parts.append(f'<text class="marked" x="{label_x:.1f}" y="{_TOP - 9}">{escape(panel.mark[1])}</text>')
-    for number, points in enumerate(usable):
-        color = line_color(number)
-        title = f"<title>{escape(panel.series[number].name)}</title>"
+    marks: list[str] = []
+    named: list[NamedPoint] = []
+    colors: list[int] = []
+    tracks = []
+    for number, (series, points) in enumerate(zip(panel.series, usable)):
+        color = panel.color(number)
+        title = f"<title>{escape(series.name)}</title>"
         if panel.smooth > 1:
-            raw = [place(*point) for point in thin(points, MAX_POINTS)]
-            parts.append(_path(raw, f"line raw {color}", title))
+            raw = [frame.place(*point) for point in thin(points, MAX_POINTS)]
+            parts.append(_path(raw, f"line raw c{color}", title))
             points = smoothed(points, panel.smooth)
-        placed = [place(*point) for point in thin(points, MAX_POINTS)]
-        parts.append(_path(placed, f"line {color}", title))
-        if ends := [point for point in placed if math.isfinite(point[1])]:
+        placed = [frame.place(*point) for point in (points if series.labels else thin(points, MAX_POINTS))]
+        parts.append(_path(placed, f"line c{color}", title))
+        ends = [point for point in placed if math.isfinite(point[1])]
+        tracks.append(ends)
+        if series.labels:
+            for (x, y), hint, text in _labelled(series, panel, frame):
+                marks.append(f"<g><title>{escape(hint)}</title>{marker(color, x, y)}</g>")
+                named.append(((x, y), text))
+                colors.append(color)
+        elif ends:
             x, y = ends[-1]
-            parts.append(f'<circle class="end {color}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-    return _svg(_LINE_HEIGHT, line_summary(panel), parts, "lines")
-
-
-def line_color(number: int) -> str:
-    """Class of a series of lines; grey, which stands for the reference among bars, comes last."""
-    return f"c{(number + 1) % PALETTE_SIZE}"
+            marks.append(f'<circle class="end c{color}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+    parts += marks
+    places = label_places(named, tracks, (_LEFT, _TOP - 8.0, WIDTH - 2.0, frame.base))
+    for at, (center, color) in enumerate(zip(places, colors)):
+        if center is not None:
+            # A label that serves the points of several lines has no line's colour.
+            owner = "" if next_to_equal(named[at + 1 :], named[at]) else f" c{color}"
+            x, y = center
+            parts.append(f'<text class="label{owner}" x="{x:.1f}" y="{y:.1f}">{escape(named[at][1])}</text>')
+    return _svg(frame.height, line_summary(panel), parts, "lines")
 
 
 def line_summary(panel: LinePanel) -> str:
-    """First and last value of each line, in words."""
+    """First and last value of each line, or every labelled point, in words."""
     told = []
     for series in panel.series:
-        if values := [y for _, y in _usable(series, panel) if math.isfinite(y)]:
+        if series.labels:
+            points = ", ".join(
+                f"{label or 'point'} ({format_compact(x)}, {format_compact(y)})"
+                for label, x, y in zip(series.labels, series.xs, series.ys)
+                if math.isfinite(x) and math.isfinite(y)
+            )
+            told.append(f"{series.name}: {points}")
+        elif values := [y for _, y in _usable(series, panel) if math.isfinite(y)]:
             told.append(f"{series.name} from {format_compact(values[0])} to {format_compact(values[-1])}")
     axes = f" ({panel.y_label} over {panel.x_label})" if panel.y_label and panel.x_label else ""
     return f"{panel.title}{axes}. " + "; ".join(told)
+
+
+def marker(color: int, x: float = 0.0, y: float = 0.0) -> str:
+    """A mark whose shape goes with its colour, so that lines are told apart without seeing colours."""
+    r = 4.6
+    corners = {
+        0: [(-1.0, -0.3), (1.0, -0.3), (1.0, 0.3), (-1.0, 0.3)],
+        2: [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+        3: [(0.0, 1.1), (1.1, -0.85), (-1.1, -0.85)],
+        4: [(0.0, -1.25), (1.1, 0.0), (0.0, 1.25), (-1.1, 0.0)],
+        5: [(0.0, -1.1), (1.1, 0.85), (-1.1, 0.85)],
+    }.get(color)
+    if corners is None:
+        return f'<circle class="point c{color}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
+    shape = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
+    return f'<polygon class="point c{color}" points="{shape}"/>'
+
+
+def histogram_svg(histogram: Histogram) -> str:
+    """Layers of steps over one another, each with a dashed line at its mark."""
+    shares = histogram.shares
+    top = max((share for layer in shares for share in layer), default=0.0)
+    if not top:
+        return _nothing(histogram.title, "lines")
+    edges = [float(edge) for edge in histogram.edges]
+    frame = Frame((edges[0], edges[-1]), (0.0, 1.06 * top))
+    parts = frame.axes(histogram.x_label)
+    for number, layer in enumerate(shares):
+        steps = [frame.place(x, share) for at, share in enumerate(layer) for x in edges[at : at + 2]]
+        corners = " ".join(f"L{x:.1f} {y:.1f}" for x, y in [*steps, frame.place(edges[-1], 0.0)])
+        x, y = frame.place(edges[0], 0.0)
+        color = number % PALETTE_SIZE
+        parts.append(f'<path class="area c{color}" d="M{x:.1f} {y:.1f} {corners}Z"/>')
+        parts.append(_path(steps, f"line c{color}", ""))
+    for number, mark in enumerate(histogram.marks):
+        if mark is not None and edges[0] <= mark <= edges[-1]:
+            x = frame.place(mark, 0.0)[0]
+            parts.append(
+                f'<line class="mark own c{number % PALETTE_SIZE}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" '
+                f'y2="{frame.base}"/>'
+            )
+    for at, (low, high) in enumerate(pairwise(edges)):
+        values = ", ".join(f"{name} {layer[at]:.1f}%" for name, layer in zip(histogram.names, shares))
+        hint = escape(f"{format_compact(low)} to {format_compact(high)}: {values}")
+        left, right = frame.place(low, 0.0)[0], frame.place(high, 0.0)[0]
+        parts.append(
+            f'<rect class="hit" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" '
+            f'height="{frame.base - _TOP}"><title>{hint}</title></rect>'
+        )
+    return _svg(frame.height, histogram_summary(histogram), parts, "lines")
+
+
+def histogram_summary(histogram: Histogram) -> str:
+    """Where each set has most values, and its mark, in words."""
+    told = []
+    for number, (name, layer) in enumerate(zip(histogram.names, histogram.shares)):
+        mark = histogram.marks[number] if histogram.marks else None
+        pointed = "" if mark is None else f"{histogram.mark_name} {format_compact(mark)}, "
+        most = max(range(len(layer)), key=layer.__getitem__)
+        low, high = (format_compact(edge) for edge in histogram.edges[most : most + 2])
+        told.append(f"{name}: {pointed}most from {low} to {high} ({layer[most]:.0f}%)")
+    return f"{histogram.title or histogram.x_label}. " + "; ".join(told)
 
 
 def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[float]:
@@ -206,7 +315,7 @@ def _drawable(value: float, log: bool) -> bool:
     return (1e-100 if log else -1e100) < value < 1e100
 
 
-def _range(values: Sequence[float], log: bool, *, pad: bool) -> tuple[float, float]:
+def _range(values: Sequence[float], log: bool, *, pad: bool, from_zero: bool = True) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
         if low == high:
@@ -218,8 +327,8 @@ def _range(values: Sequence[float], log: bool, *, pad: bool) -> tuple[float, flo
     if not pad:
         return low, high
     slack = 0.06 * (high - low)
-    # A loss or a score near zero reads better with zero on the axis.
-    bottom = 0.0 if 0 <= low < 0.35 * high else low - slack
+    # A loss or a score near zero reads better with zero on the axis; two scores against each other do not.
+    bottom = 0.0 if from_zero and 0 <= low < 0.35 * high else low - slack
     return bottom, high + slack
 
 
@@ -242,15 +351,10 @@ def _finite(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def _text_width(text: str) -> int:
-    """Rough width in the chart's units; ideographs are twice as wide as letters."""
-    return sum(13 if unicodedata.east_asian_width(char) in "WF" else 7 for char in text)
-
-
 def _shortened(text: str, width: int) -> str:
-    if _text_width(text) <= width:
+    if text_width(text) <= width:
         return text
-    while text and _text_width(text) > width - 7:
+    while text and text_width(text) > width - 7:
         text = text[:-1]
     return text.rstrip() + "…"
 
@@ -264,6 +368,19 @@ def _path(points: Sequence[Point], classes: str, title: str) -> str:
         commands.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
         pen_down = True
     return f'<path class="{classes}" d="{" ".join(commands)}">{title}</path>'
+
+
+def _labelled(series: Series, panel: LinePanel, frame: Frame) -> Iterator[tuple[Point, str, str]]:
+    """Where each point that can be drawn lies, what it says, and its label."""
+    for label, x, y in zip(series.labels, series.xs, series.ys):
+        if _drawable(x, panel.log_x) and _drawable(y, panel.log_y):
+            values = f"{panel.x_label} {format_compact(x)}, {panel.y_label} {format_compact(y)}"
+            yield frame.place(x, y), f"{series.name}, {label}: {values}", label
+
+
+def _nothing(title: str, kind: str) -> str:
+    message = '<text class="tick empty" x="200" y="60">nothing was recorded</text>'
+    return _svg(120, f"{title}. Nothing was recorded.", [message], kind)
 
 
 def _svg(height: float, summary: str, parts: Sequence[str], kind: str) -> str:

@@ -14,7 +14,9 @@ from trimtab.evaluation.blocks import (
     Details,
     Facts,
     Group,
+    Histogram,
     ImageGrid,
+    LinePanel,
     Lines,
     Table,
     Text,
@@ -45,6 +47,8 @@ def _body(block: Block, level: int) -> str:
         return "\n".join(_bars(block)) + _note(block.note)
     if isinstance(block, Lines):
         return "\n".join(_lines(block)) + _note(block.note)
+    if isinstance(block, Histogram):
+        return _histogram(block) + _note(block.note)
     if isinstance(block, ImageGrid):
         return _grid(block) + _note(block.note)
     if isinstance(block, Facts):
@@ -120,6 +124,9 @@ def _bars(bars: Bars) -> list[str]:
 def _lines(lines: Lines) -> list[str]:
     tables = []
     for panel in lines.panels:
+        if any(series.labels for series in panel.series):
+            tables.append(_points(panel))
+            continue
         rows = []
         for series in panel.series:
             ys = [y for y in series.ys if math.isfinite(y)]
@@ -128,6 +135,29 @@ def _lines(lines: Lines) -> list[str]:
         head = [escape_markdown(panel.title or panel.y_label), "first", "lowest", "highest", "last"]
         tables.append(markdown_table(head, rows, [False, True, True, True, True]))
     return tables
+
+
+def _points(panel: LinePanel) -> str:
+    rows = [
+        [escape_markdown(text) for text in (series.name, label, format_compact(x), format_compact(y))]
+        for series in panel.series
+        for label, x, y in zip(series.labels or [""] * len(series.xs), series.xs, series.ys)
+    ]
+    head = [escape_markdown(text) for text in (panel.title or "line", "point", panel.x_label, panel.y_label)]
+    return markdown_table(head, rows, [False, False, True, True])
+
+
+def _histogram(block: Histogram) -> str:
+    bins = zip(block.edges, block.edges[1:], *block.shares)
+    rows = [
+        [f"{format_compact(low)} to {format_compact(high)}", *(f"{share:.1f}" for share in shares)]
+        for low, high, *shares in bins
+    ]
+    if block.marks:
+        marks = ("–" if mark is None else format_compact(mark) for mark in block.marks)
+        rows.append([escape_markdown(block.mark_name), *marks])
+    head = [block.x_label, *(f"{name}, {block.y_label}" for name in block.names)]
+    return markdown_table([escape_markdown(text) for text in head], rows, [False] + [True] * len(block.names))
 
 
 def _grid(grid: ImageGrid) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.blocks import (
+    PALETTE_SIZE,
     Bars,
     Block,
     Cell,
@@ -22,6 +23,7 @@ from trimtab.evaluation.blocks import (
     GridImage,
     GridQuery,
     Group,
+    Histogram,
     ImageGrid,
     LinePanel,
     Lines,
@@ -34,10 +36,11 @@ from trimtab.evaluation.blocks import (
     format_compact,
     format_value,
 )
-from trimtab.evaluation.charts import bars_svg, line_color, lines_svg
+from trimtab.evaluation.charts import bars_svg, histogram_svg, lines_svg, marker
 from trimtab.evaluation.escape import code_spans, escape, passages
 
 THUMBNAIL = 224
+SMALL_THUMBNAIL = 208
 _QUALITY = 80
 
 # A rudder with its trim tab.
@@ -118,8 +121,8 @@ def prose(text: str) -> str:
     return "".join(parts)
 
 
-def thumbnail_uri(source: Any) -> str:
-    """A picture as a small JPEG in a data URI.
+def thumbnail_uri(source: Any, side: int = THUMBNAIL) -> str:
+    """A picture as a small JPEG in a data URI, its longer side at most `side` pixels.
 
     Raises:
         TrimtabError: when it cannot be read.
@@ -127,7 +130,7 @@ def thumbnail_uri(source: Any) -> str:
     from trimtab.data.images import read_image
 
     image = read_image(source)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((side, side))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
@@ -139,11 +142,14 @@ def _body(block: Block, thumbnails: dict[str, str], level: int) -> str:
     if isinstance(block, Text):
         return prose(block.text)
     if isinstance(block, Table):
-        return _table(block) + _note(block.note)
+        return _table(block, thumbnails) + _note(block.note)
     if isinstance(block, Bars):
         return _bars(block) + _note(block.note)
     if isinstance(block, Lines):
-        return f'<div class="panels">{"".join(map(_line_panel, block.panels))}</div>' + _note(block.note)
+        panels = f'<div class="panels">{"".join(map(_line_panel, block.panels))}</div>'
+        return _beside(panels, block.note) if len(block.panels) == 1 else panels + _note(block.note)
+    if isinstance(block, Histogram):
+        return _beside(_histogram(block), block.note)
     if isinstance(block, ImageGrid):
         queries = "".join(_query(query, thumbnails) for query in block.queries)
         return f'<div class="queries">{queries}</div>' + _note(block.note)
@@ -183,10 +189,12 @@ def _per_line(count: int, limit: int) -> int:
     return max(1, math.ceil(count / lines))
 
 
-def _table(table: Table) -> str:
-    rows = "".join(_row(row, table.columns) for row in table.rows)
-    # A wide table of few rows becomes a card per row on a phone; a narrow one of figures needs no whole line.
-    shape = "stacks" if len(table.columns) >= 5 and len(table.rows) <= 12 else ""
+def _table(table: Table, thumbnails: dict[str, str]) -> str:
+    rows = "".join(_row(row, table.columns, thumbnails) for row in table.rows)
+    pictures = any(as_cell(cell).picture is not None for row in table.rows for cell in row.cells)
+    # A wide table of few rows, or with pictures, becomes a card per row on a phone; a narrow one of figures needs
+    # no whole line.
+    shape = "stacks" if len(table.columns) >= 5 and (len(table.rows) <= 12 or pictures) else ""
     if len(table.columns) <= 4 and all(column.numeric and not column.meter for column in table.columns[1:]):
         shape = "narrow"
     caption = f'<caption class="unseen">{escape(table.title)}</caption>' if table.title else ""
@@ -215,24 +223,29 @@ def _head(columns: Sequence[Column]) -> str:
     return f"<tr>{groups}</tr><tr>{labels}</tr>"
 
 
-def _row(row: TableRow, columns: Sequence[Column]) -> str:
+def _row(row: TableRow, columns: Sequence[Column], thumbnails: dict[str, str]) -> str:
     first = as_cell(row.cells[0])
     classes = f' class="{"strong" if row.strong else "missing"}"' if row.strong or row.empty else ""
-    head = f'<th scope="row">{_value(first, columns[0])}</th>'
+    head = f'<th scope="row">{_value(first, columns[0], thumbnails)}</th>'
     if row.empty:
         rest = f'<td colspan="{len(columns) - 1}">{_inline(row.empty)}</td>'
     else:
         rest = "".join(
             f'<td{_align(column)} data-label="{escape(f"{column.group} {column.label}".strip())}">'
-            f"{_value(as_cell(cell), column)}</td>"
+            f"{_value(as_cell(cell), column, thumbnails)}</td>"
             for cell, column in zip(row.cells[1:], columns[1:])
         )
     return f"<tr{classes}>{head}{rest}</tr>"
 
 
-def _value(cell: Cell, column: Column) -> str:
+def _value(cell: Cell, column: Column, thumbnails: dict[str, str]) -> str:
     tone = f" {cell.tone}" if cell.tone != "plain" else ""
-    shown = f'<span class="value{tone}">{_bdi(format_value(cell.value, column.digits))}</span>'
+    text = format_value(cell.value, column.digits)
+    if cell.picture is None:
+        shown = f'<span class="value{tone}">{_bdi(text)}</span>'
+    else:
+        picture = _picture(cell.picture, text, thumbnails, SMALL_THUMBNAIL)
+        shown = f'<span class="picture" title="{escape(text)}">{picture}</span>'
     meter = ""
     if column.meter and isinstance(cell.value, (int, float)):
         share = 100 * max(0.0, min(1.0, cell.value / column.meter))
@@ -258,12 +271,28 @@ def _line_panel(panel: LinePanel) -> str:
     legend = []
     for at, series in enumerate(panel.series):
         finite = [value for value in series.ys if math.isfinite(value)]
-        last = f"<b>{format_compact(finite[-1])}</b>" if finite else ""
-        legend.append(f'<li><i class="{line_color(at)}"></i>{escape(series.name)} {last}</li>')
+        last = f"<b>{format_compact(finite[-1])}</b>" if finite and not series.labels else ""
+        color = panel.color(at)
+        swatch = f'<i class="c{color}"></i>'
+        if series.labels:
+            swatch = f'<svg class="swatch" viewBox="-7 -7 14 14" aria-hidden="true">{marker(color)}</svg>'
+        legend.append(f"<li>{swatch}{escape(series.name)} {last}</li>")
     unit = f' <span class="small">{escape(panel.y_label)}</span>' if panel.y_label else ""
     return (
         f"<figure><figcaption>{escape(panel.title)}{unit}</figcaption>"
         f'<ul class="legend">{"".join(legend)}</ul>{lines_svg(panel)}</figure>'
+    )
+
+
+def _histogram(block: Histogram) -> str:
+    legend = []
+    for at, name in enumerate(block.names):
+        mark = block.marks[at] if block.marks else None
+        pointed = "" if mark is None else f"{escape(block.mark_name)} <b>{format_compact(mark)}</b>"
+        legend.append(f'<li><i class="c{at % PALETTE_SIZE}"></i>{escape(name)} {pointed}</li>')
+    return (
+        f'<figure><figcaption><span class="small">{escape(block.y_label)}</span></figcaption>'
+        f'<ul class="legend">{"".join(legend)}</ul>{histogram_svg(block)}</figure>'
     )
 
 
@@ -279,20 +308,26 @@ def _query(query: GridQuery, thumbnails: dict[str, str]) -> str:
 
 
 def _grid_image(image: GridImage, rank: int, thumbnails: dict[str, str]) -> str:
-    key = str(image.source) if isinstance(image.source, (str, Path)) else f"object {id(image.source)}"
     verdict = "right" if image.correct else "not right"
-    alternative = escape(f"rank {rank}: {image.caption or 'untitled'} ({verdict})")
-    try:
-        if key not in thumbnails:
-            thumbnails[key] = thumbnail_uri(image.source)
-        picture = f'<img src="{thumbnails[key]}" alt="{alternative}" loading="lazy">'
-    except TrimtabError as error:
-        # One unreadable picture must not cost the report.
-        picture = f'<span class="broken" role="img" aria-label="{alternative}">{escape(str(error))}</span>'
+    alternative = f"rank {rank}: {image.caption or 'untitled'} ({verdict})"
+    picture = _picture(image.source, alternative, thumbnails, THUMBNAIL)
     badge = '<span class="badge" title="right">✓</span>' if image.correct else ""
     caption = f'<p class="small" dir="auto" title="{escape(image.caption)}">{escape(image.caption)}</p>'
     mark = ' class="right"' if image.correct else ""
     return f'<li{mark}><div class="frame">{picture}{badge}</div>{caption}</li>'
+
+
+def _picture(source: Any, alternative: str, thumbnails: dict[str, str], side: int) -> str:
+    key = str(source) if isinstance(source, (str, Path)) else f"object {id(source)}"
+    key = f"{side} {key}"
+    try:
+        if key not in thumbnails:
+            thumbnails[key] = thumbnail_uri(source, side)
+    except TrimtabError as error:
+        # One unreadable picture must not cost the report.
+        told = str(error) if side == THUMBNAIL else str(getattr(error, "reason", error))
+        return f'<span class="broken" role="img" aria-label="{escape(alternative)}">{escape(told)}</span>'
+    return f'<img src="{thumbnails[key]}" alt="{escape(alternative)}" loading="lazy">'
 
 
 def _bdi(text: str) -> str:
@@ -302,6 +337,11 @@ def _bdi(text: str) -> str:
 
 def _inline(line: str) -> str:
     return "".join(f"<code>{escape(piece)}</code>" if code else escape(piece) for code, piece in code_spans(line))
+
+
+def _beside(figure: str, note: str) -> str:
+    """A figure that stands alone, with its note where there would be nothing."""
+    return f'<div class="beside">{figure}{_note(note)}</div>'
 
 
 def _note(note: str) -> str:
