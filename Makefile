@@ -18,11 +18,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[quickstart,dev]'
 	touch $@
 
-quickstart: $(VENV)/.installed  ## Install, fetch, teach starter Chinese, report in runs/quickstart/
+quickstart: $(VENV)/.installed  ## Install, fetch, teach starter Chinese and a domain, report in runs/quickstart/
 	$(BIN)/trimtab quickstart --out runs/quickstart
 
+# Whole files stay with one worker, so that each builds its tiny models once. One thread each: models are tiny.
 test: $(VENV)/.installed lint  ## Lint, check types, run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed  ## Lint and check types
 	$(BIN)/ruff check .

@@ -15,9 +15,10 @@ from typing import Any
 import torch.distributed as dist
 
 from trimtab.config import Recipe, load_recipe
+from trimtab.recipes.domain import adapt_domain
 from trimtab.recipes.language import adapt_language
 
-LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {"language": adapt_language}
+LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {"language": adapt_language, "domain": adapt_domain}
 
 
 def adapt(

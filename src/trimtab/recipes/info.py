@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.adapters.files import TENSORS_FILE, AdapterFile, is_adapted_folder, read_adapter
+from trimtab.adapters.files import TENSORS_FILE, AdapterFile, StudentReference, is_adapted_folder, read_adapter
 from trimtab.errors import ModelError
 
 if TYPE_CHECKING:
@@ -55,32 +55,51 @@ def _describe_base(name: str | Path) -> dict[str, Any]:
 
 def _describe_adapted(adapter: AdapterFile) -> dict[str, Any]:
     student = adapter.student
+    own: dict[str, Any] = {}
+    if adapter.link == "domain":
+        own = {"adapters": _groups(adapter.config.get("adapters")), "alpha": adapter.config.get("alpha")}
+    else:
+        own = {"languages": _languages(adapter), "english": adapter.config.get("english")}
     return {
         "model": str(adapter.folder),
         "link": adapter.link,
-        "languages": _languages(adapter),
-        "english": adapter.config.get("english"),
+        **own,
         "base": {
             "name": adapter.base.name,
             "family": adapter.base.family,
             "embedding_dim": adapter.base.embedding_dim,
             "fingerprint": adapter.base.fingerprint,
         },
-        "student": {
-            "name": student.name,
-            "layers": list(student.layers),
-            "prefix": student.prefix,
-            "max_tokens": student.max_tokens,
-            "fingerprint": student.fingerprint,
-        }
-        if student
-        else {},
+        **({} if student is None and adapter.link == "domain" else {"student": _student(student)}),
         "adapter": {**_scalars(adapter.config.get("adapter")), "numbers": _count_numbers(adapter.folder)},
         "metrics": adapter.metrics,
         "data": adapter.data,
         "versions": adapter.versions,
         "file_bytes": _file_sizes(adapter.folder),
     }
+
+
+def _student(student: StudentReference | None) -> dict[str, Any]:
+    if student is None:
+        return {}
+    return {
+        "name": student.name,
+        "layers": list(student.layers),
+        "prefix": student.prefix,
+        "max_tokens": student.max_tokens,
+        "fingerprint": student.fingerprint,
+    }
+
+
+def _groups(groups: Any) -> dict[str, str]:
+    """Groups of domain adapters by kind and place."""
+    found = {}
+    for one in groups if isinstance(groups, list) else []:
+        if isinstance(one, dict):
+            part = "blocks" if one.get("kind") == "conv" else "layers"
+            place = f"{one.get('tower')} {part} {one.get('first')} to {one.get('last')}"
+            found[f"{one.get('kind')} beside {place}"] = f"width {one.get('width')}"
+    return found
 
 
 def _parameters(base: DualEncoder) -> tuple[int, int, int]:

@@ -1,0 +1,276 @@
+"""The domain link end to end: read top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimtab.config import DomainRecipe, to_mapping
+from trimtab.data.pairs import ImageTextPairs
+from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
+from trimtab.evaluation.forgetting import GeneralSet, alpha_curve, forgetting, mean_score, measure
+from trimtab.evaluation.retrieval import recall_at_k, retrieve
+from trimtab.files import digest_of
+from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
+from trimtab.precision import tune_allocator
+from trimtab.recipes.domain_methods import METHODS, Method
+from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, general_sets, read_pairs
+from trimtab.recipes.domain_plan import plan
+from trimtab.recipes.domain_report import model_card, write_domain_report
+from trimtab.recipes.domain_states import FrozenStates, base_embeddings, embed, frozen_states
+from trimtab.recipes.folders import check_out, claim, portable, recipe_digest, training_folder
+from trimtab.tasks.domain import Batch, DomainTask
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.hf import load_base
+from trimtab.training import distributed
+from trimtab.training.distributed import World
+from trimtab.training.loop import train
+from trimtab.training.run import Selection
+
+_VIEW_STREAM = 3  # so that views are drawn independently of pairs
+_QUANTILES = (0.1, 0.5, 0.9)
+
+
+def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, Any] | None:
+    """Train a domain adapter or one of its baselines; see `trimtab.recipes.adapt.adapt`."""
+    started = time.monotonic()
+    tune_allocator()
+    # The user's mistakes first: no model is loaded before the data are known to be good.
+    check_out(recipe.out, METHODS[recipe.method].files)
+    pairs = read_pairs(recipe)
+    general = general_sets(recipe.general, recipe.seed)
+    accelerator = distributed.make_accelerator()
+    world = distributed.world_of(accelerator)
+    distributed.check_world(world.size, recipe.training.processes, os.environ)
+    base = load_base(recipe.base, device=str(world.device))
+    torch.manual_seed(recipe.seed)
+    method = METHODS[recipe.method](base, recipe)
+    frozen = frozen_states(recipe, method, pairs.train, pairs.validation)
+    if dry_run:
+        print(plan(recipe, pairs, method, frozen))
+        return None
+
+    before = measure(base, general) if world.is_main else {}
+    clock = time.monotonic()
+    frozen.fill()
+    task = make_task(recipe, method, frozen, pairs.train, world)
+    encoding = time.monotonic() - clock
+    drawn = pairs_per_epoch(len(pairs.train), recipe.bank.epoch_share, recipe.training.batch_size)
+    with method.at_work():
+        result = train(
+            task.step,
+            task,
+            lambda epoch: draw_epoch(task.bank, pairs.train, recipe, epoch, world),
+            steps_per_epoch=steps_per_epoch(drawn, recipe.training.batch_size),
+            settings=recipe.training,
+            checkpoint_dir=training_folder(recipe.out),
+            digest=digest_of(
+                recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, base.fingerprint
+            ),
+            seed=recipe.seed,
+            validate=lambda _: validate(frozen, pairs),
+            select=Selection("top1"),
+            run_config=to_mapping(recipe),
+            accelerator=accelerator,
+        )  # fmt: skip
+        if not world.is_main:
+            return None
+        hardness = Hardness.of(task, frozen, pairs.train)
+    outcome: dict[str, Any] = {
+        "folder": recipe.out,
+        "method": recipe.method,
+        "validation": dict(result.best or {}),
+        "pairs": len(pairs.train),
+        "images": len(pairs.train.images),
+        "captions": len(pairs.train.captions),
+        "counts": pairs.counts,
+        "trained_parameters": method.trained_parameters,
+        "base_parameters": method.base_parameters,
+        "logit_scale": final_scale(recipe, task, base),
+        "difficulty": {"before": quantiles(hardness.before), "after": quantiles(hardness.now)},
+        "steps": result.steps,
+        "history": result.history,
+    }
+    if general:
+        outcome |= remembered(recipe, method, pairs.validation, general, before, outcome["logit_scale"])
+    outcome["seconds"] = {"encoding": encoding, "training": result.seconds, "total": time.monotonic() - started}
+    outcome["report"] = str(write_domain_report(recipe, pairs.train, hardness, outcome, base))
+    save(recipe, method, pairs, outcome)
+    return outcome
+
+
+def make_task(
+    recipe: DomainRecipe, method: Method, frozen: FrozenStates, pairs: ImageTextPairs, world: World
+) -> DomainTask:
+    """The towers with what is trained, and a memory bank that knows how hard every pair is for the frozen base."""
+    base = method.base
+    images, texts = base_embeddings(frozen, pairs)
+    captions = torch.from_numpy(pairs.caption_index).to(texts.device)
+    groups = torch.from_numpy(pairs.caption_sets[pairs.image_index]).to(texts.device)
+    scale = recipe.objective.logit_scale or base.logit_scale
+    measure = MemoryBank.measure(recipe.bank)
+    of_pairs = images[torch.from_numpy(pairs.image_index).to(images.device)]
+    difficulty = global_difficulty(of_pairs, texts, captions, measure, logit_scale=scale, groups=groups)
+    return DomainTask(
+        method,
+        image=frozen.image_side,
+        text=frozen.text_side,
+        image_of=pairs.image_index,
+        caption_of=pairs.caption_index,
+        belong=pairs.belong,
+        objective=recipe.objective,
+        bank=MemoryBank(recipe.bank, captions, texts, difficulty, logit_scale=scale, groups=groups),
+        logit_scale=scale,
+        gather=functools.partial(distributed.gather_rows, world=world),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatches:
+    """Pairs and a view of each pair's picture, (steps, B) both."""
+
+    pairs: np.ndarray
+    views: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]:
+        return zip(self.pairs, self.views, strict=True)
+
+    def skip(self, count: int) -> PairBatches:
+        """Those after the first `count`, for a run that resumes in their middle."""
+        return PairBatches(self.pairs[count:], self.views[count:])
+
+
+def draw_epoch(
+    bank: MemoryBank, pairs: ImageTextPairs, recipe: DomainRecipe, epoch: int, world: World
+) -> PairBatches:  # fmt: skip
+    """What an epoch sees: hard pairs more often, or all alike, each picture in one of its views."""
+    batch_size, share = recipe.training.batch_size, recipe.bank.epoch_share
+    probability = np.full(len(pairs), 1 / len(pairs))
+    if recipe.bank.enabled:
+        distributed.copy_from_main(bank, world)
+        probability = bank.start_epoch(epoch, pairs_per_epoch(len(pairs), share, batch_size)).numpy()
+    drawn = draw_hard_epoch(
+        probability,
+        share=share,
+        batch_size=batch_size,
+        seed=recipe.seed,
+        epoch=epoch,
+        captions=pairs.caption_index,
+    ).batches
+    rng = np.random.default_rng([recipe.seed, epoch, _VIEW_STREAM])
+    return PairBatches(drawn, rng.integers(0, recipe.data.views + 1, drawn.shape))
+
+
+def validate(frozen: FrozenStates, pairs: DomainPairs) -> dict[str, float]:
+    """Whether pictures that no training saw find their captions among those of validation, and mean recall."""
+    first_image, first_caption = len(pairs.train.images), len(pairs.train.captions)
+    validation = pairs.validation
+    images = embed(frozen.image_side, first_image + np.arange(len(validation.images)))
+    texts = embed(frozen.text_side, first_caption + np.arange(len(validation.captions)))
+    positives = np.stack([validation.image_index, validation.caption_index], axis=1)
+    recall = recall_at_k((images.cpu().numpy(), texts.cpu().numpy()), positives)
+    return {"top1": recall.i2t["R@1"], "mR": recall.mR}
+
+
+@dataclass(frozen=True, eq=False)
+class Hardness:
+    """How hard the training pairs are.
+
+    Attributes:
+        before, now: (N,) for the frozen base, and for the model as it was kept.
+        drawn: (N,) how often each was trained on, up to then.
+        images, texts: (I, D), (U, D) embeddings of the model as it was kept.
+    """
+
+    before: np.ndarray
+    now: np.ndarray
+    drawn: np.ndarray
+    images: torch.Tensor
+    texts: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, task: DomainTask, frozen: FrozenStates, pairs: ImageTextPairs) -> Hardness:
+        """Measured anew over all pairs: the bank's own figures are of the step at which a pair was last drawn."""
+        bank = task.bank
+        images = embed(frozen.image_side, np.arange(len(pairs.images)))
+        texts = embed(frozen.text_side, np.arange(len(pairs.captions)))
+        now = global_difficulty(
+            images[torch.from_numpy(pairs.image_index).to(images.device)],
+            texts,
+            bank.captions,
+            MemoryBank.measure(bank.config),
+            logit_scale=bank.logit_scale,
+            groups=bank.groups,
+        )
+        return cls(bank.base.cpu().numpy(), now.cpu().numpy(), bank.seen.cpu().numpy(), images.cpu(), texts.cpu())
+
+
+def quantiles(difficulty: np.ndarray) -> dict[str, float]:
+    """Three figures that say how a distribution lies."""
+    return {f"{at:.0%}": round(float(np.quantile(difficulty, at)), 4) for at in _QUANTILES}
+
+
+def final_scale(recipe: DomainRecipe, task: DomainTask, base: DualEncoder) -> float:
+    """The logit_scale of the trained model: the base's own unless the recipe gave or learned another."""
+    objective = recipe.objective
+    own = objective.logit_scale is None and not objective.learn_logit_scale
+    return base.logit_scale if own else float(task.logit_scale.detach())
+
+
+def remembered(
+    recipe: DomainRecipe,
+    method: Method,
+    validation: ImageTextPairs,
+    general: list[GeneralSet],
+    before: dict[str, float],
+    logit_scale: float,
+) -> dict[str, Any]:
+    """General scores before and after, and how they and the domain's change along `alpha`."""
+    pairs = RetrievalSet.of(validation)
+    with method.at_alpha(1.0, logit_scale) as model:
+        after = measure(model, general)
+    with contextlib.ExitStack() as stack:
+
+        def at(alpha: float) -> DualEncoder:
+            stack.close()
+            return stack.enter_context(method.at_alpha(alpha, logit_scale))
+
+        points = alpha_curve(
+            at,
+            recipe.alphas,
+            lambda model: retrieve(model, pairs).recall.i2t["R@1"],
+            lambda model: mean_score(measure(model, general)),
+        )
+    return {"general": {"before": before, "after": after, "forgetting": forgetting(before, after)}, "alpha": points}
+
+
+def save(recipe: DomainRecipe, method: Method, pairs: DomainPairs, outcome: dict[str, Any]) -> None:
+    """Write the adapted folder, or of a baseline the whole model."""
+    metrics = {name: value for name, value in outcome["validation"].items() if name in ("top1", "mR")}
+    if "general" in outcome:
+        metrics["forgetting"] = outcome["general"]["forgetting"]["points"]
+    if method.files is None:
+        claim(recipe.out)
+    method.base.name = portable(method.base.name)
+    method.save(
+        Path(recipe.out),
+        outcome["logit_scale"],
+        card=model_card(recipe, metrics, outcome),
+        recipe=to_mapping(recipe),
+        data={
+            "digest": pairs.train.digest,
+            "validation_pairs": len(pairs.validation),
+            **{name: outcome[name] for name in ("pairs", "images", "captions", "counts")},
+        },
+        metrics=metrics,
+    )

@@ -1,0 +1,87 @@
+"""What the domain link reads: training and validation pairs, and pictures outside the domain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.config import DomainRecipe, PairSource
+from trimtab.data.pairs import ImageTextPairs, keep_apart, load_pairs, split_off
+from trimtab.data.shards import PictureFile
+from trimtab.errors import DataError
+from trimtab.evaluation.forgetting import GeneralSet
+from trimtab.files import cache_home
+
+
+@dataclass(frozen=True)
+class DomainPairs:
+    """Training and validation pairs, and by side what became of everything that was read."""
+
+    train: ImageTextPairs
+    validation: ImageTextPairs
+    counts: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Pairs as `trimtab.evaluation.retrieval` wants them."""
+
+    images: Sequence[Any]
+    texts: Sequence[str]
+    positives: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, pairs: ImageTextPairs) -> RetrievalSet:
+        """All pairs, pictures as what `DualEncoder.encode_image` takes."""
+        positives = list(zip(pairs.image_index.tolist(), pairs.caption_index.tolist(), strict=True))
+        return cls([readable(image) for image in pairs.images], pairs.captions, positives)
+
+
+def readable(image: PictureFile) -> Path | bytes:
+    """A picture as `trimtab.data.images.read_image` takes it."""
+    return image.path if image.offset is None else image.read_bytes()
+
+
+def read_pairs(recipe: DomainRecipe) -> DomainPairs:
+    """Read, check, split: training and validation pictures that no picture is on both sides of.
+
+    Raises:
+        DataError: sources that cannot be used, or too few different pairs on a side.
+        RecipeError: options that do not go with a source.
+    """
+    data = recipe.data
+    train = load_pairs(data.train, recipe.seed, notes=_notes())
+    if not data.validation:
+        read = train.counts
+        train, validation = split_off(train, data.validation_share, recipe.seed)
+        counts = {**read.as_dict(), "kept": len(train), "for validation": len(validation)}
+        return DomainPairs(train, validation, {"training": counts})
+    validation = load_pairs(data.validation, recipe.seed, notes=_notes())
+    train, _ = keep_apart(train, validation, remove=data.check_duplicates)
+    counts_of = {"training": train.counts.as_dict(), "validation": validation.counts.as_dict()}
+    return DomainPairs(train, validation, counts_of)
+
+
+def general_sets(sources: Sequence[PairSource], seed: int) -> list[GeneralSet]:
+    """A retrieval set per source, named for its file or folder.
+
+    Raises:
+        DataError: as `read_pairs`; the message names the source.
+    """
+    stems = [Path(source.path).stem for source in sources]
+    twice = {stem for stem, count in Counter(stems).items() if count > 1}
+    found = []
+    for source, stem in zip(sources, stems, strict=True):
+        try:
+            pairs = load_pairs([source], seed, notes=_notes())
+        except DataError as error:
+            raise DataError(f"general: {error}") from error
+        found.append(GeneralSet(source.path if stem in twice else stem, RetrievalSet.of(pairs)))
+    return found
+
+
+def _notes() -> Path:
+    return cache_home() / "pictures"

@@ -1,0 +1,77 @@
+"""What a run of the domain link would do, for `--dry-run`: sizes from shapes, times from a few measured items."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from torch import Tensor
+
+from trimtab.config import DomainRecipe, to_yaml
+from trimtab.data.sampling import pairs_per_epoch
+from trimtab.files import cache_home
+from trimtab.recipes.domain_methods import Method
+from trimtab.recipes.domain_pairs import DomainPairs
+from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates
+from trimtab.tasks.domain import Side
+
+_MEASURED = 16
+
+
+def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: FrozenStates) -> str:
+    """The resolved recipe, what is trained and cached, and how long it takes."""
+    train, validation = pairs.train, pairs.validation
+    total = method.base_parameters
+    lower_image, upper_image = _seconds(method, frozen.image_side, frozen.images)
+    lower_text, upper_text = _seconds(method, frozen.text_side, frozen.texts)
+    views = len(train.images) * (1 + recipe.data.views) + len(validation.images)
+    encoding = views * lower_image + (len(train.captions) + len(validation.captions)) * lower_text
+    drawn = pairs_per_epoch(len(train), recipe.bank.epoch_share, recipe.training.batch_size)
+    texts = min(1.0, len(train.captions) / recipe.training.batch_size)  # captions that a pair of a batch adds
+    step = upper_image + texts * upper_text
+    whole = step + lower_image + texts * lower_text
+    epochs = recipe.training.epochs
+    lines = [
+        to_yaml(recipe).rstrip(),
+        "",
+        f"pairs        {len(train):,} to train on ({len(train.images):,} pictures, {len(train.captions):,} captions), "
+        f"{len(validation):,} for validation",
+        f"parameters   {method.trained_parameters:,} trained ({100 * method.trained_parameters / total:.3g}% of the "
+        f"base's {total:,}), the others frozen",
+        f"image tower  {_where(frozen.image_side)}",
+        f"text tower   {_where(frozen.text_side)}",
+        f"cache        {frozen.nbytes / 1e9:.2f} GB in {cache_home() / 'features'}",
+    ]
+    if frozen.image_side.cut or frozen.text_side.cut:
+        lines.append(f"step         {100 * step / whole:.0f}% of the time that it would take without the cache")
+    lines.append(
+        f"time         about {encoding / 60:.0f} min to encode once, {epochs * drawn * step / 60:.0f} min to train "
+        f"({epochs} epochs of {drawn:,} pairs)"
+    )
+    return "\n".join(lines)
+
+
+def _where(side: Side) -> str:
+    if side.cut is None:
+        return "trained throughout: nothing is cached, pictures are decoded in every step"
+    if side.cut.site is None:
+        return "frozen: its features are cached"
+    return f"frozen below {side.cut.site}: the states that enter it are cached"
+
+
+def _seconds(method: Method, side: Side, states: ImageStates | TextStates) -> tuple[float, float]:
+    """Per item: to compute what is cached, and to train on it."""
+    clock = time.monotonic()
+    inputs = states.inputs(np.arange(min(_MEASURED, len(states))))
+    count = len(next(iter(inputs.values())))
+    below: dict[str, Tensor] = side.cut.lower(inputs) if side.cut else inputs
+    lower = time.monotonic() - clock if side.cut else 0.0
+    clock = time.monotonic() if side.cut else clock
+    with method.at_work():
+        tokens = inputs if side.tower == "text" else None
+        features = side.upper({name: one.clone() for name, one in below.items()}, tokens)
+        if features.requires_grad:
+            features.sum().backward()
+    for parameter in method.parameters():
+        parameter.grad = None
+    return lower / count, (time.monotonic() - clock) / count

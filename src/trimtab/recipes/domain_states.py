@@ -1,0 +1,331 @@
+"""What lies below the trained layers of both towers: computed once and cached, or looked up whole where nothing may be.
+
+Pictures are cached in each of their views, texts once. Where a tower is trained from the ground up, pictures are
+decoded and views are made anew in every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trimtab.config import DomainRecipe, ViewsConfig
+from trimtab.data.cache import CachedArrays, PackedStates, Progress, cached_arrays, cached_states, cached_vectors
+from trimtab.data.images import ImageError
+from trimtab.data.pairs import ImageTextPairs
+from trimtab.data.shards import PictureFile
+from trimtab.data.views import make_view
+from trimtab.errors import DataError
+from trimtab.files import cache_home
+from trimtab.precision import fast_inference, has_fast_bf16, slow_in_bf16
+from trimtab.recipes.domain_methods import Method
+from trimtab.tasks.domain import Side
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.layers import TowerCut
+from trimtab.training.trackers import progress_reporter
+
+_THREADS = 4
+_BATCH = 64
+
+
+class ImageStates:
+    """States of pictures at a cut, or the pictures themselves; a `trimtab.tasks.domain.Lookup`.
+
+    Args:
+        cut: None looks pictures up as pixels.
+        images: N pictures; the first `viewed` of them have views.
+        views: augmented views besides the picture itself.
+    """
+
+    def __init__(
+        self,
+        base: DualEncoder,
+        cut: TowerCut | None,
+        images: Sequence[PictureFile],
+        *,
+        viewed: int,
+        views: int,
+        options: ViewsConfig,
+        seed: int,
+    ) -> None:
+        self.base, self.cut = base, cut
+        self.images = list(images)
+        self.viewed, self.views = viewed, views
+        self.options, self.seed = options, seed
+        self.seconds = 0.0
+        self._keys = [f"{image.digest()} {image.name}" for image in self.images] if cut else []
+        self._cached: list[CachedArrays] = []
+
+    def __call__(self, items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        """Tensors of images (B,), each in one of its views (B,)."""
+        if self.cut is None:
+            return self._decoded(items.tolist(), views.tolist())
+        flat = np.empty((len(items), *self._cached[0].shape[1:]), self._cached[0].dtype)
+        for view in np.unique(views):
+            rows = views == view
+            flat[rows] = self._cached[view][items[rows]]
+        return self._unpacked(torch.from_numpy(flat))
+
+    def fill(self, folder: Path, progress: Progress | None = None) -> None:
+        """Compute what is not in the cache yet: nothing without a cut.
+
+        Raises:
+            DataError: a picture cannot be decoded any more.
+        """
+        if self.cut is None:
+            return
+        started = time.monotonic()
+        site = str(self.cut.site or "features")
+        precision = "fp32" if self._slow_in_bf16 or not has_fast_bf16(self.base.device) else "bf16"
+        parts = ["image states", self.base.fingerprint, site, precision]
+        for view in range(self.views + 1):
+            count = len(self.images) if view == 0 else self.viewed
+            keys = self._keys[:count]
+            place = {key: item for item, key in enumerate(keys)}
+
+            def compute(some: list[str], view: int = view, place: dict[str, int] = place) -> np.ndarray:
+                return np.concatenate(
+                    [
+                        self._states([place[key] for key in some[start : start + _BATCH]], view)
+                        for start in range(0, len(some), _BATCH)
+                    ]
+                )
+
+            drawn = [f"view {view} {self.seed} {sorted(asdict(self.options).items())}"] if view else []
+            self._cached.append(cached_arrays(folder, [*parts, *drawn], keys, compute, progress=progress))
+        self.seconds = time.monotonic() - started
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def inputs(self, items: np.ndarray) -> dict[str, Tensor]:
+        """Pixel tensors of pictures (B,) as they are."""
+        return self._decoded(items.tolist(), [0] * len(items))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes, from the shapes alone."""
+        if self.cut is None:
+            return 0
+        each = 2 * sum(int(np.prod(shape)) for shape, _ in self._layout.values())
+        return each * (len(self.images) + self.views * self.viewed)
+
+    @cached_property
+    def _slow_in_bf16(self) -> bool:
+        return slow_in_bf16(self.base.model, self.base.device)
+
+    @cached_property
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of one picture below the cut."""
+        assert self.cut is not None
+        grey = self.base.preprocess(Image.new("RGB", (64, 64), (128, 128, 128)))
+        return {name: (tuple(one.shape[1:]), one.dtype) for name, one in self.cut.lower(grey).items()}
+
+    def _states(self, items: Sequence[int], view: int) -> np.ndarray:
+        assert self.cut is not None
+        pixels = self._decoded(items, [view] * len(items))
+        with contextlib.nullcontext() if self._slow_in_bf16 else fast_inference(self.base.device):
+            below = self.cut.lower(pixels)
+        # Named tensors of any shape side by side in one row.
+        return torch.cat([below[name].float().flatten(1) for name in self._layout], dim=1).cpu().numpy()
+
+    def _unpacked(self, flat: Tensor) -> dict[str, Tensor]:  # (B, numbers of one picture)
+        below, start = {}, 0
+        for name, (shape, dtype) in self._layout.items():
+            size = int(np.prod(shape))
+            part = flat[:, start : start + size].reshape(-1, *shape)
+            # States stay in half precision until they are on the device.
+            below[name] = part.float() if dtype.is_floating_point else part.to(dtype)
+            start += size
+        return below
+
+    def _pixels(self, item: int, view: int) -> dict[str, Tensor]:
+        image = self.images[item]
+        try:
+            picture = make_view(image.read(), view, seed=self.seed, key=image.name, options=self.options)
+            return self.base.preprocess(picture)
+        except ImageError as error:
+            raise DataError(f"{image}: {error.reason}; it could be read when the run began: start again") from error
+
+    def _decoded(self, items: Sequence[int], views: Sequence[int]) -> dict[str, Tensor]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            pixels = list(pool.map(self._pixels, items, views))
+        return {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+
+
+class TextStates:
+    """Token states of captions at a cut, their features where nothing is trained, or the tokens themselves."""
+
+    def __init__(self, base: DualEncoder, cut: TowerCut | None, captions: Sequence[str]) -> None:
+        self.base, self.cut = base, cut
+        self.captions = list(captions)
+        self.seconds = 0.0
+        self._states: PackedStates | CachedArrays | None = None
+
+    def __call__(self, items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        """Tensors of captions (B,); their `views` mean nothing."""
+        if self.cut is None:
+            return self.inputs(items)
+        if isinstance(self._states, PackedStates):
+            states, _ = self._states.rows(items)
+            return {"states": torch.from_numpy(states).float()}
+        assert self._states is not None
+        return {"features": torch.from_numpy(self._states[items]).float()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes, from the lengths of some captions."""
+        if self.cut is None:
+            return 0
+        some = self.captions[:: max(1, len(self.captions) // 64)]
+        tokens = self.base.text_inputs(some)
+        with torch.no_grad():
+            below = self.cut.lower(tokens)
+        if self.cut.site is None:
+            each = float(below["features"].shape[-1])
+        else:
+            each = float(self.cut.token_mask(tokens).sum()) * below["states"].shape[-1] / len(some)
+        return round(2 * each * len(self.captions))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def inputs(self, items: np.ndarray) -> dict[str, Tensor]:
+        """Token tensors of captions (B,)."""
+        return self.base.text_inputs([self.captions[item] for item in items])
+
+    def fill(self, folder: Path, progress: Progress | None = None) -> None:
+        """Compute what is not in the cache yet."""
+        cut = self.cut
+        if cut is None:
+            return
+        started = time.monotonic()
+        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        parts = ["text states", self.base.fingerprint, str(cut.site or "features"), precision]
+
+        def lower(texts: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            tokens = self.base.text_inputs(texts)
+            with fast_inference(self.base.device):
+                return cut.lower(tokens), tokens
+
+        def states_of(texts: list[str]) -> list[np.ndarray]:
+            found = []
+            for start in range(0, len(texts), _BATCH):
+                below, tokens = lower(texts[start : start + _BATCH])
+                states, mask = below["states"].float().cpu().numpy(), cut.token_mask(tokens).numpy()
+                found += [one[real] for one, real in zip(states, mask, strict=True)]
+            return found
+
+        def features_of(texts: list[str]) -> np.ndarray:
+            batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
+            return np.concatenate([lower(batch)[0]["features"].float().cpu().numpy() for batch in batches])
+
+        if cut.site is None:
+            self._states = cached_vectors(folder, parts, self.captions, features_of, progress=progress)
+        else:
+            self._states = cached_states(folder, parts, self.captions, states_of, progress=progress)
+        self.seconds = time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class FrozenStates:
+    """Both towers of a run as far as they are frozen. Pictures and captions of validation follow those of training.
+
+    Attributes:
+        images, texts: what the upper halves of `image_side` and `text_side` start from.
+    """
+
+    images: ImageStates
+    texts: TextStates
+    image_side: Side
+    text_side: Side
+
+    @property
+    def seconds(self) -> float:
+        """Spent on encoding, near 0 when the cache had it all."""
+        return self.images.seconds + self.texts.seconds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the caches take, roughly: texts are taken to be as long as the first ones."""
+        return self.images.nbytes + self.texts.nbytes
+
+    def fill(self) -> None:
+        """Compute what is not in the cache yet.
+
+        Raises:
+            DataError: a picture cannot be decoded any more.
+        """
+        folder = cache_home() / "features"
+        with progress_reporter("pictures", "pictures") as report:
+            self.images.fill(folder, report)
+        with progress_reporter("captions") as report:
+            self.texts.fill(folder, report)
+
+
+def frozen_states(
+    recipe: DomainRecipe, method: Method, train: ImageTextPairs, validation: ImageTextPairs
+) -> FrozenStates:
+    """What a method leaves frozen; nothing is computed yet.
+
+    Raises:
+        RecipeError: a cut above something that is trained.
+    """
+    base = method.base
+    image_cut, text_cut = method.cut("image"), method.cut("text")
+    images = ImageStates(
+        base,
+        image_cut,
+        [*train.images, *validation.images],
+        viewed=len(train.images),
+        views=recipe.data.views,
+        options=recipe.data.augmentation,
+        seed=recipe.seed,
+    )
+    texts = TextStates(base, text_cut, [*train.captions, *validation.captions])
+    return FrozenStates(
+        images,
+        texts,
+        Side(base, "image", image_cut, images, head=method.head("image")),
+        Side(base, "text", text_cut, texts, texts.inputs, head=method.head("text")),
+    )
+
+
+def base_embeddings(frozen: FrozenStates, train: ImageTextPairs) -> tuple[Tensor, Tensor]:
+    """Embeddings of the frozen base, (N, D) of the training pictures and (U, D) of their captions.
+
+    A tower of which nothing is frozen later on is run, and cached, as a whole.
+    """
+    base = frozen.images.base
+    image_side, text_side = frozen.image_side, frozen.text_side
+    folder = cache_home() / "features"
+    if image_side.cut is None:
+        cut = TowerCut(base, "image", None)
+        images = ImageStates(base, cut, train.images, viewed=0, views=0, options=frozen.images.options, seed=0)
+        with progress_reporter("pictures", "pictures") as report:
+            images.fill(folder, report)
+        image_side = Side(base, "image", cut, images)
+    if text_side.cut is None:
+        cut = TowerCut(base, "text", None)
+        texts = TextStates(base, cut, train.captions)
+        texts.fill(folder)
+        text_side = Side(base, "text", cut, texts)
+    return embed(image_side, np.arange(len(train.images))), embed(text_side, np.arange(len(train.captions)))
+
+
+@torch.no_grad()
+def embed(side: Side, items: np.ndarray, *, batch_size: int = 128) -> Tensor:
+    """Unit-norm embeddings (N, D) of pictures as they are, or of captions, on the base's device."""
+    parts = [side.features(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+    return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)

@@ -1,0 +1,439 @@
+"""The domain link end to end on tiny models: what a run learns, writes, remembers, refuses, and how it survives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import tiny_domain
+import tiny_pairs
+import trimtab
+from tiny_domain import CAPTIONS, merged, toy_mapping, write_pairs
+from trimtab.cli import app
+from trimtab.config import load_recipe, recipe_from_mapping
+from trimtab.data.sampling import draw_hard_epoch
+from trimtab.errors import DataError, RecipeError, TrimtabError
+from trimtab.recipes import domain
+from trimtab.recipes.adapt import adapt
+from trimtab.recipes.domain_methods import METHODS
+from trimtab.recipes.info import describe
+from trimtab.tasks.domain import DomainTask
+
+FAMILY = "clip"
+CHANCE = 100 / len(CAPTIONS)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are then added up in the same order here and in the processes started here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def places(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Base, training and validation pairs of the toy domain."""
+    folder = tmp_path_factory.mktemp("toy")
+    train, validation = write_pairs(folder / "train", 96), write_pairs(folder / "val", 24, first=96)
+    return tiny_folder(FAMILY), train, validation
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def finished(places: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that nothing disturbed, with general pictures, and what it had in memory."""
+    folder = tmp_path_factory.mktemp("finished")
+    mapping = merged(toy_mapping(*places, folder / "out"), {"general": [str(places[2])], "alphas": [0, 0.5, 1]})
+    recipe = recipe_from_mapping(mapping, "toy")
+    seen: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_CACHE", str(folder / "cache"))
+        original = domain.save
+
+        def save(recipe: Any, method: Any, *rest: Any) -> None:
+            seen["method"] = method
+            original(recipe, method, *rest)
+
+        patch.setattr(domain, "save", save)
+        outcome = adapt(recipe)
+    assert outcome is not None
+    return {"recipe": recipe, "out": folder / "out", "cache": folder / "cache", "outcome": outcome, **seen}
+
+
+@pytest.fixture
+def toy(places: tuple[Path, Path, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Write the toy recipe with changes, its output in `tmp_path`; returns the YAML file."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(merged(toy_mapping(*places, tmp_path / "out"), changes)), encoding="utf-8")
+        return path
+
+    return write
+
+
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a step was trained")
+
+    monkeypatch.setattr(DomainTask, "step", refuse)
+
+
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(domain, "load_base", refuse)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    name = "adapter.safetensors" if (out / "adapter.json").exists() else "model.safetensors"
+    return load_file(out / name)
+
+
+def assert_same_weights(out: Path, other: Path, **tolerance: float) -> None:
+    mine, theirs = weights(out), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def process(*arguments: Any, **environment: str) -> subprocess.Popen[str]:
+    search = {"PYTHONPATH": str(Path(tiny_domain.__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, tiny_domain.__file__, *map(str, arguments)],
+        env={**os.environ, **search, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# What a run does
+
+
+def test_it_learns_the_domain(finished: dict[str, Any]) -> None:
+    outcome = finished["outcome"]
+    assert outcome["validation"]["top1"] > 3 * CHANCE
+    tops = [record["top1"] for record in outcome["history"] if record["kind"] == "validation"]
+    assert outcome["validation"]["top1"] == max(tops)
+    assert (outcome["pairs"], outcome["images"], outcome["captions"]) == (96, 96, 12)
+    assert outcome["steps"] == 12 * 4  # half of the pairs in batches of 12
+    assert outcome["difficulty"]["after"]["50%"] < outcome["difficulty"]["before"]["50%"]
+    assert 0 < outcome["trained_parameters"] < outcome["base_parameters"]
+    assert set(outcome["seconds"]) == {"encoding", "training", "total"}
+
+
+def test_the_loaded_model_is_the_one_in_training(finished: dict[str, Any], places: Any) -> None:
+    model = trimtab.load(str(finished["out"]))
+    pictures = sorted(places[2].parent.glob("*.png"))
+    similarity = model.similarity(pictures, CAPTIONS)
+    top1 = 100 * np.mean(similarity.argmax(1) == np.arange(96, 120) % len(CAPTIONS))
+    assert top1 == pytest.approx(finished["outcome"]["validation"]["top1"], abs=5)  # caches are half precise
+    with finished["method"].at_alpha(1.0, finished["outcome"]["logit_scale"]) as trained:
+        np.testing.assert_array_equal(model.encode_image(pictures), trained.encode_image(pictures))
+        np.testing.assert_array_equal(model.encode_text(CAPTIONS), trained.encode_text(CAPTIONS))
+    assert model.logit_scale == pytest.approx(finished["outcome"]["logit_scale"])
+    assert model.logit_scale != trimtab.load(str(places[0])).logit_scale
+
+
+def test_it_tells_what_was_forgotten_and_what_alpha_does(finished: dict[str, Any]) -> None:
+    outcome = finished["outcome"]
+    general = outcome["general"]
+    assert general["before"].keys() == general["after"].keys() == {"pairs"}
+    assert general["forgetting"]["points"] == pytest.approx(general["before"]["pairs"] - general["after"]["pairs"])
+    points = outcome["alpha"]
+    assert [point["alpha"] for point in points] == [0, 0.5, 1]
+    assert points[0]["general"] == pytest.approx(general["before"]["pairs"])
+    assert points[2]["general"] == pytest.approx(general["after"]["pairs"])
+    assert points[2]["domain"] > points[0]["domain"]
+
+
+def test_the_folder_says_what_it_is(finished: dict[str, Any]) -> None:
+    out = finished["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
+    described = json.loads((out / "adapter.json").read_text(encoding="utf-8"))
+    assert described["link"] == "domain"
+    assert Path(described["base"]["name"]).is_absolute()
+    assert described["metrics"]["top1"] == finished["outcome"]["validation"]["top1"]
+    assert described["data"]["pairs"] == 96
+    assert recipe_from_mapping(described["recipe"], "adapter.json") == finished["recipe"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "trimtab"
+    assert "96 pairs of 96 pictures and 12\ncaptions" in card
+
+
+def test_info_describes_it(finished: dict[str, Any]) -> None:
+    facts = describe(finished["out"])
+    assert facts["adapters"] == {
+        "bottleneck beside image layers 0 to -1": "width 8",
+        "bottleneck beside text layers -1 to -1": "width 8",
+    }
+    assert facts["adapter"]["numbers"] == finished["outcome"]["trained_parameters"] + 1  # and logit_scale
+    assert not {"languages", "english", "student"} & facts.keys()
+
+
+def test_the_report_shows_the_hardest_pairs(finished: dict[str, Any]) -> None:
+    folder = Path(f"{finished['out']}.training")
+    with (folder / "hardest-pairs.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["file", "row", "image", "caption", "prefers", "before", "now", "drawn"]
+    assert len(rows) == 96
+    now = [float(row["now"]) for row in rows]
+    assert now == sorted(now, reverse=True)
+    assert rows[0]["prefers"] not in ("", rows[0]["caption"])
+    assert all(row["prefers"] == "" for row in rows if float(row["now"]) < 0.49)
+    line = Path(rows[0]["file"]).read_text(encoding="utf-8").splitlines()[int(rows[0]["row"]) - 1]
+    assert line == f"{Path(rows[0]['image']).name},{rows[0]['caption']}"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/") >= 24
+    for words in ("Hardest pairs", "How hard the training pairs are", "The dial alpha", "Pairs read", "Make it again"):
+        assert words in page
+    assert rows[0]["caption"] in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_towers_are_left_as_they_were(finished: dict[str, Any], places: Any) -> None:
+    base, fresh = finished["method"].base, trimtab.load(str(places[0]))
+    for name, tensor in fresh.model.state_dict().items():
+        assert torch.equal(base.model.state_dict()[name], tensor), name
+    assert not any(module._forward_hooks for module in base.model.modules())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "probe"])
+def test_baselines_write_whole_models_and_come_back(method: str, toy: Any, tmp_path: Path, places: Any) -> None:
+    rate = 1e-3 if method == "full" else 2e-2
+    path = toy(method=method, training={"epochs": 6, "learning_rate": rate}, general=[str(places[2])], alphas=[0, 1])
+    first = adapt(path)
+    assert first is not None
+    assert first["alpha"][1]["domain"] == pytest.approx(first["validation"]["top1"], abs=5)
+    out = tmp_path / "out"
+    before = weights(out)
+    model = trimtab.load(str(out))
+    similarity = model.similarity(sorted(places[2].parent.glob("*.png")), CAPTIONS)
+    top1 = 100 * np.mean(similarity.argmax(1) == np.arange(96, 120) % len(CAPTIONS))
+    assert top1 == pytest.approx(first["alpha"][1]["domain"])
+    again = adapt(path)  # the folder is its own
+    assert again is not None
+    assert again["validation"] == first["validation"]
+    assert all(torch.equal(before[name], one) for name, one in weights(out).items())
+
+
+@pytest.mark.parametrize("family", ["vision-text-dual-encoder", "siglip", "flava"])
+def test_any_base(family: str, toy: Any, tiny_folder: Any, tmp_path: Path) -> None:
+    outcome = adapt(toy(base=str(tiny_folder(family)), training={"epochs": 2}, objective={"hard_negatives": 4}))
+    assert outcome is not None
+    assert trimtab.load(str(tmp_path / "out")).encode_text(CAPTIONS).shape[0] == len(CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    "bank", [{"difficulty": "learnability"}, {"difficulty": "rank", "importance": 1.0, "instance_weight": 0.5}]
+)
+def test_other_signals_of_the_bank(bank: dict[str, Any], toy: Any) -> None:
+    assert adapt(toy(bank=bank, training={"epochs": 2})) is not None
+
+
+# What is drawn
+
+
+def drawn_by(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    probabilities, views = [], []
+
+    def draw(probability: np.ndarray, **options: Any) -> Any:
+        probabilities.append(probability)
+        return draw_hard_epoch(probability, **options)
+
+    original = DomainTask.step
+
+    def step(self: Any, batch: Any) -> Any:
+        views.append(batch[1])
+        return original(self, batch)
+
+    monkeypatch.setattr(domain, "draw_hard_epoch", draw)
+    monkeypatch.setattr(DomainTask, "step", step)
+    adapt(recipe)
+    return probabilities, views
+
+
+def test_hard_pairs_are_drawn_more_often_and_views_vary(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities, views = drawn_by(monkeypatch, toy(data={"views": 2}, training={"epochs": 3}))
+    assert len(probabilities) == 3
+    assert all(one.max() > 1.05 * one.min() for one in probabilities)
+    assert not np.array_equal(probabilities[0], probabilities[1])
+    assert set(np.concatenate(views).tolist()) == {0, 1, 2}
+
+
+def test_without_the_bank_all_pairs_are_alike(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toy(bank={"enabled": False, "instance_weight": 1.0}, data={"views": 0}, training={"epochs": 2})
+    probabilities, views = drawn_by(monkeypatch, path)
+    assert all(np.ptp(one) == 0 for one in probabilities)
+    assert not np.concatenate(views).any()
+
+
+def test_fewer_pairs_than_a_batch_are_one_short_batch(toy: Any, tmp_path: Path) -> None:
+    few = write_pairs(tmp_path / "few", 7)
+    outcome = adapt(toy(data={"train": str(few)}, bank={"epoch_share": 1.0}, training={"epochs": 2}))
+    assert outcome is not None
+    assert outcome["steps"] == 2
+
+
+def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:
+    outcome = adapt(toy(data={"validation": [], "validation_share": 0.25}, training={"epochs": 1}))
+    assert outcome is not None
+    assert outcome["pairs"] == 72
+    assert outcome["counts"]["training"]["for validation"] == 24
+
+
+# What a run says and refuses
+
+
+def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch: Any, finished: Any) -> None:
+    no_training(monkeypatch)
+    result = CliRunner().invoke(app, ["adapt", str(toy()), "training.epochs=3", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for words in (
+        "96 to train on (96 pictures, 12 captions), 24 for validation",
+        f"{finished['outcome']['trained_parameters']:,} trained",
+        "image tower  frozen below image.layers.0",
+        "text tower   frozen below text.layers.1",
+        "3 epochs of 48 pairs",
+    ):
+        assert words in result.stdout
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_plan(method: str, toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert adapt(toy(method=method), dry_run=True) is None
+    assert ("nothing is cached" in capsys.readouterr().out) == (method == "full")
+
+
+def test_the_command_prints_an_outcome_without_its_history(toy: Any) -> None:
+    result = CliRunner().invoke(app, ["adapt", str(toy(training={"epochs": 1}))])
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.stdout
+    assert "history" not in result.stdout
+
+
+def test_the_recipe_for_grocery_takes_tables_by_path(places: Any, tmp_path: Path) -> None:
+    overrides = [f"data.train={places[1]}", f"data.validation={places[2]}", f"out={tmp_path / 'out'}"]
+    recipe = load_recipe(ROOT / "recipes" / "domain-grocery.yaml", overrides)
+    assert [source.path for source in recipe.data.train] == [str(places[1])]
+    assert [source.path for source in recipe.data.validation] == [str(places[2])]
+    small = [f"base={places[0]}", "adapters=[{tower: image, width: 4}]", "training.epochs=1", "training.trackers=[]"]
+    assert adapt(ROOT / "recipes" / "domain-grocery.yaml", [*overrides, *small]) is not None
+
+
+def test_bad_data_are_refused_before_a_model_is_loaded(toy: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    no_model(monkeypatch)
+    same = [(f"{n}.png", "a cat") for n in range(6)]
+    tiny_pairs.save_pictures(tmp_path, [name for name, _ in same])
+    equal = tiny_pairs.write_table(tmp_path / "equal.csv", same)
+    with pytest.raises(DataError, match="all 6 pictures have the same caption"):
+        adapt(toy(data={"train": str(equal)}))
+    half = tiny_pairs.write_table(tmp_path / "half.csv", [(f"{n}.png", "" if n < 4 else f"cat {n}") for n in range(6)])
+    with pytest.raises(DataError, match="4 without caption"):
+        adapt(toy(data={"train": str(half)}))
+    with pytest.raises(DataError, match=r"general: .*nowhere.csv"):
+        adapt(toy(general=[str(tmp_path / "nowhere.csv")]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(RecipeError, match="holds other files"):
+        adapt(toy())
+
+
+@pytest.mark.parametrize("adapters", [[{"tower": "image", "kind": "conv"}], [{"tower": "text", "first": 7, "last": 9}]])
+def test_adapters_that_do_not_fit_are_refused(adapters: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_training(monkeypatch)
+    with pytest.raises(RecipeError, match=r"no convolutional blocks|no range of the 2 layers"):
+        adapt(toy(adapters=adapters))
+
+
+def test_another_number_of_processes_is_refused_early(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_model(monkeypatch)
+    with pytest.raises(TrimtabError, match="asks for 2 processes"):
+        adapt(toy(training={"processes": 2}))
+
+
+# Again, and after a stop
+
+
+def test_the_same_recipe_again_returns_at_once(finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (finished["out"] / "adapter.safetensors").read_bytes()
+    monkeypatch.setenv("TRIMTAB_CACHE", str(finished["cache"]))
+    no_training(monkeypatch)
+    again = adapt(finished["recipe"])
+    assert again is not None
+    assert again["history"] == finished["outcome"]["history"]
+    assert (finished["out"] / "adapter.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["gamma", "caption"])
+def test_another_recipe_or_data_in_the_same_folder_are_refused(what: str, toy: Any, tmp_path: Path) -> None:
+    mine = write_pairs(tmp_path / "mine", 30)
+    path = toy(data={"train": str(mine)}, training={"epochs": 1})
+    adapt(path)
+    if what == "caption":
+        mine.write_text(mine.read_text(encoding="utf-8").replace("a red", "a black"), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"out\.training holds a run of another recipe"):
+        adapt(path, ["bank.gamma=2"] if what == "gamma" else [])
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_kill_9_then_resume(method: str, toy: Any, tmp_path: Path, finished: dict[str, Any], capfd: Any) -> None:
+    recipe = toy(method=method, training={"checkpoint_every": 3, "epochs": 12 if method == "adapter" else 4})
+    step = 36 if method == "adapter" else 12
+    killed = process(recipe, step, "SIGKILL")  # in the middle of an epoch of four steps
+    _, errors = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, errors
+    assert not (tmp_path / "out").exists()
+    other = finished["out"]
+    if method == "lora":
+        other = tmp_path / "undisturbed"
+        adapt(recipe, [f"out={other}"])
+        capfd.readouterr()
+    assert adapt(recipe) is not None
+    assert f"resuming at step {step - 3 if method == 'adapter' else 9}" in capfd.readouterr().err
+    assert_same_weights(tmp_path / "out", other)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(toy: Any, tmp_path: Path) -> None:
+    """Batches of 6 on each of two are one batch of 12; the bank is the same."""
+    recipe = toy(training={"epochs": 3}, objective={"hard_negatives": 3})
+    adapt(recipe, [f"out={tmp_path / 'one'}"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [process(recipe, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    try:
+        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert_same_weights(tmp_path / "out", tmp_path / "one", rtol=1e-3, atol=1e-4)

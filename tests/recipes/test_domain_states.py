@@ -1,0 +1,132 @@
+"""What is cached of pictures and captions is what the towers would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_domain import toy_recipe, write_pairs
+from trimtab.config import ViewsConfig
+from trimtab.data.pairs import load_pairs
+from trimtab.data.views import make_view
+from trimtab.errors import DataError
+from trimtab.recipes.domain_methods import METHODS
+from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates, base_embeddings, embed, frozen_states
+from trimtab.towers.hf import load_base
+from trimtab.towers.layers import TowerCut, sites
+
+FAMILIES = ["clip", "siglip2", "chinese_clip", "vision-text-dual-encoder", "flava"]
+OPTIONS = ViewsConfig()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Any:
+    recipe = toy_recipe(tmp_path, write_pairs(tmp_path / "data", 14), Path("v.csv"), tmp_path / "out")
+    return load_pairs(recipe.data.train)
+
+
+def picture_states(base: Any, cut: TowerCut | None, pairs: Any, views: int = 2) -> ImageStates:
+    return ImageStates(base, cut, pairs.images, viewed=10, views=views, options=OPTIONS, seed=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["layer", "features"])
+def test_pictures_go_on_from_the_cache_in_each_view(
+    family: str, where: str, tiny_base: Any, pairs: Any, cache: Path
+) -> None:
+    base = tiny_base(family)
+    cut = TowerCut(base, "image", sites(base, "image", "layers")[1] if where == "layer" else None)
+    states = picture_states(base, cut, pairs)
+    states.fill(cache)
+    items, views = np.array([3, 9, 3, 12, 0]), np.array([1, 2, 0, 0, 1])
+    with torch.no_grad():
+        found = cut.upper(states(items, views))
+        pictures = [
+            make_view(pairs.images[i].read(), v, seed=3, key=pairs.images[i].name, options=OPTIONS)
+            for i, v in zip(items.tolist(), views.tolist())
+        ]
+        expected = base.image_features(pictures)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)  # half precision on disk
+    assert not torch.allclose(found[0], found[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["layer", "features"])
+def test_captions_go_on_from_the_cache(family: str, where: str, tiny_base: Any, cache: Path) -> None:
+    base = tiny_base(family)
+    captions = ["a cat", "a photo of a small red car", "the house near the river", "tea"]
+    cut = TowerCut(base, "text", sites(base, "text", "layers")[1] if where == "layer" else None)
+    states = TextStates(base, cut, captions)
+    states.fill(cache)
+    items = np.array([2, 0, 3])
+    with torch.no_grad():
+        found = cut.upper(states(items, np.zeros(3, np.int64)), states.inputs(items))
+        expected = base.text_features([captions[item] for item in items])
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_without_a_cut_nothing_is_cached(tiny_base: Any, pairs: Any, cache: Path) -> None:
+    base = tiny_base("clip")
+    pictures, texts = picture_states(base, None, pairs), TextStates(base, None, pairs.captions)
+    pictures.fill(cache)
+    texts.fill(cache)
+    assert not cache.exists()
+    assert pictures.nbytes == texts.nbytes == 0
+    with torch.no_grad():
+        found = base.pixel_features(pictures(np.array([1, 2]), np.array([0, 1])))
+        torch.testing.assert_close(found[0], base.image_features([pairs.images[1].read()])[0])
+        assert base.token_features(texts(np.array([1]), np.array([0]))).shape == (1, base.embedding_dim)
+
+
+def test_a_second_fill_computes_nothing(tiny_base: Any, pairs: Any, cache: Path, monkeypatch: Any) -> None:
+    base = tiny_base("clip")
+    cut = TowerCut(base, "image", None)
+    first = picture_states(base, cut, pairs)
+    first.fill(cache)
+    second = picture_states(base, cut, pairs)
+    monkeypatch.setattr(ImageStates, "_decoded", None)
+    second.fill(cache)
+    items = np.arange(10)
+    assert torch.equal(first(items, items % 3)["features"], second(items, items % 3)["features"])
+
+
+def test_bytes_are_told_before(tiny_base: Any, pairs: Any, cache: Path) -> None:
+    base = tiny_base("clip")
+    layer = sites(base, "image", "layers")[1]
+    states = picture_states(base, TowerCut(base, "image", layer), pairs)
+    assert states.nbytes == 2 * 17 * 16 * (14 + 2 * 10)  # 16 patches and a CLS token of width 16
+
+
+def test_a_picture_that_went_bad_is_named(tiny_base: Any, pairs: Any, cache: Path) -> None:
+    base = tiny_base("clip")
+    states = picture_states(base, TowerCut(base, "image", None), pairs)
+    pairs.images[4].path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"004.png.*start again"):
+        states.fill(cache)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_from_the_embeddings_of_the_base(method: str, tiny_folder: Any, pairs: Any) -> None:
+    base = load_base(str(tiny_folder("vision-text-dual-encoder")), device="cpu")
+    expected = base.encode_image([one.read() for one in pairs.images]), base.encode_text(pairs.captions)
+    recipe = toy_recipe(Path("b"), Path("t.csv"), Path("v.csv"), Path("out"), method=method)
+    held = METHODS[method](base, recipe)
+    frozen = frozen_states(recipe, held, pairs, pairs)
+    assert isinstance(frozen, FrozenStates)
+    frozen.fill()
+    with held.at_work():
+        found = base_embeddings(frozen, pairs)
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(mine.numpy(), theirs, atol=3e-3)
+        again = embed(frozen.image_side, len(pairs.images) + np.arange(14))  # as validation
+        np.testing.assert_allclose(again.numpy(), expected[0], atol=3e-3)
