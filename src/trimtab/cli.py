@@ -202,7 +202,7 @@ def quickstart(
         "runs/quickstart"
     ),
 ) -> None:
-    """Teach the starter Chinese from text alone, measure it on real pictures, and write a report."""
+    """Teach the starter Chinese from text alone, then a domain from pictures; measure both and write a report."""
     from trimtab.recipes.quickstart import quickstart as run
 
     _show(run(out))

@@ -292,7 +292,7 @@ def test_every_package_is_pinned_and_licensed(key: str) -> None:
     package = PACKAGES[key]
     assert re.fullmatch(r"[a-z0-9-]+", key)
     assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
-    assert re.fullmatch(r"[0-9][\w.:+-]*", package.version)
+    assert re.fullmatch(r"[0-9][\w.:+~-]*", package.version)
     assert package.members
     assert package.licence
     assert package.purpose

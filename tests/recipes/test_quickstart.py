@@ -12,17 +12,46 @@ from PIL import Image
 
 from tiny_language import toy_pairs
 from trimtab.config import recipe_from_mapping
+from trimtab.data.fashion import FashionFiles
 from trimtab.data.pictures import Captioned
 from trimtab.recipes import quickstart as module
+from trimtab.recipes import quickstart_language
+from trimtab.recipes.quickstart_domain import domain_sentence
 
+CLASSES = ("bag", "coat", "dress")
 WORDS = {"猫": "A cat.", "狗": "A dog.", "花": "A flower.", "车": "A car."}
 
 
-@pytest.fixture
-def small_quickstart(
-    tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], Path]:
-    """Run the quickstart with everything big replaced; returns its folder."""
+def write_clothes(folder: Path) -> FashionFiles:
+    """In the place of `write_fashion`: grey squares, twelve to train on, six each for validation and test."""
+    files = FashionFiles(*(folder / name for name in ("train.csv", "validation.csv", "test.csv", "classes.txt")))
+    grey = 0
+    for path, count in ((files.train, 12), (files.validation, 6), (files.test, 6)):
+        (folder / path.stem).mkdir(parents=True)
+        lines = ["image,label" if path == files.test else "image,text"]
+        for number in range(count):
+            name, grey = CLASSES[number % 3], grey + 9
+            image = f"{path.stem}/{number}.png"
+            Image.new("L", (28, 28), grey).save(folder / image)
+            lines.append(f"{image},{name if path == files.test else f'a photo of a {name}'}")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.classes.write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path]) -> Path:
+    """What the quickstart leaves, run once with everything big replaced. Shared: do not change anything."""
+    tmp_path = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _replace_everything_big(monkeypatch, tmp_path, tiny_folder)
+        module.quickstart(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def _replace_everything_big(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     items = []
     for number, (target, english) in enumerate(WORDS.items()):
@@ -36,6 +65,15 @@ def small_quickstart(
     pairs.write_text("target,english\n" + "\n".join(",".join(row) for row in rows), encoding="utf-8")
 
     def recipe(path: str | Path, overrides: list[str]) -> Any:
+        if Path(path).name == "domain-fashion.yaml":
+            domain = {
+                "link": "domain",
+                "base": str(tiny_folder("clip")),
+                "data": {"train": ["nowhere.csv"]},
+                "adapters": [{"tower": "image", "width": 4}],
+                "training": {"epochs": 2, "batch_size": 3, "log_every": 1},
+            }
+            return recipe_from_mapping(domain, "test", overrides)
         mapping = {
             "link": "language",
             "base": str(tiny_folder("clip")),
@@ -51,18 +89,12 @@ def small_quickstart(
 
     monkeypatch.setattr(module, "load_recipe", recipe)
     monkeypatch.setattr(module, "fetch", lambda key: tmp_path)
-    monkeypatch.setattr(module, "tuxpaint_photos", lambda locale: items)
-    monkeypatch.setattr(module, "openmoji_pictures", pictures)
-
-    def run() -> Path:
-        module.quickstart(tmp_path / "out")
-        return tmp_path / "out"
-
-    return run
+    monkeypatch.setattr(module, "write_fashion", write_clothes)
+    monkeypatch.setattr(quickstart_language, "tuxpaint_photos", lambda locale: items)
+    monkeypatch.setattr(quickstart_language, "openmoji_pictures", pictures)
 
 
-def test_quickstart_leaves_everything_a_reader_needs(small_quickstart: Callable[[], Path]) -> None:
-    out = small_quickstart()
+def test_quickstart_leaves_everything_a_reader_needs(out: Path) -> None:
     assert {path.name for path in (out / "language-zh").iterdir()} == {
         "adapter.safetensors",
         "adapter.json",
@@ -80,15 +112,90 @@ def test_quickstart_leaves_everything_a_reader_needs(small_quickstart: Callable[
     assert "Retrieval on pictures" in (out / "report.md").read_text(encoding="utf-8")
 
 
-def test_test_texts_are_kept_out_of_training(small_quickstart: Callable[[], Path]) -> None:
-    results = json.loads((small_quickstart() / "results.json").read_text(encoding="utf-8"))
+def test_the_domain_part_has_its_rows(out: Path) -> None:
+    for folder in ("domain", "domain-uniform"):
+        assert {path.name for path in (out / folder).iterdir()} == {"adapter.safetensors", "adapter.json", "README.md"}
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    rows = results["domain"]["rows"]
+    found = {(row["row"], row["dataset"], row["metric"]): row["value"] for row in rows}
+    assert len(found) == len(rows)
+    english = {row["dataset"]: row["value"] for row in results["language"]["rows"] if _is_english_mr(row)}
+    for row, seed in (("base", None), ("adapter", 0), ("adapter_hard", 0)):
+        assert {entry["seed"] for entry in rows if entry["row"] == row} == {seed}
+        assert 0 <= found[row, "fashion", "top1"] <= 100
+        assert found[row, "general", "score"] == pytest.approx(
+            (found[row, "tuxpaint", "mR"] + found[row, "openmoji", "mR"]) / 2
+        )
+    for dataset, value in english.items():  # measured on the pictures as the language part embedded them
+        assert found["base", dataset, "mR"] == value
+    assert found["adapter", "training", "parameters"] == found["adapter_hard", "training", "parameters"] > 0
+    lost = found["base", "general", "score"] - found["adapter_hard", "general", "score"]
+    assert found["adapter_hard", "general", "forgetting"] == pytest.approx(lost)
+
+    assert results["domain"]["seconds"].keys() == {"adapter", "adapter_hard", "all"}
+    assert results["seconds"]["domain"] == results["domain"]["seconds"]["all"] < results["seconds"]["all"]
+
+    points = {point["alpha"]: point for point in results["domain"]["alpha"]}
+    assert list(points) == [0.0, 0.5, 1.0]
+    for alpha, row in ((0.0, "base"), (1.0, "adapter_hard")):
+        assert points[alpha]["domain"] == found[row, "fashion", "top1"]
+        assert points[alpha]["general"] == pytest.approx(found[row, "general", "score"])
+
+
+def _is_english_mr(row: dict[str, Any]) -> bool:
+    return (row["row"], row["metric"]) == ("english_base", "mR")
+
+
+def test_the_two_domain_runs_differ_in_hard_sampling_alone(out: Path) -> None:
+    recipes = [
+        json.loads((out / name / "adapter.json").read_text(encoding="utf-8"))["recipe"]
+        for name in ("domain", "domain-uniform")
+    ]
+    assert [recipe["bank"].pop("enabled") for recipe in recipes] == [True, False]
+    for recipe in recipes:
+        recipe.pop("out")
+    assert recipes[0] == recipes[1]
+
+
+def test_the_report_tells_of_both_links(out: Path) -> None:
+    text = (out / "report.md").read_text(encoding="utf-8")
+    headings = ("A domain: clothes, shoes and bags", "Same pictures, same number of steps", "The dial alpha")
+    for heading in (*headings, "Hardest training pairs", "How hard the test pictures are to name", "Make it again"):
+        assert heading in text
+    assert text.index("Where the pairs came from") < text.index(headings[0]) < text.index("Make it again")
+    verdict = text.partition("\n\n")[2][:600]
+    assert "Chinese text finds pictures" in verdict
+    assert "it learns to name" in verdict
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"), [(1.26, "loses 1.3 points"), (-0.4, "gains 0.4 points"), (0.01, "stays as good as it was")]
+)
+def test_the_sentence_says_what_was_lost(lost: float, words: str) -> None:
+    values = {
+        ("base", "fashion", "top1"): 28.4,
+        ("adapter_hard", "fashion", "top1"): 81.0,
+        ("adapter_hard", "general", "forgetting"): lost,
+    }
+    rows = [
+        {"row": row, "dataset": dataset, "metric": metric, "value": value, "seed": 0}
+        for (row, dataset, metric), value in values.items()
+    ]
+    sentence = domain_sentence({"rows": rows, "sizes": {"train": 1500, "test": 1000}})
+    assert sentence == (
+        "From 1,500 pictures of clothes, shoes and bags it learns to name 81% of 1,000 others, 28% before; "
+        f"elsewhere it {words}."
+    )
+
+
+def test_test_texts_are_kept_out_of_training(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["counts"]["excluded as test texts"]["dropped"] >= len(WORDS)
 
 
-def test_manifests_evaluate_on_their_own(small_quickstart: Callable[[], Path]) -> None:
+def test_manifests_evaluate_on_their_own(out: Path) -> None:
     from trimtab.recipes.evaluate import evaluate_retrieval
 
-    out = small_quickstart()
     result = evaluate_retrieval(out / "language-zh", out / "pictures" / "tuxpaint-zh.csv")
     assert result["n_images"] == len(WORDS)
 
@@ -97,3 +204,15 @@ def test_the_committed_recipe_is_found_and_loads(tmp_path: Path) -> None:
     recipe = module.quickstart_recipe(tmp_path)
     assert recipe.out == str(tmp_path / "language-zh")
     assert len(recipe.data.exclude) == 2
+
+
+def test_the_committed_domain_recipe_reads_what_the_quickstart_writes(tmp_path: Path) -> None:
+    files = FashionFiles(*(tmp_path / name for name in ("train.csv", "validation.csv", "test.csv", "classes.txt")))
+    recipe = module.domain_recipe(tmp_path, files)
+    assert recipe.out == str(tmp_path / "domain")
+    assert [source.path for source in (*recipe.data.train, *recipe.data.validation)] == [
+        str(files.train),
+        str(files.validation),
+    ]
+    assert (recipe.base, recipe.bank.enabled, recipe.method) == ("starter", True, "adapter")
+    assert str(files.test) not in str(recipe)

@@ -154,6 +154,15 @@ PACKAGES: dict[str, Package] = {
         "GPL-2",
         "photos with sentences in 80 languages, held out from all training",
     ),
+    "fashion-mnist": Package(
+        "debian",
+        "dataset-fashion-mnist",
+        "0.0~git20200523.55506a9-1",
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        ("*/fashion-mnist/*.gz",),
+        "MIT",
+        "70,000 grey pictures of clothes, shoes and bags in ten classes",
+    ),
     "openclipart": Package(
         "debian",
         "openclipart-svg",
