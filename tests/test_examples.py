@@ -66,6 +66,20 @@ def test_adapt_your_pairs(
     assert "translation match on pairs kept aside" in capsys.readouterr().out
 
 
+def test_domain(tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("domain")
+    # Words that the tiny tokenizer knows.
+    module.BRANDS = {"cat": ("crimson", "disc"), "dog": ("seagreen", "bars"), "car": ("royalblue", "disc")}
+    module.TEMPLATE = "a photo of a {}"
+    out = tmp_path / "runs" / "tea"
+    arguments = ["--base", str(tiny_folder("clip")), "--pictures", "6", "--epochs", "2", "--out", str(out)]
+    module.main(arguments)
+    assert (out / "adapter.safetensors").is_file()
+    told = capsys.readouterr().out
+    assert told.count("of 30 new packets get their brand") == 2
+    assert Path(told.rsplit(": ", 1)[1].strip()).is_file()
+
+
 def test_chinese_search(
     tiny_base: Callable[[str], Any],
     tiny_folder: Callable[[str], Path],

@@ -1,0 +1,422 @@
+"""What the domain link gains on photos of groceries, and what it forgets, beside every method it is compared with.
+
+    python benchmarks/domain.py --data path/to/grocery --seeds 1,2,3
+
+Every row trains `recipes/domain-grocery.yaml` with one method on the same pairs, as many of them drawn. It is measured
+once on the test split, on pictures of no particular domain before and after, and by the clock, which starts with an
+empty cache of features. Each finished run is a line of the output file, and is not repeated while the recipe stays the
+same. The table beside the file is made of them, and so is the answer to which goals are reached.
+
+    python benchmarks/domain.py --data path/to/grocery --validation-only --warm --set bank.gamma=2 --out study.jsonl
+
+tunes: the test split stays closed, and cached features are used. The photos are the data set of arXiv 1901.00711, as
+its repository lays them out: train.txt, val.txt and test.txt with "path, fine id, coarse id" per line, and classes.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from domain_tables import Run, report
+
+from trimtab.adapters.adapted import load
+from trimtab.config import DomainRecipe, PairSource, load_recipe, to_mapping
+from trimtab.data.manifests import read_classification
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.classification import classify
+from trimtab.evaluation.forgetting import forgetting, measure
+from trimtab.files import cache_home, digest_of, write_text
+from trimtab.recipes.adapt import adapt
+from trimtab.recipes.domain_pairs import general_sets, read_pairs, readable
+from trimtab.recipes.folders import recipe_digest, training_folder
+from trimtab.recipes.quickstart import test_sets
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "domain-grocery.yaml"
+TEMPLATE = "a photo of {}"
+NAMES = ("train.txt", "val.txt", "classes.csv")  # test.txt is looked at when it is due
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PENALTIES = tuple(10.0**power for power in range(-6, 2))
+
+# Baselines draw all pairs alike, as they are published. Choose their learning rates by --validation-only and --set-row.
+UNIFORM = "bank.enabled=false"
+ROWS: dict[str, list[str]] = {
+    "base": [],
+    "full": ["method=full", "training.learning_rate=3e-5", UNIFORM],
+    "full_hard": ["method=full", "training.learning_rate=3e-5"],
+    "lora": ["method=lora", UNIFORM],
+    "probe": ["method=probe", UNIFORM],
+    "linear_probe": [],
+    "adapter": [UNIFORM],
+    "adapter_hard": [],
+}
+ADAPTERS = ("adapter", "adapter_hard")
+WITH_CURVE = ("adapter_hard", "full")
+
+
+@dataclass(frozen=True)
+class Grocery:
+    """The data set, written as the tables that a user of the recipe would have.
+
+    Attributes:
+        root: folder of the pictures.
+        work: gets the tables.
+        classes: names of the fine classes.
+        coarse: (C,) coarse class of each.
+        digest: of classes, training and validation lists.
+    """
+
+    root: Path
+    work: Path
+    classes: list[str]
+    coarse: np.ndarray
+    digest: str
+
+    @classmethod
+    def prepare(cls, root: Path, work: Path) -> Grocery:
+        """Read the lists and write train.csv, val.csv, val-labels.csv and classes.txt."""
+        if lacking := [name for name in NAMES if not (root / name).is_file()]:
+            raise SystemExit(
+                f"{root} has no {lacking[0]}: --data must be the folder of the grocery photos "
+                "(github.com/marcusklasson/GroceryStoreDataset), which this benchmark does not fetch"
+            )
+        with (root / "classes.csv").open(encoding="utf-8-sig", newline="") as stream:
+            rows = sorted(list(csv.reader(stream))[1:], key=lambda row: int(row[1]))
+        classes = [re.sub(r"[-_]+", " ", row[0]).strip() for row in rows]
+        coarse = np.array([int(row[3]) for row in rows])
+        digest = digest_of(*((root / name).read_text(encoding="utf-8") for name in NAMES))
+        grocery = cls(root.resolve(), work, classes, coarse, digest)
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(work / "classes.txt", "".join(f"{name}\n" for name in classes))
+        for split in ("train", "val"):
+            items = grocery.listed(split)
+            texts = [(path, TEMPLATE.format(classes[fine])) for path, fine in items]
+            grocery._write(f"{split}.csv", "text", texts)
+        grocery._write("val-labels.csv", "label", [(path, classes[fine]) for path, fine in grocery.listed("val")])
+        return grocery
+
+    def labels(self, split: str) -> Path:
+        """The table of pictures and fine classes to measure on; only here is the test split read."""
+        path = self.work / f"{split}-labels.csv"
+        if split == "test":
+            path = self._write("test.csv", "label", [(path, self.classes[fine]) for path, fine in self.listed("test")])
+        return path
+
+    def listed(self, split: str) -> list[tuple[str, int]]:
+        """Path and fine class of each picture of a split."""
+        lines = (self.root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        cells = [[cell.strip() for cell in line.rsplit(",", 2)] for line in lines if line.strip()]
+        return [(path, int(fine)) for path, fine, _ in cells]
+
+    def _write(self, name: str, column: str, rows: Sequence[tuple[str, str]]) -> Path:
+        with (self.work / name).open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["image", column])
+            writer.writerows(rows)
+        return self.work / name
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that is wanted.
+
+    Attributes:
+        overrides: of the row, then those that were asked for.
+        setting: digest of recipe, data and base without the seed: runs of equal settings are averaged.
+    """
+
+    row: str
+    seed: int
+    share: float
+    changes: tuple[str, ...]
+    recipe: DomainRecipe
+    setting: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.row, self.seed, self.share, self.changes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the grocery photos")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--rows", default="base,full,lora,probe,linear_probe,adapter,adapter_hard")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training pairs; as many are drawn in any case")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-domain"), help="tables and runs in progress")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for the rows of adapters")
+    parser.add_argument(
+        "--set-row", action="append", nargs=2, default=[], metavar=("ROW", "KEY=VALUE"), help="for one row"
+    )
+    parser.add_argument("--validation-only", action="store_true", help="never open the test split")
+    parser.add_argument("--no-general", action="store_true", help="do not measure what is forgotten")
+    parser.add_argument("--warm", action="store_true", help="use cached features; such times are not compared")
+    arguments = parser.parse_args()
+    rows = arguments.rows.split(",")
+    if unknown := {*rows, *(row for row, _ in arguments.set_row)} - ROWS.keys():
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    try:
+        grocery = Grocery.prepare(arguments.data, arguments.work)
+        base = load(load_recipe(arguments.recipe, arguments.set).base)
+        for row in rows:
+            # No seed changes the base.
+            for seed in [0] if row == "base" else map(int, arguments.seeds.split(",")):
+                job = make_job(arguments, grocery, row, seed, base.fingerprint)
+                if is_done(arguments, job):
+                    print(f"{row}, seed {seed}: there already", flush=True)
+                    continue
+                append(arguments.out, run(arguments, grocery, job))
+                write_text(arguments.out.with_suffix(".md"), report(read_runs(arguments.out)))
+    except TrimtabError as error:
+        sys.exit(f"error: {error}")
+    write_text(arguments.out.with_suffix(".md"), report(read_runs(arguments.out)))
+
+
+def make_job(arguments: argparse.Namespace, grocery: Grocery, row: str, seed: int, fingerprint: str) -> Job:
+    """The recipe of a row, with as many drawn pairs whatever the share."""
+    epochs = round(load_recipe(arguments.recipe).training.epochs / arguments.share)
+    asked = [*(arguments.set if row in ADAPTERS else ()), *(value for name, value in arguments.set_row if name == row)]
+    train = {"path": str(grocery.work / "train.csv"), "root": str(grocery.root), "share": arguments.share}
+    validation = {"path": str(grocery.work / "val.csv"), "root": str(grocery.root)}
+    places = [f"data.train={json.dumps([train])}", f"data.validation={json.dumps([validation])}"]
+    # Not the places, but what they hold, decides whether a run is the same.
+    named = ["data.train=train.csv", "data.validation=val.csv"]
+    common = [f"training.epochs={epochs}", "training.trackers=[]", *ROWS[row], *asked]
+    setting = load_recipe(arguments.recipe, [*common, *named])
+    recipe = load_recipe(arguments.recipe, [*common, *places, f"seed={seed}"])
+    assert isinstance(recipe, DomainRecipe)
+    facts = (recipe_digest(setting), grocery.digest, fingerprint, str(arguments.share))
+    return Job(row, seed, arguments.share, tuple(asked), recipe, digest_of(*facts)[:16])
+
+
+def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
+    """Train and measure one row with one seed."""
+    general = () if arguments.no_general else general_manifests(arguments.work)
+    print(f"{job.row}, seed {job.seed}, {100 * job.share:g}% of the pairs", *job.changes, flush=True)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(run_folder(arguments.work))
+        if not arguments.warm:
+            stack.enter_context(empty_cache(arguments.work))
+        one = partial(scores, grocery=grocery, splits=("val",) if arguments.validation_only else ("val", "test"))
+        if job.row == "base":
+            found = as_it_came(job, general, one)
+        elif job.row == "linear_probe":
+            found = linear_probe(job, grocery, one)
+        else:
+            found = trained(job, out, general, one)
+    finished: Run = {
+        "row": job.row, "seed": job.seed, "share": job.share, "set": list(job.changes), "setting": job.setting,
+        "warm": arguments.warm, **found, "recipe": to_mapping(job.recipe),
+    }  # fmt: skip
+    return finished
+
+
+def trained(job: Job, out: Path, general: Sequence[str], score: Any) -> dict[str, Any]:
+    """A row that a recipe trains."""
+    alphas = ALPHAS if general and job.row in WITH_CURVE else ()
+    outcome = adapt(replace(job.recipe, out=str(out), general=sources_of(general), alphas=alphas))
+    assert outcome is not None  # one process
+    seconds = outcome["seconds"]
+    # Where all is trained nothing need be encoded beforehand: that served the report alone.
+    minutes = (seconds["training"] + (0 if job.recipe.method == "full" else seconds["encoding"])) / 60
+    return {
+        **score(load(out)),
+        "general": outcome.get("general", {}).get("forgetting"),
+        "alpha": outcome.get("alpha", []),
+        "validation_recall": outcome["validation"],
+        "difficulty": outcome["difficulty"],
+        "logit_scale": outcome["logit_scale"],
+        "trained_parameters": outcome["trained_parameters"],
+        "base_parameters": outcome["base_parameters"],
+        "pairs": outcome["pairs"],
+        "steps": outcome["steps"],
+        "seconds": seconds,
+        "minutes": minutes,
+    }
+
+
+def as_it_came(job: Job, general: Sequence[str], score: Any) -> dict[str, Any]:
+    """The base, zero-shot."""
+    base = load(job.recipe.base)
+    before = measure(base, general_sets(sources_of(general), 0)) if general else {}
+    return {**score(base), "general": forgetting(before, before) if general else None}
+
+
+def linear_probe(job: Job, grocery: Grocery, score: Any) -> dict[str, Any]:
+    """Multinomial logistic regression on the base's frozen features, as the field reports it: it knows these classes
+    and nothing else, so it has no general score. The L2 penalty is chosen on validation."""
+    started = time.monotonic()
+    base = load(job.recipe.base)
+    pairs = read_pairs(job.recipe).train
+    place = {TEMPLATE.format(name): number for number, name in enumerate(grocery.classes)}
+    features = torch.from_numpy(base.encode_image([readable(image) for image in pairs.images]))  # (N, D)
+    labels = torch.empty(len(features), dtype=torch.long)
+    labels[torch.from_numpy(pairs.image_index)] = torch.tensor(
+        [place[pairs.captions[caption]] for caption in pairs.caption_index.tolist()]
+    )
+    mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
+
+    def standardised(images: np.ndarray) -> torch.Tensor:
+        return (torch.from_numpy(images) - mean) / deviation
+
+    validation = read_classification(grocery.labels("val"), grocery.classes, grocery.root)
+    seen = standardised(base.encode_image([item.path for item in validation]))
+    right = torch.tensor([item.label for item in validation])
+    fitted = []
+    for penalty in sorted(PENALTIES, reverse=True):
+        weights = fit_logistic((features - mean) / deviation, labels, len(grocery.classes), penalty)
+        correct = float(((seen @ weights[:-1] + weights[-1]).argmax(1) == right).float().mean())
+        fitted.append((correct, penalty, weights))
+    _, chosen, best = max(fitted, key=lambda one: one[0])  # of equal ones the strongest penalty
+    minutes = (time.monotonic() - started) / 60
+    return {
+        **score(Classifier(base, standardised, best)),
+        "general": None,
+        "penalty": chosen,
+        "trained_parameters": best.numel(),
+        "base_parameters": sum(one.numel() for one in base.model.parameters()),
+        "pairs": len(pairs),
+        "minutes": minutes,
+    }
+
+
+def fit_logistic(features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -> torch.Tensor:
+    """Weights (D + 1, C), the last row the bias, of the smallest cross-entropy + penalty / 2 * squared weights."""
+    weights = torch.zeros(features.shape[1] + 1, classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        logits = features @ weights[:-1] + weights[-1]
+        loss = F.cross_entropy(logits, labels) + penalty / 2 * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return weights.detach()
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The linear probe with a base to see with."""
+
+    base: Any
+    standardised: Any
+    weights: torch.Tensor
+
+    def predict(self, items: Sequence[Any]) -> np.ndarray:
+        """(N,) classes."""
+        features = self.standardised(self.base.encode_image([item.path for item in items]))
+        return (features @ self.weights[:-1] + self.weights[-1]).argmax(1).numpy()
+
+
+def scores(model: Any, *, grocery: Grocery, splits: Sequence[str]) -> dict[str, Any]:
+    """Percent of the pictures of each split that get their own fine class, and their own coarse one."""
+    found: dict[str, Any] = {"test": None}
+    for split in splits:
+        items = read_classification(grocery.labels(split), grocery.classes, grocery.root)
+        if isinstance(model, Classifier):
+            true, taken = np.array([item.label for item in items]), model.predict(items)
+            counts = np.ones(len(items))
+        else:
+            result = classify(model, items, grocery.classes, [TEMPLATE])
+            cells = np.array(list(result.confusion)).reshape(-1, 2)
+            true, taken, counts = cells[:, 0], cells[:, 1], np.array(list(result.confusion.values()))
+            if result.skipped:
+                raise SystemExit(f"{len(result.skipped)} pictures cannot be read, {result.skipped[0].source} first")
+        right = {"fine": true == taken, "coarse": grocery.coarse[true] == grocery.coarse[taken]}
+        found[split] = {name: 100 * float(np.average(same, weights=counts)) for name, same in right.items()}
+        found[split]["n"] = int(counts.sum())
+    return found
+
+
+def general_manifests(work: Path) -> list[str]:
+    """Tux Paint's photos and the held-out emoji of OpenMoji with their English texts."""
+    folder = work / "general"
+    return [str(folder / f"{one.name}-en.csv") for one in test_sets(folder)]
+
+
+def sources_of(paths: Sequence[str]) -> tuple[PairSource, ...]:
+    return tuple(PairSource(path) for path in paths)
+
+
+# Files
+
+
+@contextlib.contextmanager
+def run_folder(work: Path) -> Iterator[Path]:
+    """A folder to train into; it and its checkpoints are gone afterwards, so that no run goes on with another's."""
+    out = work / f"run-{os.getpid()}"
+    try:
+        yield out
+    finally:
+        for folder in (out, training_folder(str(out))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def empty_cache(work: Path) -> Iterator[None]:
+    """Within it no features are cached, while packages and built models are."""
+    home, before = cache_home(), os.environ.get("TRIMTAB_CACHE")
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        for entry in home.iterdir():
+            if entry.name != "features":
+                (Path(folder) / entry.name).symlink_to(entry.resolve())
+        os.environ["TRIMTAB_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TRIMTAB_CACHE"]
+            else:
+                os.environ["TRIMTAB_CACHE"] = before
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Finished runs; a line that was cut off by a kill is none."""
+    runs = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            runs.append(json.loads(line))
+    return runs
+
+
+def append(path: Path, finished: Run) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(("" if whole else "\n") + json.dumps(finished, ensure_ascii=False) + "\n")
+
+
+def is_done(arguments: argparse.Namespace, job: Job) -> bool:
+    """Whether a run of the same setting has all that is asked for now."""
+    return any(
+        (one["row"], one["seed"], one["share"], tuple(one["set"])) == job.key
+        and one["setting"] == job.setting
+        and (arguments.validation_only or one["test"] is not None)
+        and (arguments.no_general or one["general"] is not None or job.row == "linear_probe")
+        and (arguments.warm or not one["warm"])
+        for one in read_runs(arguments.out)
+    )
+
+
+if __name__ == "__main__":
+    main()

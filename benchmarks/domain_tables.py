@@ -1,0 +1,242 @@
+"""The tables and the goals of `benchmarks/domain.py`, from its finished runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from trimtab.evaluation.domain_summaries import Spread, spread
+
+Run: TypeAlias = "dict[str, Any]"
+"""One finished run, as a line of the output file holds it."""
+
+Key: TypeAlias = "tuple[str, float, tuple[str, ...]]"
+"""Row, share of the pairs, overrides that were asked for."""
+
+NAMES = {
+    "base": "Base, zero-shot",
+    "full": "Continual fine-tuning",
+    "full_hard": "Continual fine-tuning, hard sampling",
+    "lora": "LoRA",
+    "probe": "Linear maps on both towers",
+    "linear_probe": "Linear classifier on frozen features",
+    "adapter": "Adapter",
+    "adapter_hard": "**Adapter, hard sampling**",
+}
+LEAD_OVER_FULL, LEAD_OVER_UNIFORM = 1.5, 0.7  # points of fine top-1
+LARGEST_FORGETTING, LARGEST_SIZE, LARGEST_TIME = 1 / 4, 1 / 20, 1 / 3
+SMALL_SHARE = 0.25
+
+Figure: TypeAlias = "Callable[[Run], float | None]"
+
+
+def latest(runs: Iterable[Run]) -> dict[Key, dict[int, Run]]:
+    """By row and then by seed the runs of the setting that was run last; older recipes are left out."""
+    setting: dict[Key, str] = {}
+    runs = list(runs)
+    for run in runs:
+        setting[key_of(run)] = run["setting"]
+    found: dict[Key, dict[int, Run]] = {}
+    for run in runs:
+        if run["setting"] == setting[key_of(run)]:
+            found.setdefault(key_of(run), {})[run["seed"]] = run
+    order = list(NAMES)
+    return dict(sorted(found.items(), key=lambda item: (-item[0][1], order.index(item[0][0]), item[0][2])))
+
+
+def key_of(run: Run) -> Key:
+    return run["row"], run["share"], tuple(run["set"])
+
+
+def report(runs: Iterable[Run]) -> str:
+    """Markdown: a table per share of the pairs, differences by seed, goals, the dial."""
+    rows = latest(runs)
+    split = "test" if any(run["test"] for seeds in rows.values() for run in seeds.values()) else "val"
+    parts = []
+    for share in dict.fromkeys(key[1] for key in rows):
+        mine = {key: seeds for key, seeds in rows.items() if key[1] == share}
+        parts.append(f"With {100 * share:g}% of the training pairs, {_on(split)}:\n\n{method_table(mine, split)}")
+    parts += [difference_table(rows, split), goal_table(goals(rows, split), split), alpha_table(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def method_table(rows: dict[Key, dict[int, Run]], split: str) -> str:
+    """A line per method: mean ± standard deviation over seeds."""
+    lines = [
+        "| Method | fine top-1 | coarse top-1 | general | forgotten, points | trained, % of base | minutes | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for key, seeds in rows.items():
+        figures: list[tuple[Figure, int]] = [
+            (accuracy(split), 1),
+            (accuracy(split, "coarse"), 1),
+            (general_score, 1),
+            (forgotten, 1),
+            (size, 2),
+            (minutes, 1),
+        ]
+        found = [(over_seeds(seeds, figure), digits) for figure, digits in figures]
+        cells = [shown(value, digits) for value, digits in found]
+        lines.append(f"| {name_of(key)} | {' | '.join(cells)} | {'–' if key[0] == 'base' else len(seeds)} |")
+    return "\n".join(lines)
+
+
+def difference_table(rows: dict[Key, dict[int, Run]], split: str) -> str:
+    """What hard sampling and the adapters gain, seed by seed."""
+    lines = [
+        "| Difference, paired by seed | fine top-1, points | coarse top-1, points | seeds won |",
+        "|---|---:|---:|---:|",
+    ]
+    main = [key for key in rows if key[0] == "adapter_hard"]
+    for key in main:
+        for other in (("full", key[1], ()), ("adapter", key[1], key[2]), ("adapter_hard", key[1], ())):
+            if other == key or other not in rows:
+                continue
+            fine = differences(rows[key], rows[other], accuracy(split))
+            coarse = differences(rows[key], rows[other], accuracy(split, "coarse"))
+            if fine:
+                won = f"{sum(one > 0 for one in fine)} of {len(fine)}"
+                cells = [shown(spread(fine), 1, sign=True), shown(spread(coarse), 1, sign=True), won]
+                lines.append(f"| {name_of(key)} − {name_of(other)} | {' | '.join(cells)} |".replace("**", ""))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was to be shown, what was found, and whether that is enough; None where a figure is missing."""
+
+    wanted: str
+    found: str
+    reached: bool | None
+
+
+def goals(rows: dict[Key, dict[int, Run]], split: str) -> list[Goal]:
+    """The goals of the domain link, from the rows as the recipe has them."""
+    hard, uniform, full = (rows.get((row, 1.0, ()), {}) for row in ("adapter_hard", "adapter", "full"))
+    small = rows.get(("adapter_hard", SMALL_SHARE, ()), {})
+    fine = accuracy(split)
+    our_time, their_time = over_seeds(hard, cold_minutes), over_seeds(full, cold_minutes)
+    found = [
+        _lead("continual fine-tuning", hard, full, fine, LEAD_OVER_FULL),
+        _lead("the adapter without hard sampling", hard, uniform, fine, LEAD_OVER_UNIFORM),
+        _forgetting(hard, full),
+        _ratio("trained parameters, of the base's", over_seeds(hard, size), Spread(100.0, None, 1), LARGEST_SIZE),
+        _ratio("time, of continual fine-tuning's", our_time, their_time, LARGEST_TIME, " min"),
+    ]
+    little, whole = over_seeds(small, fine), over_seeds(full, fine)
+    wanted = f"with {100 * SMALL_SHARE:g}% of the pairs at least continual fine-tuning with all"
+    if little and whole:
+        told = f"{shown(little, 1)} against {shown(whole, 1)}"
+        return [*found, Goal(wanted, told, little.mean >= whole.mean)]
+    return [*found, Goal(wanted, "not measured", None)]
+
+
+def _lead(name: str, mine: dict[int, Run], others: dict[int, Run], figure: Figure, least: float) -> Goal:
+    ahead = spread(differences(mine, others, figure))
+    wanted = f"fine top-1 at least {least:g} points above {name}"
+    return Goal(wanted, f"{shown(ahead, 2, sign=True)} points", ahead.mean >= least) if ahead else _unknown(wanted)
+
+
+def _forgetting(mine: dict[int, Run], others: dict[int, Run]) -> Goal:
+    wanted = "forgetting at most a quarter of continual fine-tuning's"
+    ours, theirs = over_seeds(mine, forgotten), over_seeds(others, forgotten)
+    if not ours or not theirs:
+        return _unknown(wanted)
+    told = f"{shown(ours, 2)} against {shown(theirs, 2)} points"
+    if theirs.mean <= 0:  # a share of nothing
+        return Goal(wanted, f"{told}: continual fine-tuning forgot nothing", ours.mean <= theirs.mean)
+    return Goal(wanted, f"{told}, {100 * ours.mean / theirs.mean:.0f}%", ours.mean <= LARGEST_FORGETTING * theirs.mean)
+
+
+def _ratio(name: str, mine: Spread | None, whole: Spread | None, most: float, unit: str = "") -> Goal:
+    wanted = f"{name}: at most {100 * most:.3g}%"
+    if not mine or not whole or not whole.mean:
+        return _unknown(wanted)
+    told = f" ({mine.mean:.1f} of {whole.mean:.1f}{unit})" if unit else ""
+    return Goal(wanted, f"{100 * mine.mean / whole.mean:.3g}%{told}", mine.mean <= most * whole.mean)
+
+
+def _unknown(wanted: str) -> Goal:
+    return Goal(wanted, "not measured", None)
+
+
+def goal_table(found: Sequence[Goal], split: str) -> str:
+    says = {True: "yes", False: "no", None: "–"}
+    where = "" if split == "test" else ", on validation"
+    lines = [f"| Goal{where} | found | reached |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {one.wanted} | {one.found} | {says[one.reached]} |" for one in found)])
+
+
+def alpha_table(rows: dict[Key, dict[int, Run]]) -> str:
+    """Domain and general score along the dial; the domain's is that of validation, as the dial is a choice."""
+    lines: list[str] = []
+    for key, seeds in rows.items():
+        curves = [{point["alpha"]: point for point in run["alpha"]} for run in seeds.values() if run.get("alpha")]
+        if not curves:
+            continue
+        alphas = list(curves[0])
+        if not lines:
+            lines.append("| `alpha`: validation R@1, then general | " + " | ".join(f"{a:g}" for a in alphas) + " |")
+            lines.append("|---|" + "---:|" * len(alphas))
+        for side in ("domain", "general"):
+            values = [spread([curve[alpha][side] for curve in curves if alpha in curve]) for alpha in alphas]
+            lines.append(f"| {name_of(key)}, {side} | " + " | ".join(shown(value, 1) for value in values) + " |")
+    return "\n".join(lines)
+
+
+# Figures of a run; None where it has none
+
+
+def accuracy(split: str, level: str = "fine") -> Figure:
+    return lambda run: run[split][level] if run.get(split) else None
+
+
+def general_score(run: Run) -> float | None:
+    return run["general"]["after"] if run.get("general") else None
+
+
+def forgotten(run: Run) -> float | None:
+    return run["general"]["points"] if run.get("general") and run["row"] != "base" else None
+
+
+def size(run: Run) -> float | None:
+    """Trained parameters in percent of the base's."""
+    return 100 * run["trained_parameters"] / run["base_parameters"] if "trained_parameters" in run else None
+
+
+def minutes(run: Run) -> float | None:
+    return run.get("minutes")
+
+
+def cold_minutes(run: Run) -> float | None:
+    """Only those that began with an empty cache can be compared."""
+    return None if run["warm"] else run.get("minutes")
+
+
+def over_seeds(seeds: dict[int, Run], figure: Figure) -> Spread | None:
+    return spread([value for run in seeds.values() if (value := figure(run)) is not None])
+
+
+def differences(mine: dict[int, Run], others: dict[int, Run], figure: Figure) -> list[float]:
+    """By seed, where both were run: what varies with the seed alone falls out."""
+    pairs = [(figure(mine[seed]), figure(others[seed])) for seed in mine if seed in others]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def shown(value: Spread | None, digits: int, *, sign: bool = False) -> str:
+    if value is None:
+        return "–"
+    mean = round(value.mean, digits) + 0.0  # no minus before zero
+    text = f"{mean:{'+' if sign else ''}.{digits}f}"
+    return text if value.deviation is None else f"{text} ± {value.deviation:.{digits}f}"
+
+
+def name_of(key: Key) -> str:
+    row, share, changes = key
+    less = f" ({100 * share:g}% of the pairs)" if share != 1 else ""
+    return f"{NAMES[row]}{less}{''.join(f', `{change}`' for change in changes)}"
+
+
+def _on(split: str) -> str:
+    return "on the test split" if split == "test" else "on validation pictures"

@@ -1,0 +1,133 @@
+"""The benchmark of the domain link judges by its runs alone, and repeats none."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trimtab.config import DomainRecipe
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import domain  # noqa: E402
+import domain_tables  # noqa: E402
+
+
+def finished(row: str, fine: float, seed: int = 1, **changes: Any) -> dict[str, Any]:
+    points = {"full": 4.0, "adapter_hard": 0.5}.get(row, 0.0)
+    return {
+        "row": row, "seed": seed, "share": 1.0, "set": [], "setting": "a", "warm": False,
+        "val": {"fine": fine, "coarse": fine}, "test": {"fine": fine, "coarse": fine + 5},
+        "general": {"after": 30.0, "points": points}, "alpha": [],
+        "trained_parameters": 2, "base_parameters": 100, "minutes": 9.0 if row == "full" else 2.0,
+        **changes,
+    }  # fmt: skip
+
+
+def test_goals_are_computed_by_seed() -> None:
+    runs = [finished(row, fine + seed, seed) for seed in (1, 2, 3)
+            for row, fine in (("full", 70.0), ("adapter", 71.5), ("adapter_hard", 72.0))]  # fmt: skip
+    runs.append(finished("adapter_hard", 72.0, 1, share=0.25))
+    found = domain_tables.goals(domain_tables.latest(runs), "test")
+    assert [one.reached for one in found] == [True, False, True, True, True, True]
+    assert found[0].found == "+2.00 ± 0.00 points"
+    assert found[4].found == "22.2% (2.0 of 9.0 min)"
+    text = domain_tables.report(runs)
+    assert "| Continual fine-tuning | 72.0 ± 1.0 | 77.0 ± 1.0 | 30.0 ± 0.0 | 4.0 ± 0.0 |" in text
+    assert "| Adapter, hard sampling − Adapter | +0.5 ± 0.0 |" in text
+
+
+def test_goals_without_figures_are_not_reached() -> None:
+    found = domain_tables.goals(domain_tables.latest([finished("adapter_hard", 70.0)]), "test")
+    assert [one.reached for one in found] == [None, None, None, True, None, None]
+    warm = [finished("full", 70.0), finished("adapter_hard", 80.0, warm=True)]
+    assert domain_tables.goals(domain_tables.latest(warm), "test")[4].reached is None
+
+
+def test_forgetting_nothing_is_no_share() -> None:
+    runs = [finished("full", 70.0, general={"after": 31.0, "points": -1.0}), finished("adapter_hard", 72.0)]
+    found = domain_tables.goals(domain_tables.latest(runs), "test")[2]
+    assert found.reached is False
+    assert "forgot nothing" in found.found
+
+
+def test_runs_of_older_recipes_are_left_out() -> None:
+    runs = [finished("full", 50.0, 1), finished("full", 50.0, 2), finished("full", 70.0, 1, setting="b")]
+    (seeds,) = domain_tables.latest(runs).values()
+    assert [run["test"]["fine"] for run in seeds.values()] == [70.0]
+
+
+def test_without_a_test_split_validation_is_shown() -> None:
+    text = domain_tables.report([finished("adapter", 61.25, test=None)])
+    assert "on validation pictures" in text
+    assert "61.2" in text
+
+
+def grocery_folder(folder: Path) -> Path:
+    names = ["Oat-Milk,0,Milk,0,,", "Sour_Milk,1,Milk,0,,", "Leek,2,Vegetable,1,,"]
+    (folder / "classes.csv").write_text("\n".join(["name,id,coarse,id,a,b", *names]) + "\n", encoding="utf-8")
+    for split in ("train", "val"):
+        lines = [f"{split}/a, b/{fine}.jpg, {fine}, {int(fine == 2)}" for fine in range(3)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_lists_become_tables(tmp_path: Path) -> None:
+    grocery = domain.Grocery.prepare(grocery_folder(tmp_path), tmp_path / "work")  # no test.txt is needed yet
+    assert grocery.classes == ["Oat Milk", "Sour Milk", "Leek"]
+    assert grocery.coarse.tolist() == [0, 0, 1]
+    lines = (tmp_path / "work" / "train.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["image,text", '"train/a, b/0.jpg",a photo of Oat Milk']
+    assert (tmp_path / "work" / "val-labels.csv").read_text(encoding="utf-8").splitlines()[3].endswith(",Leek")
+    with pytest.raises(SystemExit, match=r"has no train\.txt"):
+        domain.Grocery.prepare(tmp_path / "absent", tmp_path / "work")
+
+
+def asked(tmp_path: Path, **changes: Any) -> argparse.Namespace:
+    options = {"recipe": domain.RECIPE, "share": 1.0, "set": [], "set_row": [], "out": tmp_path / "runs.jsonl"}
+    return argparse.Namespace(**{**options, "validation_only": False, "no_general": False, "warm": False, **changes})
+
+
+def test_a_run_is_repeated_only_if_something_changed(tmp_path: Path) -> None:
+    grocery = domain.Grocery.prepare(grocery_folder(tmp_path), tmp_path / "work")
+    options = asked(tmp_path)
+    job = domain.make_job(options, grocery, "adapter_hard", 1, "base")
+    moved = domain.Grocery.prepare(tmp_path, tmp_path / "elsewhere")
+    assert domain.make_job(options, moved, "adapter_hard", 2, "base").setting == job.setting
+    domain.append(options.out, finished("adapter_hard", 70.0, setting=job.setting, warm=True))
+    with options.out.open("a", encoding="utf-8") as stream:
+        stream.write('{"row": "adap')  # killed while writing
+    assert not domain.is_done(options, job)  # its time is not known
+    assert domain.is_done(asked(tmp_path, warm=True), job)
+    domain.append(options.out, finished("adapter_hard", 70.0, setting=job.setting))
+    assert len(domain.read_runs(options.out)) == 2
+    assert domain.is_done(options, job)
+    other = asked(tmp_path, set=["bank.gamma=2"])
+    assert not domain.is_done(other, domain.make_job(other, grocery, "adapter_hard", 1, "base"))
+    assert not domain.is_done(options, domain.make_job(options, grocery, "adapter_hard", 1, "another base"))
+
+
+@pytest.mark.parametrize("row", [row for row in domain.ROWS if row not in ("base", "linear_probe")])
+def test_every_row_draws_as_many_pairs(row: str, tmp_path: Path) -> None:
+    grocery = domain.Grocery.prepare(grocery_folder(tmp_path), tmp_path / "work")
+    jobs = [domain.make_job(asked(tmp_path, share=share), grocery, row, 3, "base") for share in (1.0, 0.25)]
+    reference = domain.load_recipe(domain.RECIPE)
+    assert isinstance(reference, DomainRecipe)
+    for job in jobs:
+        drawn = job.recipe.training.epochs * job.recipe.bank.epoch_share * job.share
+        assert drawn == reference.training.epochs * reference.bank.epoch_share
+        assert job.recipe.seed == 3
+    assert jobs[0].recipe.bank.enabled == row.endswith("_hard")
+
+
+def test_logistic_regression_finds_what_can_be_separated() -> None:
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    labels = features[:, :3].argmax(1)
+    weak, strong = (domain.fit_logistic(features, labels, 3, penalty) for penalty in (1e-4, 10.0))
+    assert ((features @ weak[:-1] + weak[-1]).argmax(1) == labels).float().mean() > 0.95
+    assert weak[:-1].norm() > 10 * strong[:-1].norm()
