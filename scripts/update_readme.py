@@ -2,9 +2,11 @@
 
     python scripts/update_readme.py                  # from runs/quickstart/results.json
     python scripts/update_readme.py OTHER.json --check
+    python scripts/update_readme.py --domain         # benchmarks/results/domain.md into docs/domain.md
 
 Every figure of the table comes from the file; one that is missing, double or no number ends the script with status 1
-and leaves the README as it was. `--check` writes nothing and fails when the README says something else.
+and leaves the README as it was. `--check` writes nothing and fails when the README says something else. With `--domain`
+the tables of `benchmarks/domain.py` are copied as they are.
 """
 
 from __future__ import annotations
@@ -30,6 +32,20 @@ ROWS = {
 }
 TRANSLATION = "Chinese translated into English, base"
 MARKED = re.compile(r"(<!-- figures:language -->\n).*?(<!-- /figures -->)", re.DOTALL)
+MARKED_QUICKSTART_DOMAIN = re.compile(r"(<!-- figures:domain -->\n).*?(<!-- /figures:domain -->)", re.DOTALL)
+DOMAIN_ROWS = {
+    "base": "base, zero-shot",
+    "adapter": "adapters, all pairs alike",
+    "adapter_hard": "**adapters, hard pairs more often**",
+}
+DOMAIN_COLUMNS = {
+    ("fashion", "top1"): ("Clothes: top-1", "{:.1f}"),
+    ("general", "score"): ("General: mR", "{:.1f}"),
+    ("general", "forgetting"): ("Forgotten, points", "{:+.1f}"),
+    ("training", "percent_of_base"): ("Trained, of the base", "{:.2f}%"),
+    ("training", "minutes"): ("Minutes", "{:.1f}"),
+}
+MARKED_DOMAIN = re.compile(r"(<!-- benchmark:domain -->\n).*?(<!-- /benchmark:domain -->)", re.DOTALL)
 
 
 class Refused(Exception):  # noqa: N818 - it reads as what happened
@@ -110,10 +126,51 @@ def update(readme: str, results: Mapping[str, Any]) -> str:
     Raises:
         Refused: the results lack a figure, or the README does not have the markers exactly once.
     """
-    text = table(results)
-    updated, count = MARKED.subn(lambda match: match[1] + text + match[2], readme)
+    readme = between(MARKED, readme, table(results), "the README")
+    if "domain" in results and MARKED_QUICKSTART_DOMAIN.search(readme):
+        readme = between(MARKED_QUICKSTART_DOMAIN, readme, domain_table(results["domain"]), "the README")
+    return readme
+
+
+def domain_table(domain: Mapping[str, Any]) -> str:
+    """The quickstart's domain rows as Markdown; what a method does not have is a dash.
+
+    Raises:
+        Refused: a row lacks its score on the domain.
+    """
+    values = {(one["row"], one["dataset"], one["metric"]): one["value"] for one in domain["rows"]}
+    lines = [
+        "| Model | " + " | ".join(title for title, _ in DOMAIN_COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(DOMAIN_COLUMNS),
+    ]
+    for row, title in DOMAIN_ROWS.items():
+        if (row, "fashion", "top1") not in values:
+            raise Refused(f"row {row!r} of domain.rows has no top1 on fashion")
+        shown = [
+            form.format(values[(row, *place)]) if (row, *place) in values else "–"
+            for place, (_, form) in DOMAIN_COLUMNS.items()
+        ]
+        lines.append(f"| {title} | {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
+
+
+def update_domain(page: str, tables: str) -> str:
+    """The text of `docs/domain.md` with the tables of `benchmarks/domain.py`.
+
+    Raises:
+        Refused: there is no table, or the page does not have the markers exactly once.
+    """
+    if "|---" not in tables:
+        raise Refused("there is no table in it: run benchmarks/domain.py")
+    origin = "From `python benchmarks/domain.py --data path/to/grocery`; mean ± standard deviation over seeds."
+    return between(MARKED_DOMAIN, page, f"## What it gains\n\n{origin}\n\n{tables.strip()}\n", "the page")
+
+
+def between(markers: re.Pattern[str], page: str, text: str, name: str) -> str:
+    """A page with other text between its markers."""
+    updated, count = markers.subn(lambda match: match[1] + text + match[2], page)
     if count != 1:
-        raise Refused(f"the README has the markers {count} times, not once")
+        raise Refused(f"{name} has the markers {count} times, not once")
     return updated
 
 
@@ -121,20 +178,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "runs/quickstart/results.json")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the README differs")
+    parser.add_argument(
+        "--domain",
+        nargs="?",
+        type=Path,
+        const=ROOT / "benchmarks/results/domain.md",
+        metavar="TABLES.md",
+        help="copy the tables of the domain link instead",
+    )
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/domain.md", help="where --domain copies them to")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page differs")
     chosen = parser.parse_args(arguments)
+    source, page = (chosen.domain, chosen.page) if chosen.domain else (chosen.results, chosen.readme)
     try:
-        readme = chosen.readme.read_text(encoding="utf-8")
-        updated = update(readme, json.loads(chosen.results.read_text(encoding="utf-8")))
+        before, found = (path.read_text(encoding="utf-8") for path in (page, source))
+        updated = update_domain(before, found) if chosen.domain else update(before, json.loads(found))
     except (OSError, ValueError, Refused) as error:
-        print(f"error: {chosen.results}: {error}", file=sys.stderr)
+        print(f"error: {source}: {error}", file=sys.stderr)
         return 1
     if chosen.check:
-        if updated != readme:
-            print(f"error: {chosen.readme} does not say what {chosen.results} says", file=sys.stderr)
-        return int(updated != readme)
-    chosen.readme.write_text(updated, encoding="utf-8")
-    print(f"wrote {chosen.readme}")
+        if updated != before:
+            print(f"error: {page} does not say what {source} says", file=sys.stderr)
+        return int(updated != before)
+    page.write_text(updated, encoding="utf-8")
+    print(f"wrote {page}")
     return 0
 
 
