@@ -89,6 +89,7 @@ def test_a_file_that_ends_early_is_refused(tmp_path: Path, cut: int) -> None:
         (gzip.compress(idx(np.arange(9)) + b"x"), "has 10 values, but its header says"),
         (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12 + b"x"), "has 1 values"),  # sizes whose product is astronomic
     ],
+    ids=["no gzip", "cut short", "empty", "floats", "a byte too many", "astronomic sizes"],  # gzip writes the time
 )
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "damaged.gz"
