@@ -151,6 +151,11 @@ def domain_table(domain: Mapping[str, Any]) -> str:
             for place, (_, form) in DOMAIN_COLUMNS.items()
         ]
         lines.append(f"| {title} | {' | '.join(shown)} |")
+    for point in domain.get("alpha", []):
+        if 0 < point["alpha"] < 1:
+            lost = values["base", "general", "score"] - point["general"]
+            shown = [f"{point['domain']:.1f}", f"{point['general']:.1f}", f"{lost:+.1f}", "–", "–"]
+            lines.append(f"| the same at alpha {point['alpha']:g} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
 
 
