@@ -32,6 +32,7 @@ from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
+from trimtab.training import distributed
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
 from trimtab.training.trackers import progress_reporter
@@ -66,8 +67,10 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     tune_allocator()
     check_out(recipe.out)  # the user's mistakes first: no model is loaded before the data is known to be good
     text = prepare(recipe)
-    base = load_base(recipe.base)
-    student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix)
+    accelerator = distributed.make_accelerator()  # each process has a device of its own
+    device = str(distributed.world_of(accelerator).device)
+    base = load_base(recipe.base, device=device)
+    student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix, device=device)
     check_pairing(recipe, base, student, text.train)
     torch.manual_seed(recipe.seed)
     adapter = LanguageAdapter(
@@ -109,6 +112,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         validate=lambda _: validate(task, frozen, text),
         select=Selection("match"),
         run_config=to_mapping(recipe),
+        accelerator=accelerator,
     )
     if int(os.environ.get("RANK", "0")) != 0:
         return None
