@@ -1,0 +1,53 @@
+"""The command line: parse, call, print. What a command does stands in `trimtab.recipes`.
+
+Everything heavy is imported inside the commands, so that ``trimtab --help`` answers at once. Each module beside this
+one holds commands; importing it adds them to the application.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+
+from trimtab import __version__
+from trimtab.cli import adapting  # noqa: F401 - adds its commands
+from trimtab.cli.app import INTERRUPTED, app
+from trimtab.cli.printing import say
+
+__all__ = ["INTERRUPTED", "app", "main"]
+
+
+class _Warnings(logging.Handler):
+    """Shows each warning of trimtab once, on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self.shown:
+            self.shown.add(message)
+            say(f"{record.levelname.lower()}: {message}", "yellow")
+
+
+def main() -> None:
+    """Entry point of the ``trimtab`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # class names and paths are UTF-8 even where the locale is not
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    # What matters of transformers' chatter is raised as an error by `trimtab.towers`.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait take the cores from each other when a machine is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.getLogger("trimtab").addHandler(_Warnings())
+    logging.getLogger("trimtab").propagate = False
+    try:
+        app()
+    except Exception:
+        traceback.print_exc()
+        say(f"This is a bug in trimtab {__version__}: please report it with the text above and the command.", "red")
+        sys.exit(1)

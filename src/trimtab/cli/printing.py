@@ -1,0 +1,99 @@
+"""How the commands print: facts as tables, messages as they are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_SKIPPED_SHOWN = 5
+
+
+def console() -> Console:
+    # Rich would fold tables at 80 columns in a pipe or file, where nothing limits them.
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 240)
+
+
+def say(message: str, style: str) -> None:
+    """One line on stderr, as it is: messages hold paths and users' text, never markup."""
+    Console(stderr=True, highlight=False).print(Text(message, style=style), soft_wrap=True)
+
+
+def show(result: Any) -> None:
+    """Facts as a table; a path as where something was written; other text as it is."""
+    if isinstance(result, Mapping):
+        console().print(_facts(result))
+    elif isinstance(result, Path):
+        show_written(result)
+    elif result is not None:
+        console().print(Text(str(result)), soft_wrap=True)
+
+
+def show_written(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None:
+            console().print(Text(f"wrote {path}", style="green"), soft_wrap=True)
+
+
+def _facts(values: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            table.add_row(Text(str(name), style="bold"), "")
+            for inner, item in value.items():
+                table.add_row(Text(f"  {inner}"), Text(_value(item)))
+        else:
+            table.add_row(Text(str(name)), Text(_value(value)))
+    return table
+
+
+def _value(value: Any) -> str:
+    if value is None or value == "" or value == {} or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)) and not any(isinstance(item, (list, tuple, Mapping)) for item in value):
+        return ", ".join(map(_value, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def show_classification(result: Mapping[str, Any]) -> None:
+    table = Table("pictures", "classes", "top-1", "top-5", title=Text(result["model"]))
+    table.add_row(f"{result['n']:,}", f"{result['n_classes']:,}", f"{result['top1']:.2f}", f"{result['top5']:.2f}")
+    console().print(table)
+    console().print(Text(f"templates ({result['templates_for']}): {' | '.join(result['templates'])}"), soft_wrap=True)
+    show_skipped(result)
+
+
+def show_retrieval(result: Mapping[str, Any]) -> None:
+    recalls = list(result["t2i"])
+    table = Table("", *recalls, title=Text(result["model"]))
+    for key, words in (("t2i", "text finds image"), ("i2t", "image finds text")):
+        table.add_row(words, *(f"{result[key][recall]:.2f}" for recall in recalls))
+    console().print(table)
+    corrected = "" if result["hubness"] == "none" else f", corrected by {result['hubness']} (transductive)"
+    console().print(
+        f"mR {result['mR']:.2f} on {result['n_images']:,} images and {result['n_texts']:,} texts{corrected}"
+    )
+    show_skipped(result)
+
+
+def show_skipped(result: Mapping[str, Any]) -> None:
+    if not (skipped := result["skipped"]):
+        return
+    shown = [f"  {item['source']}: {item['reason']}" for item in skipped[:_SKIPPED_SHOWN]]
+    if len(skipped) > len(shown):
+        shown.append(f"  and {len(skipped) - len(shown)} more; --json FILE lists all")
+    say("\n".join([f"images left out because they cannot be used: {len(skipped)}", *shown]), "yellow")

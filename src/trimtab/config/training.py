@@ -1,0 +1,54 @@
+"""Options of the training loop, whatever the link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trimtab.config.checks import require
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What the one training loop needs to know, whatever the link.
+
+    Attributes:
+        batch_size: items per optimiser step over all processes together.
+        warmup: fraction of all steps in which the learning rate rises from 0.
+        clip: largest gradient norm; null never clips.
+        precision: ``auto`` is bf16 where the device computes in it (newer GPUs and CPUs), else fp32.
+        checkpoint_every: optimiser steps between checkpoints; every epoch ends with one too.
+        log_every: optimiser steps between records for trackers and history.
+        ema: decay of an exponential moving average of the weights that is validated and kept instead of
+            them; null for none.
+        collapse_at: training stops when validation reports a collapse above this: 0 is as spread out as the
+            teacher's features, 1 a constant output.
+        processes: number of processes expected; null takes what the launcher gives.
+    """
+
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: int = 500
+    log_every: int = 20
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    ema: float | None = None
+    collapse_at: float = 0.95
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        require(self, "warmup", 0 <= self.warmup < 1, "a fraction of the steps, at least 0 and below 1")
+        require(self, "clip", self.clip is None or self.clip > 0, "above 0, or null for no clipping")
+        require(self, "trackers", len(set(self.trackers)) == len(self.trackers), "without repeats")
+        require(self, "ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or null for none")
+        require(self, "collapse_at", 0 < self.collapse_at <= 1, "above 0 and at most 1")
+        require(self, "processes", self.processes is None or self.processes >= 1, "at least 1, or null")
