@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trimtab.data.images import ImageError, SkippedImage, SkippedImages, read_image
-from trimtab.errors import ModelError, TrimtabError
+from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors
 from trimtab.towers.tokens import TextInputs
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
     from trimtab.data.images import ImageSource
+    from trimtab.towers.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +213,23 @@ class DualEncoder:
         image_side = images if self._are_embeddings(images) else self.encode_image(images)
         text_side = texts if self._are_embeddings(texts) else self.encode_text(texts)
         return np.asarray(image_side, np.float32) @ np.asarray(text_side, np.float32).T
+
+    def classifier(self, classes: Sequence[str] | None = None, *, templates: Sequence[str] | None = None) -> Classifier:
+        """A classifier of images by class names, without training.
+
+        Args:
+            classes: the names; only a model that was trained on classes may leave them out.
+            templates: sentences with one ``{}`` each; None chooses by the script of the names.
+
+        Raises:
+            DataError: there are no names, or one is empty or stands twice.
+            RecipeError: a template has not exactly one ``{}``.
+        """
+        from trimtab.towers.classifier import Classifier  # it builds on this module
+
+        if classes is None:
+            raise DataError(f"{self.name} was not trained on classes: give their names, classifier(['cat', 'dog'])")
+        return Classifier(self, classes, templates=templates)
 
     # Tensors for tasks and adapters; the gradient mode is the caller's
 
