@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "serve": GROUND | CONFIG | {"data", "towers", "adapters"},
     "recipes": GROUND | CONFIG | TORCH | {"data", "towers", "adapters", "objectives", "tasks", "training", "evaluation"}
     | {"serve"},
-    "cli": GROUND | {"config", "recipes"},
+    "cli": GROUND | {"config", "recipes", "serve"},
     "__init__": {"adapters", "recipes", "towers"},
 }  # fmt: skip
 
@@ -60,7 +60,8 @@ LIBRARIES: dict[str, set[str]] = {
     "safetensors": {"towers", "adapters", "training", "recipes"},
     "numpy": {"data", "towers", "adapters", "tasks", "training", "evaluation", "recipes", "serve"},
     "PIL": {"data", "towers", "evaluation", "recipes", "serve"},
-    "pyarrow": {"data", "recipes"},
+    "pyarrow": {"data", "recipes", "serve"},
+    "faiss": {"serve"},
     "typer": {"cli"},
     "rich": {"cli", "towers", "training", "recipes"},
     "pickle": set(),

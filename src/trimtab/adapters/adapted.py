@@ -73,6 +73,11 @@ class LanguageAdapted(DualEncoder):
         self.adapter.to(device)
         return self
 
+    @property
+    def image_fingerprint(self) -> str:
+        """That of the base, whose image tower it is."""
+        return self.base.image_fingerprint
+
     def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
         """As `DualEncoder.encode_text`; English goes to the base's tower when `english` is "route"."""
         texts = [texts] if isinstance(texts, str) else list(texts)

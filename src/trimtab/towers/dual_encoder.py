@@ -113,6 +113,11 @@ class DualEncoder:
         return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
 
     @property
+    def image_fingerprint(self) -> str:
+        """Names what decides where pictures land: of two models that differ in their texts alone it is the same."""
+        return self.fingerprint
+
+    @property
     def max_tokens(self) -> int:
         """Context length of the text tower, special tokens included."""
         return self.text_inputs.limit
