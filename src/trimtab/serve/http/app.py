@@ -312,4 +312,3 @@ def _answer(content: dict[str, Any]) -> Response:
     # Thousands of vectors are written several times faster without FastAPI's walk over every number.
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json", headers=_NO_STORE)
-

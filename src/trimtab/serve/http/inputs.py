@@ -187,4 +187,3 @@ def _decoded(text: str) -> bytes:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"is not valid base64 ({error})") from error
-

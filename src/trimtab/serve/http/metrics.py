@@ -72,9 +72,7 @@ class Histogram:
             running = 0
             for bound, count in zip([*map(_number, self.bounds), "+Inf"], counts, strict=True):
                 running += count
-                lines.append(
-                    f"{self.name}_bucket{_labels((*self.labels, 'le'), (*values, bound))} {running}"
-                )
+                lines.append(f"{self.name}_bucket{_labels((*self.labels, 'le'), (*values, bound))} {running}")
             lines.append(f"{self.name}_sum{_labels(self.labels, values)} {_number(total)}")
             lines.append(f"{self.name}_count{_labels(self.labels, values)} {running}")
         return lines

@@ -36,7 +36,8 @@ _DECODING_THREADS = 4
 class SearchIndex(Protocol):
     """What the server asks of an index; `trimtab.serve.index.Index` is one."""
 
-    model_fingerprint: str
+    @property
+    def model_fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -68,9 +69,7 @@ class Service:
         self.options = options or ServeOptions()
         self.metrics = Metrics()
         self.fetcher = (
-            Fetcher(self.options.max_body, timeout=min(10.0, self.options.timeout))
-            if self.options.allow_urls
-            else None
+            Fetcher(self.options.max_body, timeout=min(10.0, self.options.timeout)) if self.options.allow_urls else None
         )
         self.classifier = _default_classifier(model, classes)
         self.batcher = Batcher(
