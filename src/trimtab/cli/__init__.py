@@ -15,6 +15,7 @@ from trimtab import __version__
 from trimtab.cli import (
     adapting,  # noqa: F401 - adds its commands
     serve,  # noqa: F401
+    vectors,  # noqa: F401
 )
 from trimtab.cli.app import INTERRUPTED, app
 from trimtab.cli.printing import say

@@ -144,6 +144,7 @@ def _build(
         "metric": "cosine",
         "model": asdict(source.about.model),
         "columns": list(source.about.columns),
+        "input": source.about.input,
         "parameters": parameters,
         "search": options,
         "recall": measured,
@@ -281,7 +282,7 @@ def described(about: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def queries_sampled(about: dict[str, Any]) -> Iterator[str]:
+def remarks(about: dict[str, Any]) -> Iterator[str]:
     """What a reader should know about the measured recall."""
     if about["recall"].get("wanted", 0) > about["recall"]["recall"]:
         yield f"no setting reached the wanted recall of {about['recall']['wanted']:g}; the most thorough is used"

@@ -158,6 +158,8 @@ class Fetcher:
         body = answer.read(self.max_bytes + 1)
         if len(body) > self.max_bytes:
             raise too_large
+        if answer.length:  # what is left of the length that was announced
+            raise FetchError(f"{_host(parts)} sends less than it announced")
         return body
 
 

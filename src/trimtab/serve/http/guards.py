@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, TypeAlias
@@ -201,8 +202,6 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 def _host_name(value: bytes) -> str:
-    """The name in a Host header, without its port."""
-    host = value.decode("latin-1").strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
+    """The name in a Host header, without its port; empty if it is none."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", value.decode("latin-1").strip().lower())
+    return (found[1] or found[2] or "") if found else ""
