@@ -5,25 +5,22 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import re
 from importlib import resources
-
-_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
-_STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
 
 
 @functools.cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page's text and its headers.
+    """The page's text, style and script inside, and its headers.
 
     Only its own script and style run, named by their digest: whatever a picture's name holds, no other script does.
     """
-    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    script, style = (_read(name) for name in ("page.js", "page.css"))
+    text = _read("page.html").replace("{style}", style, 1).replace("{script}", script, 1)
     policy = "; ".join(
         [
             "default-src 'none'",
-            f"script-src {_digests(_SCRIPT, text)}",
-            f"style-src {_digests(_STYLE, text)}",
+            f"script-src '{_digest(script)}'",
+            f"style-src '{_digest(style)}'",
             "img-src 'self' blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
@@ -40,8 +37,9 @@ def page() -> tuple[str, dict[str, str]]:
     return text, headers
 
 
-def _digests(pattern: re.Pattern[str], text: str) -> str:
-    found = pattern.findall(text)
-    return " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode('ascii')}'" for one in found
-    )
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}"
