@@ -60,9 +60,18 @@ function make(tag, className, text) {
   return element;
 }
 
-function tell(place, text, bad = false) {
+const told = new Map(); // what stands where, to be said again in the other language
+
+function tell(place, words, ...values) {
+  told.set(place, () => (words ? say(words, ...values) : ""));
+  $(place).textContent = told.get(place)();
+  $(place).classList.remove("bad");
+}
+
+function complain(place, text) {
+  told.delete(place);
   $(place).textContent = text;
-  $(place).classList.toggle("bad", bad);
+  $(place).classList.add("bad");
 }
 
 // The server
@@ -112,11 +121,12 @@ async function search(body, words) {
     const found = await (await ask("/v1/search", { ...body, k: SHOWN }, signal)).json();
     showHits(found.data);
     const took = Math.round(performance.now() - begun);
-    tell("status", found.data.length ? say(words, found.data.length, took) : say("none"));
+    if (found.data.length) tell("status", words, found.data.length, took);
+    else tell("status", "none");
   } catch (error) {
     if (error.name === "AbortError") return;
     showHits([]);
-    tell("status", error.message, true);
+    complain("status", error.message);
   }
   section.setAttribute("aria-busy", "false");
 }
@@ -209,7 +219,7 @@ async function prepared(file) {
 async function take(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
-    tell("label-status", say("notPicture"), true);
+    complain("label-status", say("notPicture"));
     return;
   }
   look(await prepared(file), file);
@@ -233,7 +243,7 @@ async function classify() {
   const classes = $("classes").value.split(/[,，、\n]/).map((name) => name.trim()).filter(Boolean);
   if (!classes.length && !model.classes) {
     $("labels").replaceChildren();
-    tell("label-status", say("noClasses"));
+    tell("label-status", "noClasses");
     return;
   }
   const body = { image: picture, top_k: LABELS };
@@ -242,11 +252,11 @@ async function classify() {
   try {
     const found = await (await ask("/v1/classify", body, fresh("classify"))).json();
     $("labels").replaceChildren(...found.data[0].labels.map(labelRow));
-    tell("label-status", say("named", found.classes, Math.round(performance.now() - begun)));
+    tell("label-status", "named", found.classes, Math.round(performance.now() - begun));
   } catch (error) {
     if (error.name === "AbortError") return;
     $("labels").replaceChildren();
-    tell("label-status", error.message, true);
+    complain("label-status", error.message);
   }
 }
 
@@ -273,6 +283,7 @@ function translate() {
     element.setAttribute("aria-label", say(element.dataset.label));
     element.title = say(element.dataset.label);
   });
+  told.forEach((text, place) => { $(place).textContent = text(); });
   $("language").textContent = say("language");
   $("query").placeholder = say("placeholder");
   if (!model) return;
@@ -296,7 +307,7 @@ async function start() {
   try {
     [model] = (await (await ask("/v1/models")).json()).data;
   } catch (error) {
-    tell("status", error.message, true);
+    complain("status", error.message);
     return;
   }
   $("key-form").hidden = true;
@@ -304,7 +315,7 @@ async function start() {
   document.title = `Trimtab · ${model.id}`;
   $("search-form").hidden = !model.index;
   document.querySelector(".columns").classList.toggle("alone", !model.index);
-  tell("status", model.index ? "" : say("noIndex"));
+  tell("status", model.index ? "" : "noIndex");
   translate();
   const wanted = new URLSearchParams(location.hash.slice(1)).get("q");
   if (model.index && wanted) {
