@@ -27,7 +27,9 @@ _FLAGS = (
 class Browser:
     """One window."""
 
-    def __init__(self, address: str, profile: Path, *, size: tuple[int, int] = (1280, 900), language: str = "en") -> None:
+    def __init__(
+        self, address: str, profile: Path, *, size: tuple[int, int] = (1280, 900), language: str = "en"
+    ) -> None:
         options = {
             "binary": CHROMIUM,
             "args": [*_FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", f"--lang={language}"],

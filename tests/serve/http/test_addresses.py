@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import given
@@ -30,7 +30,9 @@ def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_addresses_that_are_public(address: str) -> None:
     assert is_public(address)
 
@@ -63,10 +65,8 @@ def server(answer: Answer) -> Iterator[tuple[int, list[bytes]]]:
                         break
                     head += part
                 heads.append(head)
-                try:
+                with suppress(OSError):
                     answer(connection, head)
-                except OSError:
-                    pass
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -160,7 +160,10 @@ def test_a_name_is_resolved_once() -> None:
 
 @pytest.mark.parametrize("location", [b"file:///etc/passwd", b"ftp://a.example/", b"", b"http://user@a.example/"])
 def test_redirects_to_other_kinds_are_refused(location: bytes) -> None:
-    with server(says(b"HTTP/1.1 301 Moved\r\nLocation: " + location + b"\r\n\r\n")) as (port, _), pytest.raises(FetchError):
+    with (
+        server(says(b"HTTP/1.1 301 Moved\r\nLocation: " + location + b"\r\n\r\n")) as (port, _),
+        pytest.raises(FetchError),
+    ):
         fetcher(port).fetch(f"http://a.example:{port}/")
 
 

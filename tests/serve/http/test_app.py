@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_server import Running, StubIndex, data_uri, png, running
 
+from tiny_server import Running, StubIndex, data_uri, png, running
 from trimtab.serve.http.options import ServeOptions
 from trimtab.serve.http.service import Service
 from trimtab.serve.http.thumbnails import Thumbnails

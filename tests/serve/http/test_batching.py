@@ -164,7 +164,7 @@ def test_errors_keep_their_words_where_these_are_for_people(error: Exception, st
     async def work() -> None:
         await made.submit("text", ["a"])
 
-    with pytest.raises(Problem, match="odd|NaN|none") as caught:
+    with pytest.raises(Problem, match=r"odd|NaN|none") as caught:
         run(work())
     assert caught.value.status == status
     made.stop(5)

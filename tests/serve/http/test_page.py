@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import uvicorn
+
 from headless_browser import CHROMIUM, DRIVER, Browser, driver
 from tiny_server import StubIndex, png
-
 from trimtab.serve.http.app import create_app
 from trimtab.serve.http.run import bind
 from trimtab.serve.http.service import Service
@@ -59,7 +59,9 @@ def sites(tiny_base: Callable[[str], Any], folder: Path) -> Iterator[dict[str, s
     model = tiny_base("clip")
     index = StubIndex(model.encode_image([folder / name for name in COLORS]), list(COLORS), model.fingerprint)
     thumbnails = Thumbnails(index.find, folder)
-    open_site = Site(Service(model, name="tiny", classes=["<b>cat</b>", "狗"], index=index, thumbnails=thumbnails), None)
+    open_site = Site(
+        Service(model, name="tiny", classes=["<b>cat</b>", "狗"], index=index, thumbnails=thumbnails), None
+    )
     locked = Site(Service(model, name="locked", index=index, thumbnails=thumbnails), KEY)
     bare = Site(Service(model, name="bare"), None)
     yield {"open": open_site.address, "locked": locked.address, "bare": bare.address}
@@ -118,7 +120,9 @@ def test_who_drops_a_picture_sees_names_and_similar_pictures(window: Browser, si
     assert names(window)[0] == "green.png"
     assert "3 similar pictures" in window.text("#status")
     assert "out of 2 names" in window.text("#label-status")
-    shares = window.run("return [...document.querySelectorAll('#labels .pair b')].map((one) => parseFloat(one.textContent))")
+    shares = window.run(
+        "return [...document.querySelectorAll('#labels .pair b')].map((one) => parseFloat(one.textContent))"
+    )
     assert sum(shares) == pytest.approx(100, abs=0.3)
     window.run("const area = document.getElementById('classes'); area.value = '猫，狗、鸟';"
                "area.dispatchEvent(new Event('change'))")  # fmt: skip

@@ -170,7 +170,7 @@ def _run(server: Any, listener: socket.socket) -> None:
 def _import_uvicorn() -> Any:
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise TrimtabError(f"serving needs more packages ({error.name}): pip install 'trimtab[serve]'") from error

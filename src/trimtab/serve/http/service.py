@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ class Service:
             if type(classifier) is Classifier:
                 vectors = await self._embed_pictures(pictures)
                 predict = partial(classifier.predict, vectors, top_k=top_k)
-                return await self._in_pool(predict), classifier.classes
+                return await self.in_pool(predict), classifier.classes
             # A classifier that looks into the picture rather than at its embedding: it runs where the model is.
             contents = await self._decoded(pictures)
             found = []
@@ -164,7 +164,7 @@ class Service:
                 vectors, _ = await self._embed([query])
             else:
                 vectors = await self._embed_pictures([query])
-            hits = await self._in_pool(partial(self.index.search, vectors, min(k, len(self.index))))
+            hits = await self.in_pool(partial(self.index.search, vectors, min(k, len(self.index))))
         ids, scores, metadata = hits
         return [
             {"rank": rank, "id": id, "score": float(score), "metadata": dict(known)}
@@ -179,7 +179,7 @@ class Service:
         """
         if self.thumbnails is None:
             raise Problem(404, "this server has no pictures to show")
-        return await self._in_pool(partial(self.thumbnails.jpeg, id))
+        return await self.in_pool(partial(self.thumbnails.jpeg, id))
 
     # Helpers
 
@@ -209,7 +209,7 @@ class Service:
 
     async def _read(self, pictures: Sequence[Picture | bytes], finish: Any) -> list[Any]:
         jobs = [
-            self._in_pool(
+            self.in_pool(
                 partial(
                     pixels_of,
                     picture,
@@ -223,7 +223,8 @@ class Service:
         ]
         return list(await asyncio.gather(*jobs))
 
-    async def _in_pool(self, function: Any) -> Any:
+    async def in_pool(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that takes a while and does not use the model."""
         return await asyncio.get_running_loop().run_in_executor(self._decoding, function)
 
     async def _classifier(self, classes: Sequence[str] | None, templates: Sequence[str] | None) -> Classifier:

@@ -1,0 +1,118 @@
+"""Bodies of requests: JSON or forms into the shapes of `inputs`, faults as problems, and their description."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from trimtab.serve.http.problems import Problem
+
+Body = TypeVar("Body", bound=BaseModel)
+_FORM_PARTS = 300
+
+
+async def read_json(request: Request, shape: type[Body]) -> Body:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        # Not only for order's sake: browsers send other types to other sites without asking.
+        raise Problem(415, "send JSON, with the header Content-Type: application/json")
+    body = await request.body()
+    try:
+        return shape.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        raise as_problem(found) from error
+
+
+def as_problem(errors: Any) -> Problem:
+    """The first fault; of a union, the one in the member that got furthest."""
+    first = max(errors, key=lambda one: len(one["loc"])) if errors else {"type": "", "loc": (), "msg": "is invalid"}
+    if first["type"] == "json_invalid":
+        return Problem(400, f"the body is not JSON ({first['msg']})")
+    names = [str(part) for part in first["loc"] if part not in ("body", "str", "TextInput", "ImageInput")]
+    where = ".".join(name for name in names if not name.startswith(("function-", "list[", "union")))[:200]
+    return Problem(422, f"{where or 'the body'}: {first['msg']}", param=where or None)
+
+
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+class Form:
+    """A multipart form: files named ``image`` or ``images``, and fields."""
+
+    def __init__(self, files: list[bytes], fields: dict[str, list[str]]) -> None:
+        self.files, self.fields = files, fields
+
+    def values(self, shape: type[Body], *, lists: Collection[str] = ()) -> Body:
+        """The fields as a request; numbers come as text here."""
+        values: dict[str, Any] = {}
+        for name, sent in self.fields.items():
+            if name in lists:
+                values[name] = sent
+            elif len(sent) > 1:
+                raise Problem(422, f"{name[:100]} stands {len(sent)} times", param=name[:100])
+            else:
+                values[name] = int(sent[0]) if name in ("k", "top_k") and sent[0].isdecimal() else sent[0]
+        try:
+            return shape.model_validate(values)
+        except ValidationError as error:
+            raise as_problem(error.errors(include_url=False, include_input=False, include_context=False)) from error
+
+
+async def read_form(request: Request) -> Form:
+    try:
+        async with request.form(max_files=_FORM_PARTS, max_fields=_FORM_PARTS) as form:
+            files: list[bytes] = []
+            fields: dict[str, list[str]] = {}
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    fields.setdefault(name, []).append(value)
+                elif name in ("image", "images", "images[]"):
+                    files.append(await value.read())
+                else:
+                    raise Problem(422, f"a file must be named image, not {name[:100]!r}", param="image")
+    except HTTPException as error:
+        raise Problem(400, f"the form cannot be read ({error.detail})") from error
+    return Form(files, fields)
+
+
+def takes(shape: type[BaseModel], *, form: bool) -> dict[str, Any]:
+    """The request's part of the OpenAPI description; routes read bodies themselves, to answer in one shape."""
+    schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
+    for inner in schema.pop("$defs", {}).items():
+        _inline(schema, *inner)
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    if form:
+        content["multipart/form-data"] = {
+            "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
+        }
+    problem = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "object", "required": ["message", "type", "code"]}},
+    }
+    statuses = (400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+    answers = {
+        str(status): {"description": "a problem", "content": {"application/json": {"schema": problem}}}
+        for status in statuses
+    }
+    return {"requestBody": {"required": True, "content": content}, "responses": answers}
+
+
+def _inline(schema: Any, name: str, definition: dict[str, Any]) -> None:
+    """Put a definition where it is referred to."""
+    if isinstance(schema, dict):
+        if schema.get("$ref") == f"#/components/schemas/{name}":
+            schema.clear()
+            schema.update(definition)
+        for value in schema.values():
+            _inline(value, name, definition)
+    elif isinstance(schema, list):
+        for value in schema:
+            _inline(value, name, definition)
