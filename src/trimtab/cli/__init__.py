@@ -14,6 +14,7 @@ import traceback
 from trimtab import __version__
 from trimtab.cli import (
     adapting,  # noqa: F401 - adds its commands
+    report,  # noqa: F401
     serve,  # noqa: F401
     vectors,  # noqa: F401
 )
