@@ -40,6 +40,7 @@ FIGURES = {
 _TERMS = ("loss", "total", "mse", "infonce", "cosine", "gram", "i2t", "t2i", "cross_entropy")
 _SHOWN_TILES = 5
 _LONG = 60
+_SMOOTHED = 40  # points of a line from which on its mean is drawn too
 
 
 @dataclass(frozen=True)
@@ -262,9 +263,8 @@ def _curves(runs: Sequence[RunResult]) -> Block | None:
         series = [_series(run, "train", term, at) for at, run in enumerate(runs)]
         kept = [one for one in series if one is not None]
         if kept:
-            panels.append(
-                LinePanel(kept, title=term, x_label="step", y_label="training", smooth=9, log_y=term in ("mse", "loss"))
-            )
+            smooth = 9 if min(len(one.xs) for one in kept) > _SMOOTHED else 1
+            panels.append(LinePanel(kept, title=term, x_label="step", y_label="training", smooth=smooth))
     if not panels:
         return None
     return Lines(panels, title="Training", note="Losses of runs with different objectives or draws do not compare.")
@@ -283,20 +283,24 @@ def _series(run: RunResult, kind: str, key: str, place: int) -> Series | None:
 
 
 def _differences(runs: Sequence[RunResult]) -> Block | None:
-    with_recipe = [run for run in runs if run.recipe]
-    if len(with_recipe) < 2:
+    """A table for each link that several runs are of: recipes of different links have few keys in common."""
+    links: dict[str, list[RunResult]] = {}
+    for run in runs:
+        if run.recipe:
+            links.setdefault(str(run.recipe.get("link", "")), []).append(run)
+    groups = {link: found for link, found in links.items() if len(found) > 1}
+    if not groups:
         return None
-    found = differences(with_recipe)
-    same = {key: value for key, value in flatten(with_recipe[0].recipe) if key not in found}
-    kinds = {run.recipe.get("link") for run in with_recipe}
-    lead = "Everything else in their recipes is the same."
-    if len(kinds) > 1:
-        lead = "These are different links, so most keys belong to some of the runs only."
-    columns = [Column("Key", numeric=False), *(Column(run.name, numeric=False) for run in with_recipe)]
-    rows = [TableRow([key, *(_short(value) for value in values)]) for key, values in found.items()]
-    blocks: list[Block] = [Table(columns, rows)] if rows else [Text("Nothing: the recipes are equal.")]
-    blocks.append(Details("What is the same", [Facts([(key, _short(value)) for key, value in same.items()])]))
-    return Group("What differs between the recipes", blocks, lead=lead if rows else "")
+    blocks: list[Block] = []
+    for link, found in groups.items():
+        title = f"The {link} link" if len(groups) > 1 else ""
+        differing = differences(found)
+        columns = [Column("Key", numeric=False), *(Column(run.name, numeric=False) for run in found)]
+        rows = [TableRow([key, *(_short(value) for value in values)]) for key, values in differing.items()]
+        blocks.append(Table(columns, rows, title=title) if rows else Text("Nothing.", title=title))
+        same = [(key, _short(value)) for key, value in flatten(found[0].recipe) if key not in differing]
+        blocks.append(Details(f"What is the same: {len(same)} keys", [Facts(same)]))
+    return Group("What differs between the recipes", blocks, lead="Everything that is not in the table is the same.")
 
 
 def _short(value: Any) -> str | None:
