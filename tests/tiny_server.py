@@ -7,14 +7,17 @@ import base64
 import contextlib
 import io
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import httpx
 import numpy as np
+import uvicorn
 from PIL import Image
 
 from trimtab.serve.http.app import create_app
+from trimtab.serve.http.run import bind
 from trimtab.serve.http.service import Service
 
 
@@ -92,6 +95,25 @@ def running(service: Service, **options: Any) -> Iterator[Running]:
         yield server
     finally:
         server.close()
+
+
+class Site:
+    """A real server on loopback, in a thread."""
+
+    def __init__(self, service: Service, key: str | None = None) -> None:
+        self.listener = bind("127.0.0.1", 0)
+        self.server = uvicorn.Server(uvicorn.Config(create_app(service, api_key=key), log_config=None, lifespan="on"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
+        self.thread.start()
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.listener.close()
 
 
 class StubIndex:

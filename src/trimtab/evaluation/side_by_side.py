@@ -189,7 +189,7 @@ def _figures(runs: Sequence[RunResult]) -> Block | None:
     columns += [Column(FIGURES[key], group="On validation data", meter=100.0) for key in keys]
     rows = [TableRow([run.name, run.kind, run.base or None, *(run.figures.get(key) for key in keys)]) for run in runs]
     digests = {run.data_digest for run in runs if run.figures}
-    note = "Percent. A run is chosen by these figures; what it is worth, the test sets tell."
+    note = "Percent, of one seed each: small differences may be chance. What a run is worth, test sets tell."
     if len(digests) > 1:
         note += (
             " The runs learnt from different data: each is validated on its own, and small differences mean nothing."

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from headless_browser import CHROMIUM, DRIVER, Browser, driver
-from tiny_server import StubIndex, png
-from trimtab.serve.http.app import create_app
-from trimtab.serve.http.run import bind
+from tiny_server import Site, StubIndex, png
 from trimtab.serve.http.service import Service
 from trimtab.serve.http.thumbnails import Thumbnails
 
@@ -27,23 +23,6 @@ EVIL = "<img src=x onerror='window.broken=1'>.png"
 COLORS = {"红苹果.png": (200, 30, 30), "green.png": (30, 200, 30), EVIL: (30, 30, 200)}
 KEY = "a-key"
 ENTER, ESCAPE, ARROW_RIGHT = "\ue007", "\ue00c", "\ue014"
-
-
-class Site:
-    """A real server over a tiny model."""
-
-    def __init__(self, service: Service, key: str | None) -> None:
-        self.listener = bind("127.0.0.1", 0)
-        config = uvicorn.Config(create_app(service, api_key=key), log_config=None, lifespan="on")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
-        self.thread.start()
-        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.listener.close()
 
 
 @pytest.fixture(scope="module")
