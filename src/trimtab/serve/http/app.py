@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from trimtab import __version__
-from trimtab.serve.http.bodies import as_problem
+from trimtab.serve.http.bodies import as_problem, problems
 from trimtab.serve.http.guards import Bounded, KnownHost, Measured, WithKey
 from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.routes import add_model_routes, add_state_routes
@@ -39,7 +39,7 @@ def create_app(service: Service, *, api_key: str | None = None, host_names: Coll
 
     app = FastAPI(
         title="Trimtab", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        description="Embeddings, labels and search from one vision-language model.",
+        description="Embeddings, labels and search from one vision-language model.", responses=problems(),
     )  # fmt: skip
     _add_problems(app)
 

@@ -82,6 +82,18 @@ async def read_form(request: Request) -> Form:
     return Form(files, fields)
 
 
+def problems() -> dict[int | str, dict[str, Any]]:
+    """The answers other than the one asked for, as the OpenAPI description names them."""
+    fields = {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "integer"}}
+    error = {"type": "object", "required": list(fields), "properties": fields}
+    problem = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    statuses = (400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+    return {
+        status: {"description": "a problem", "content": {"application/json": {"schema": problem}}}
+        for status in statuses
+    }
+
+
 def takes(shape: type[BaseModel], *, form: bool) -> dict[str, Any]:
     """The request's part of the OpenAPI description; routes read bodies themselves, to answer in one shape."""
     schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -92,17 +104,7 @@ def takes(shape: type[BaseModel], *, form: bool) -> dict[str, Any]:
         content["multipart/form-data"] = {
             "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
         }
-    problem = {
-        "type": "object",
-        "required": ["error"],
-        "properties": {"error": {"type": "object", "required": ["message", "type", "code"]}},
-    }
-    statuses = (400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
-    answers = {
-        str(status): {"description": "a problem", "content": {"application/json": {"schema": problem}}}
-        for status in statuses
-    }
-    return {"requestBody": {"required": True, "content": content}, "responses": answers}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _inline(schema: Any, name: str, definition: dict[str, Any]) -> None:
