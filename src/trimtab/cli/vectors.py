@@ -63,6 +63,23 @@ Device = Annotated[str, typer.Option(help="'auto' takes a GPU where there is one
 
 
 @app.command()
+def compose(
+    parts: Annotated[
+        list[str], typer.Argument(metavar="BASE_OR_FOLDERS", help="A base and adapted folders, one of each link.")
+    ],
+    out: Out,
+    names: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Other names of the prompts' classes: column 'class', and others."),
+    ] = None,
+) -> None:
+    """Put a language, a domain and prompts that were trained one by one into one folder."""
+    from trimtab.recipes.compose import compose as run
+
+    show(run(parts, out, names=names))
+
+
+@app.command()
 def embed(
     input: Annotated[
         str,
