@@ -137,14 +137,15 @@ class DomainPartConfig:
         tokens: learned tokens behind each name.
         residual: a vector for each class that is added to its text embedding (Yu et al., arXiv 2211.10277); it
             starts at zero.
-        patches: a second vector for each class, compared with the picture's patch tokens, as pooled by the instance
-            queries; it starts at zero.
+        patches: a second vector for each class, compared with the picture's patch tokens as the instance queries
+            pool them (without queries, with their mean); it starts at zero.
         rate: multiplies the learning rate of both kinds of vectors.
     """
 
     tokens: int = 0
     residual: bool = True
-    rate: float = 1.0
+    patches: bool = True
+    rate: float = 10.0
 
     def __post_init__(self) -> None:
         require(self, "tokens", self.tokens >= 0, "at least 0")
@@ -250,7 +251,7 @@ class PromptRecipe:
             prompt=PromptConfig(
                 self.prompt.general,
                 meta if self.method == "cocoop" else None,
-                DomainPartConfig(tokens=0, residual=False),
+                DomainPartConfig(tokens=0, residual=False, patches=False),
             ),
             objective=PromptObjective(
                 logit_scale=own.logit_scale,
