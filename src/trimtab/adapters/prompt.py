@@ -260,7 +260,7 @@ class PromptedClasses(nn.Module):
             embeddings: (C, D) from `embeddings`.
             labels: (B,) true classes, which are always scored with the picture's own prompts; None outside training.
         """
-        instance, residual, patches = self.prompt.config.instance, self.prompt.residual, self.prompt.patches
+        instance, patches = self.prompt.config.instance, self.prompt.patches
         exact = torch.autocast(embeddings.device.type, enabled=False)  # cosines in bf16 would be too coarse
         with exact:
             scores = pictures.embeddings @ self.weights(embeddings).T

@@ -357,7 +357,7 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
         features = base.pixel_features(pixels)
     finally:
         handle.remove()
-    output = seen[-1] if seen else None
+    output: Any = seen[-1] if seen else None
     tokens = output.flatten(2).transpose(1, 2) if path else getattr(output, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] < 2:
         shape = "nothing beside its pooled output" if tokens is None else f"states of shape {tuple(tokens.shape)}"
