@@ -82,9 +82,21 @@ class FittedPrompt:
         """Calibrated probabilities (N, C) float32."""
         return softmax(self.logits(pictures))
 
-    def top1(self, pictures: LabelledFeatures) -> float:
-        """Percent of pictures whose class scores highest."""
-        return 100 * float((self.logits(pictures.features).argmax(axis=1) == pictures.labels).mean())
+    def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
+        """Top-1 in percent, and the loss of the calibrated scores."""
+        return figures(torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels))
+
+    def for_classes(self, names: Sequence[str]) -> FittedPrompt:
+        """The same prompt in front of other names; of those that training did not have it knows the names alone.
+
+        Raises:
+            DataError: names that cannot be used.
+        """
+        names = check_class_names(names)
+        place = {name: at for at, name in enumerate(self.classes)}
+        known = self.task.classes
+        classes = PromptedClasses(known.tower, extended(known.prompt, [place.get(name) for name in names]), names)
+        return replace(self, task=replace_classes(self.task, classes), validation={}, history=[])
 
 
 def fit_prompt(
