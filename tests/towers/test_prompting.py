@@ -78,7 +78,7 @@ def test_gradients_reach_the_prompt_and_not_the_tower(name: str, base_of: Any) -
 
 @pytest.mark.parametrize("name", BUILDERS)
 @torch.no_grad()
-def test_tokens_that_join_late_only_change_what_is_above(name: str, base_of: Any) -> None:
+def test_a_shift_at_a_later_layer_changes_only_what_is_above(name: str, base_of: Any) -> None:
     base = base_of(name)
     tower = PromptTower(base)
     prompt = tower.embedded(INIT)
@@ -86,12 +86,12 @@ def test_tokens_that_join_late_only_change_what_is_above(name: str, base_of: Any
     last = tower.layers - 1
     states = tower.entering(layout, last, prompt[None])
     rows = torch.tensor([2, 0, 2])
-    none = tower.joined(layout, last, states, rows, torch.zeros(3, 0, tower.state_width))
+    none = tower.shifted(layout, last, states, rows, torch.zeros(3, 2, tower.state_width))
     close(none, plain(base)[rows])
-    tokens = torch.randn(3, 2, tower.state_width)
-    some = tower.joined(layout, last, states, rows, tokens)
+    shift = torch.randn(3, 2, tower.state_width)
+    some = tower.shifted(layout, last, states, rows, shift)
     assert (some - none).abs().max() > 1e-3
-    close(some[1:], tower.joined(layout, last, states, rows[1:], tokens[1:]))  # rows are independent
+    close(some[1:], tower.shifted(layout, last, states, rows[1:], shift[1:]))  # rows are independent
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "starter"])
@@ -105,7 +105,7 @@ def test_passes_change_neither_result_nor_gradient(name: str, base_of: Any, monk
         layout = tower.layout(NAMES, prompt=2)
         whole = tower.features(layout, prompt[None])
         states = tower.entering(layout, 1, prompt[None])
-        late = tower.joined(layout, 1, states, torch.tensor([0, 3]), prompt.new_ones(2, 1, tower.state_width))
+        late = tower.shifted(layout, 1, states, torch.tensor([0, 3]), prompt.new_ones(2, 1, tower.state_width))
         (whole.sin().sum() + late.sin().sum()).backward()
         results.append((whole, late, prompt.grad))
     for one, other in zip(*results, strict=True):

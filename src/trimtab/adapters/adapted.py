@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab.adapters.domain import load_domain
 from trimtab.adapters.files import AdapterFile, check_base, check_student, is_adapted_folder, load_into, read_adapter
 from trimtab.adapters.language import LanguageAdapter
+from trimtab.adapters.prompted import load_prompt
 from trimtab.config import LanguageAdapterConfig, from_mapping
 from trimtab.errors import DataError, ModelError
 from trimtab.files import digest_of
@@ -24,7 +25,8 @@ from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 
 # The links that can be loaded.
-_HAS_STUDENT = {"language": True, "fusion": True, "domain": False}
+_HAS_STUDENT = {"language": True, "fusion": True, "domain": False, "prompt": False}
+_WITHOUT_STUDENT = {"domain": load_domain, "prompt": load_prompt}
 
 
 class LanguageAdapted(DualEncoder):
@@ -121,8 +123,8 @@ def load_adapted(
         trust_remote_code: run Python code from the folders of base and student.
 
     Returns:
-        By the folder's link: a `LanguageAdapted`, a `trimtab.adapters.domain.DomainAdapted` or a
-        `trimtab.adapters.fusion.FusionAdapted`.
+        By the folder's link: a `LanguageAdapted`, a `trimtab.adapters.domain.DomainAdapted`, a
+        `trimtab.adapters.prompted.PromptAdapted` or a `trimtab.adapters.fusion.FusionAdapted`.
 
     Raises:
         ModelError: the folder is damaged, or base or student are not those it was trained on.
@@ -131,14 +133,15 @@ def load_adapted(
     if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
     if not isinstance(base, DualEncoder):
-        base = load_base(
+        # Prompts may stand on a model that has adapters of its own.
+        base = (load if described.link == "prompt" else load_base)(
             str(base or described.base.name), device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
     check_base(described, base)
     if described.student is None:
         if student is not None:
-            raise ModelError(f"{folder} is a domain adapter without a student: student has no meaning for it")
-        return load_domain(described, base, str(folder), Path(folder))
+            raise ModelError(f"{folder} is a {described.link} adapter without a student: student has no meaning for it")
+        return _WITHOUT_STUDENT[described.link](described, base, str(folder), Path(folder))
     if not isinstance(student, TextEncoder):
         student = TextEncoder.load(
             str(student or described.student.name),

@@ -146,26 +146,10 @@ class DualEncoder:
         Raises:
             ImageError: an image cannot be used and `on_error` is "raise".
         """
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
-        _check_batch_size(batch_size)
-        sources: Iterable[Any] = [images] if _is_one_image(images) else images  # type: ignore[assignment]
-        self.last_skipped = SkippedImages()
         parts = []
-        with _progress_bar(sources, "images", progress) as advance:
-            for batch in self._decode_ahead(sources, batch_size):
-                pixels = []
-                for index, future in batch:
-                    try:
-                        pixels.append(future.result())
-                    except ImageError as error:
-                        if on_error == "raise":
-                            raise
-                        self.last_skipped.append(SkippedImage(index, error.source, error.reason))
-                if pixels:
-                    with torch.inference_mode():
-                        parts.append(self._embeddings(self.pixel_features(_stack(pixels)), "an image"))
-                advance(len(batch))
+        for pixels in self.pixel_batches(images, batch_size=batch_size, progress=progress, on_error=on_error):
+            with torch.inference_mode():
+                parts.append(self._embeddings(self.pixel_features(pixels), "an image"))
         return np.concatenate(parts) if parts else np.zeros((0, self.embedding_dim), np.float32)
 
     def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
@@ -232,6 +216,34 @@ class DualEncoder:
         return Classifier(self, classes, templates=templates)
 
     # Tensors for tasks and adapters; the gradient mode is the caller's
+
+    def pixel_batches(
+        self,
+        images: Iterable[ImageSource] | ImageSource,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Iterator[dict[str, Tensor]]:
+        """Input tensors of images, batch by batch, decoded ahead; arguments and errors as for `encode_image`."""
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
+        _check_batch_size(batch_size)
+        sources: Iterable[Any] = [images] if _is_one_image(images) else images  # type: ignore[assignment]
+        self.last_skipped = SkippedImages()
+        with _progress_bar(sources, "images", progress) as advance:
+            for batch in self._decode_ahead(sources, batch_size):
+                pixels = []
+                for index, future in batch:
+                    try:
+                        pixels.append(future.result())
+                    except ImageError as error:
+                        if on_error == "raise":
+                            raise
+                        self.last_skipped.append(SkippedImage(index, error.source, error.reason))
+                if pixels:
+                    yield _stack(pixels)
+                advance(len(batch))
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features of one batch of texts, (B, D), not normalised."""

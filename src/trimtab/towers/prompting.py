@@ -200,7 +200,7 @@ class PromptTower:
 
         return torch.cat(passes(run, self.spans(len(layout), layout.length)))
 
-    # Tokens that join at a later layer
+    # Prompts of which a part joins at a later layer
 
     def entering(self, layout: PromptLayout, layer: int, prompt: Tensor, extra: Tensor | None = None) -> Tensor:
         """States (R, T, state_width) that enter a layer, from 1 on; other arguments as for `assemble`."""
@@ -208,36 +208,25 @@ class PromptTower:
         with self._reading(self.assemble(layout, prompt, extra)):
             return cut.entering(layout.inputs)
 
-    def joined(self, layout: PromptLayout, layer: int, states: Tensor, classes: Tensor, tokens: Tensor) -> Tensor:
-        """Features (R, D) of rows whose further tokens join at a layer, right before the class name.
+    def shifted(self, layout: PromptLayout, layer: int, states: Tensor, classes: Tensor, shift: Tensor) -> Tensor:
+        """Features (R, D) of rows whose last M learned tokens before the name are shifted at a layer.
 
         Args:
             layout: of C classes.
             states: (C, T, state_width) from `entering`.
             classes: (R,) the class of each row.
-            tokens: (R, M, state_width).
+            shift: (R, M, state_width), added to the states.
         """
         cut = TowerCut(self.base, "text", self._sites[layer])
-        added = tokens.shape[1]
-        length = layout.length + added
-        columns = torch.arange(layout.length, device=self.device)
-        name_at = layout.name_at[:, None]
-        moved = columns + added * (columns >= name_at)  # (C, T): where old columns come to stand
-        places = name_at + torch.arange(added, device=self.device)  # (C, M)
-        inputs = {
-            name: tensor.new_full((len(layout), length), self._filler if name == "input_ids" else 1).scatter(
-                1, moved, tensor
-            )
-            for name, tensor in layout.inputs.items()
-        }
+        at = layout.prompt_at[:, layout.prompt_at.shape[1] - shift.shape[1] :]
 
         def run(rows: slice) -> Tensor:
             some = classes[rows]
-            wide = states.new_zeros(len(some), length, states.shape[2])
-            wide = put(put(wide, moved[some], states[some]), places[some], tokens[rows].to(states.dtype))
-            return cut.upper({"states": wide}, {name: tensor[some] for name, tensor in inputs.items()})
+            index = at[some][:, :, None].expand(-1, -1, states.shape[2])
+            moved = states[some].scatter_add(1, index, shift[rows].to(states.dtype))
+            return cut.upper({"states": moved}, {name: tensor[some] for name, tensor in layout.inputs.items()})
 
-        return torch.cat(passes(run, self.spans(len(classes), length, self.layers - layer)))
+        return torch.cat(passes(run, self.spans(len(classes), layout.length, self.layers - layer)))
 
     # Memory
 
