@@ -94,7 +94,9 @@ def grocery(work: Path, photos: Path | None, *, coarse: bool = False) -> PhotoSe
         lines = (photos / file).read_text(encoding="utf-8").splitlines()
         cells = [[cell.strip() for cell in line.rsplit(",", 2)] for line in lines if line.strip()]
         tables[split] = [(path, names[int(ids[coarse])]) for path, *ids in cells]
-    return _write(work / ("grocery-coarse" if coarse else "grocery"), tables, [names[at] for at in sorted(names)], photos)
+    return _write(
+        work / ("grocery-coarse" if coarse else "grocery"), tables, [names[at] for at in sorted(names)], photos
+    )
 
 
 def grocery_coarse(work: Path, photos: Path | None) -> PhotoSet:
@@ -161,9 +163,7 @@ SETS: dict[str, Callable[[Path, Path | None], PhotoSet]] = {
 }
 
 
-def _write(
-    folder: Path, tables: dict[str, list[tuple[str, str]]], classes: Sequence[str], root: Path
-) -> PhotoSet:
+def _write(folder: Path, tables: dict[str, list[tuple[str, str]]], classes: Sequence[str], root: Path) -> PhotoSet:
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in tables.items():
         write_table(folder / f"{split}.csv", rows)

@@ -31,7 +31,9 @@ def fewshot(
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.html and report.md into this folder.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the data; its folder by default.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the data; its folder by default.")
+    ] = None,
 ) -> None:
     """Compare few-shot methods: the same shots for each, the whole test set, mean over seeds."""
     from trimtab.config import PromptRecipe, load_recipe

@@ -89,9 +89,7 @@ class FewShotData:
         return digest_of(*self.train.classes, *(digest_of(*one) for one in found))
 
 
-def fewshot(
-    recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Callable[[str], None] = print
-) -> list[Run]:
+def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Callable[[str], None] = print) -> list[Run]:
     """Run what of a sweep is not in the file yet.
 
     Args:
@@ -162,7 +160,12 @@ class Pictures:
     """Features of all pictures that a sweep needs, encoded when the first run asks for them."""
 
     def __init__(
-        self, recipe: PromptRecipe, plan: Plan, data: FewShotData, draws: Mapping[tuple[int, int], Shots], base: DualEncoder
+        self,
+        recipe: PromptRecipe,
+        plan: Plan,
+        data: FewShotData,
+        draws: Mapping[tuple[int, int], Shots],
+        base: DualEncoder,
     ) -> None:
         self.recipe, self.data, self.base = recipe, data, base
         self.tokens = any(method in PROMPT_METHODS for method in plan.methods) and _reads_patches(recipe)
@@ -195,9 +198,7 @@ class Pictures:
 
     def _encoded(self, images: Sequence[PictureFile], labels: np.ndarray | None = None, *, views: int = 0) -> Split:
         options = self.recipe.data.augmentation
-        features = PictureFeatures(
-            self.base, images, views=views, options=options, seed=VIEW_SEED, tokens=self.tokens
-        )
+        features = PictureFeatures(self.base, images, views=views, options=options, seed=VIEW_SEED, tokens=self.tokens)
         with progress_reporter("pictures", "pictures") as report:
             features.fill(progress=report)
         return Split.of(features, np.zeros(len(images), np.int64) if labels is None else labels)

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.adapters.prompt import Pictures
 from trimtab.config import PromptRecipe
 from trimtab.data.shots import Shots
 from trimtab.objectives.probes import KeyCache, Linear, fit_logistic, fit_lp_plus_plus, train_keys
 from trimtab.recipes.fewshot_lora import STEPS, LowRank
 from trimtab.recipes.prompt_features import PictureFeatures
+from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.scripts import default_templates
@@ -239,15 +241,20 @@ def learned(change: Callable[[PromptRecipe], PromptRecipe]) -> Method:
     """A method that learns prompts: the recipe, changed."""
 
     def method(episode: Episode) -> Fitted:
-        recipe = change(episode.recipe)
-        fitted = fit_prompt(
-            recipe,
-            episode.base,
-            episode.classes,
-            (episode.train.features, episode.train.labels.numpy()),
-            (episode.validation.features, episode.validation.labels.numpy()),
+        train, held = (
+            LabelledFeatures(part.features, part.labels.numpy()) for part in (episode.train, episode.validation)
         )
-        return Fitted(lambda pictures: fitted.logits(pictures.features), fitted.trained_parameters, fitted.chosen)
+        recipe = change(episode.recipe)
+        fitted = fit_prompt(episode.base, recipe, train, held, episode.classes, episode.seed)
+        by_embedding = fitted.prompt.instance is None
+
+        def logits(pictures: Split) -> Tensor:
+            return torch.from_numpy(
+                fitted.logits(Pictures(pictures.embeddings[0]) if by_embedding else pictures.features)
+            )
+
+        chosen = {"select": recipe.select, "class_scale": fitted.class_scale}
+        return Fitted(logits, fitted.prompt.trained_parameters, chosen)
 
     return method
 
