@@ -1,7 +1,7 @@
 """From few-shot runs to blocks: curves with their spread, and a table of means.
 
-A run is a mapping with ``method``, ``dataset``, ``shots``, ``seed`` and ``top1`` in percent, as `trimtab fewshot` writes
-it, a line each.
+A run is a mapping with ``method``, ``dataset``, ``shots``, ``seed`` and ``top1`` in percent, as `trimtab fewshot`
+writes it, a line each.
 """
 
 from __future__ import annotations

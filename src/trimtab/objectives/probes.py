@@ -63,7 +63,7 @@ def fit_logistic(
         loss.backward()
         return loss
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    optimiser.step(closure)
     return Linear(weight.detach(), bias.detach(), mean, scale)
 
 

@@ -1,8 +1,8 @@
 """CLIP-LoRA (Zanella & Ben Ayed, arXiv 2405.18541), the strong baseline that trains inside both towers.
 
-Low-rank updates of queries, keys and values of every attention layer, by the `peft` library, on a copy of the base. What
-lies below the first updated layer of the image tower is still frozen and cached; what lies above is run in every step,
-and so are all class texts. That makes it the dearest method here by far, so its steps are few: `STEPS`, where the paper
+Low-rank updates of queries, keys and values of every attention layer, by the `peft` library, on a copy of the base.
+What lies below the first updated layer of the image tower is still frozen and cached; what lies above is run in every
+step, and so are all class texts. That makes it the dearest method here by far, so its steps are few: `STEPS`, where the paper
 takes 500 per shot.
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import trimtab
-from trimtab.evaluation.blocks import Block, Tile, Tiles
+from trimtab.evaluation.blocks import Block, Tile
 from trimtab.evaluation.fewshot_summaries import (
     MAIN_METHOD,
     MEAN,
@@ -21,8 +21,8 @@ from trimtab.evaluation.report import Report, write_report
 
 PROTOCOL = (
     "Every method learns from the same pictures of each class, chooses on the same validation pictures "
-    "(as many as shots, at most 4 per class), and is measured once on the whole test set. Means over seeds; whiskers and "
-    "small print are one standard deviation over seeds."
+    "(as many as shots, at most 4 per class), and is measured once on the whole test set. Means over seeds; whiskers "
+    "and small print are one standard deviation over seeds."
 )
 
 
@@ -36,7 +36,7 @@ def write_fewshot_report(folder: str | Path, runs: Sequence[dict[str, Any]]) -> 
         Report(
             "Few-shot learning, method by method",
             verdict,
-            Tiles(_tiles(runs, shown)),
+            _tiles(runs, shown),
             fewshot_blocks(runs),
             context="trimtab fewshot",
             footer=f"trimtab {trimtab.__version__}",
