@@ -55,6 +55,7 @@ class PromptData:
         views: augmented views per training picture that are cached beside the picture itself.
         augmentation: how far these views may be from the picture.
         check_duplicates: leave training pictures out that validation or test has too; false only warns of them.
+        allow_fewer: take all pictures of a class that has fewer than `shots`; false refuses such a class.
     """
 
     train: tuple[LabelSource, ...]
@@ -66,6 +67,7 @@ class PromptData:
     views: int = 0
     augmentation: ViewsConfig = field(default_factory=ViewsConfig)
     check_duplicates: bool = True
+    allow_fewer: bool = False
 
     def __post_init__(self) -> None:
         require(self, "train", len(self.train) > 0, "at least one source of labelled pictures")
