@@ -164,11 +164,6 @@ class StructuredPrompt(nn.Module):
         """`residual` and `patches`, as far as there are any."""
         return [vectors for vectors in (self.residual, self.patches) if vectors is not None]
 
-    @property
-    def reads_patches(self) -> bool:
-        """Whether patch tokens are needed beside embeddings."""
-        return isinstance(self.instance, VisualAttention) or self.raw_patches is not None
-
     def pooled(self, pictures: Pictures) -> Tensor:
         """Unit vectors (B, Wi): the patch tokens as the instance queries look at them, else their mean."""
         tokens = pictures.patch_tokens()

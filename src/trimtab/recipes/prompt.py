@@ -12,7 +12,8 @@ import numpy as np
 from trimtab.adapters.adapted import load
 from trimtab.adapters.prompted import save_prompt
 from trimtab.config import PromptRecipe, to_mapping, to_yaml
-from trimtab.data.labelled import LabelledPictures, load_labelled, sample_shots, without
+from trimtab.data.labelled import LabelledPictures, load_labelled
+from trimtab.data.shots import apart, draw_shots
 from trimtab.files import cache_home, digest_of
 from trimtab.precision import tune_allocator
 from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
@@ -44,9 +45,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         with progress_reporter("pictures", "pictures") as report:
             part.fill(progress=report)
     encoding = time.monotonic() - clock
-    labelled = {
-        name: LabelledFeatures(features[name], pictures.labels) for name, pictures in sets.as_dict().items()
-    }
+    labelled = {name: LabelledFeatures(features[name], pictures.labels) for name, pictures in sets.as_dict().items()}
     digests = [pictures.digest for pictures in (sets.train, sets.validation)]
     fitted = fit_prompt(
         base,
@@ -99,22 +98,23 @@ def read_sets(recipe: PromptRecipe) -> LabelledSets:
     """Read and check all sources, and draw shots: no picture is in two sets.
 
     Raises:
-        DataError: see `trimtab.data.labelled.load_labelled` and `sample_shots`.
+        DataError: see `trimtab.data.labelled.load_labelled` and `trimtab.data.shots.draw_shots`.
     """
     data, notes = recipe.data, cache_home() / "pictures"
-    whole = load_labelled(data.train, data.classes, notes=notes)
-    held, test = (
-        load_labelled(sources, whole.classes, notes=notes, every_class=False) if sources else None
+    train = load_labelled(data.train, data.classes, notes=notes)
+    validation, test = (
+        load_labelled(sources, train.classes, notes=notes, every_class=False) if sources else None
         for sources in (data.validation, data.test)
     )
-    for name, other in (("validation", held), ("test", test)):
-        if other is not None:
-            whole = without(whole, other, name, remove=data.check_duplicates)
-    if held is not None and test is not None:
-        held = without(held, test, "test", remove=data.check_duplicates)
-    wanted = 0 if held is not None else data.validation_shots
-    train, left = sample_shots(whole, data.shots, recipe.seed, validation_shots=wanted)
-    return LabelledSets(train, left if held is None else held, test)
+    if validation is not None:
+        train = apart(train, validation, name="training", where="validation")
+    if test is not None:
+        train = apart(train, test, name="training", where="test")
+        if validation is not None:
+            validation = apart(validation, test, name="validation", where="test")
+    drawn = draw_shots(train, validation, data.shots, recipe.seed, allow_fewer=data.allow_fewer)
+    # Validation pictures that the user gave are all used.
+    return LabelledSets(drawn.train, drawn.validation if validation is None else validation, test)
 
 
 def frozen_features(recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets) -> dict[str, PictureFeatures]:
@@ -157,11 +157,12 @@ def plan(
     counts = ", ".join(f"{len(pictures):,} for {name}" for name, pictures in sets.as_dict().items())
     parameters = new_prompt(recipe, PromptTower(base), train.patch_width, len(sets.train.classes)).trained_parameters
     total = sum(parameter.numel() for parameter in base.model.parameters())
+    share = f"{100 * parameters / total:.3g}% of the base's {total:,}"
     return "\n".join([
         to_yaml(recipe).rstrip(),
         "",
         f"pictures     {counts}; {len(sets.train.classes):,} classes",
-        f"parameters   {parameters:,} trained ({100 * parameters / total:.3g}% of the base's {total:,}), the others frozen",
+        f"parameters   {parameters:,} trained ({share}), the others frozen",
         f"cache        {sum(part.nbytes for part in features.values()) / 1e9:.2f} GB in {cache_home() / 'features'}",
         f"time         about {passes * each / 60:.1f} min to encode once, then {recipe.steps or 'as many'} steps",
     ])  # fmt: skip
@@ -172,7 +173,9 @@ def save(
 ) -> None:
     """Write the adapted folder."""
     base.name = portable(base.name)
-    metrics = {f"{name} {key}": value for name in ("validation", "test") for key, value in outcome.get(name, {}).items()}
+    metrics = {
+        f"{name} {key}": value for name in ("validation", "test") for key, value in outcome.get(name, {}).items()
+    }
     save_prompt(
         recipe.out,
         fitted.prompt,
@@ -197,7 +200,9 @@ def model_card(
     """What a reader of the folder wants to know first."""
     name = Path(recipe.out).name
     figures = "\n".join(f"| {key} | {value:.3g} |" for key, value in metrics.items())
-    some = ", ".join(fitted.classes[:10]) + (f" and {len(fitted.classes) - 10} more" if len(fitted.classes) > 10 else "")
+    some = ", ".join(fitted.classes[:10]) + (
+        f" and {len(fitted.classes) - 10} more" if len(fitted.classes) > 10 else ""
+    )
     return f"""---
 library_name: trimtab
 tags: [clip, prompt, {recipe.method}]

@@ -113,6 +113,10 @@ class PictureFeatures:
             self._cached.append(cached_arrays(where, [*parts, *drawn], keys, compute, progress=progress))
         return self
 
+    def encode(self) -> np.ndarray:
+        """Features (N, ...) of the pictures as they are, computed anew: to see how long it takes."""
+        return self._encode(self._rows.tolist(), 0)
+
     def take(self, positions: np.ndarray) -> PictureFeatures:
         """The same features for some of the pictures, by position; nothing is copied."""
         some = copy.copy(self)
