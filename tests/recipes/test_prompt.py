@@ -198,7 +198,10 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
     ("changes", "message"),
     [
         ({"prompt": {"instance": {"layer": 9}}}, r"instance\.layer=9, but the text tower .* has the layers 0 to 1"),
-        ({"prompt": {"instance": {"tokens": 9}}}, r"instance\.tokens=9 shift as many context tokens, but general has 3"),
+        (
+            {"prompt": {"instance": {"tokens": 9}}},
+            r"instance\.tokens=9 shift as many context tokens, but general has 3",
+        ),
         ({"prompt": {"instance": {"width": None, "heads": 3}}}, r"instance\.heads=3 does not divide the width 16"),
         ({"prompt": {"general": {"tokens": 2}}}, r"general\.tokens=2, but init='photo of a' has 3 tokens"),
     ],
