@@ -178,7 +178,9 @@ def test_towers_without_patches_are_refused(base_of: Any, pictures: list[Image.I
     tower = prompting.tower_module(base, "image")
     monkeypatch.setattr(tower, "forward", lambda *_, **__: Pooled())
     monkeypatch.setattr(base, "pixel_features", lambda pixels: tower(pixels) and None)
-    with pytest.raises(RecipeError, match=r"no patch tokens \(it gives states of shape \(5, 16\)\).*instance to null"):
+    with pytest.raises(
+        RecipeError, match=r"no patch tokens \(it gives states of shape \(5, 16\)\).*set prompt.instance to null"
+    ):
         image_tokens(base, pixels)
 
 

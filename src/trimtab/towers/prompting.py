@@ -368,6 +368,6 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
 
 def _no_patches(base: DualEncoder, reason: str) -> RecipeError:
     return RecipeError(
-        f"the image tower of {base.name} has no patch tokens ({reason}), and instance prompts attend to them: set "
-        "prompt.instance to null"
+        f"the image tower of {base.name} has no patch tokens ({reason}), and prompts attend to them: set "
+        "prompt.instance to null and prompt.domain.patches to false"
     )
