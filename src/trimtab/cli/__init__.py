@@ -12,8 +12,10 @@ import sys
 import traceback
 
 from trimtab import __version__
+<<<<<<< HEAD
 from trimtab.cli import (
     adapting,  # noqa: F401 - adds its commands
+    prompt,  # noqa: F401
     report,  # noqa: F401
     serve,  # noqa: F401
     vectors,  # noqa: F401
