@@ -12,7 +12,6 @@ import sys
 import traceback
 
 from trimtab import __version__
-<<<<<<< HEAD
 from trimtab.cli import (
     adapting,  # noqa: F401 - adds its commands
     prompt,  # noqa: F401

@@ -21,6 +21,7 @@ from tiny_server import Running, StubIndex, data_uri, png, running
 from trimtab.serve.http.options import ServeOptions
 from trimtab.serve.http.service import Service
 from trimtab.serve.http.thumbnails import Thumbnails
+from trimtab.towers.classifier import Classifier
 
 CLASSES = ["cat", "dog", "狗"]
 COLORS = {"red.png": (200, 30, 30), "green.png": (30, 200, 30), "blue.png": (30, 30, 200)}
@@ -341,6 +342,8 @@ def test_forms_that_cannot_be_used(server: Running, options: Any, status: int) -
         {"classes": "ab"},
         {"classes": ["a"], "templates": ["no place"]},
         {"classes": ["a"], "templates": []},
+        {"classes": ["a"], "templates": ["{}"] * 17},
+        {"classes": [f"{at}" for at in range(15)], "templates": [f"{at} {{}}" for at in range(10)]},
         {"templates": ["a {}"]},
         {"top_k": 0},
         {"top_k": "3"},
@@ -359,6 +362,27 @@ def test_without_classes_they_must_be_named(tiny_base: Callable[[str], Any]) -> 
         assert "--classes" in answer.text
         assert server.post("/v1/search", {"text": "a"}).status_code == 404
         assert server.get("/v1/thumbnail", params={"id": "a"}).status_code == 404
+
+
+class Looking(Classifier):
+    """Reads pictures rather than embeddings, as one with learned prompts does."""
+
+    def predict(self, images: Any, **options: Any) -> Any:
+        assert all(isinstance(image, Image.Image) for image in images)
+        return super().predict(images, **options)
+
+
+def test_a_classifier_that_looks_into_pictures_gets_them(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    service.classifier = Looking(tiny_base("clip"), CLASSES)
+    contents = [png((at, 50, 50)) for at in range(10)]
+    with running(service) as server:
+        answer = server.post("/v1/classify", {"images": [data_uri(one) for one in contents], "top_k": 1}).json()
+        wrong = server.post("/v1/classify", {"images": [data_uri(one) for one in [*contents[:9], b"x"]]})
+    expected = tiny_base("clip").classifier(CLASSES).predict(contents, top_k=1)
+    assert [one["labels"][0]["label"] for one in answer["data"]] == [one[0].label for one in expected]
+    assert wrong.status_code == 422
+    assert "images[9]" in wrong.text
 
 
 # Search

@@ -34,7 +34,7 @@ class ServeOptions:
     timeout: float = 30.0
     max_body_mib: float = 32.0
     max_inputs: int = 2048
-    max_text: int = 32_768
+    max_text: int = 8192
     max_megapixels: float = 40.0
     max_classes: int = 256
     max_k: int = 100

@@ -30,7 +30,9 @@ from trimtab.towers.dual_encoder import DualEncoder
 TEXT, IMAGE = "text", "image"
 _KEPT_CLASSIFIERS = 32
 _TEMPLATES_AT_MOST = 16
+_LONGEST_NAME = 500  # characters of a class name or template
 _DECODING_THREADS = 4
+_DECODED_AT_ONCE = 8
 
 
 class SearchIndex(Protocol):
@@ -82,6 +84,7 @@ class Service:
         self.metrics.gauge("trimtab_queue_items", "Items that wait for the model.", lambda: self.batcher.waiting)
         self.metrics.gauge("trimtab_items_in_work", "Items not yet answered.", lambda: self.batcher.reserved)
         self._decoding = ThreadPoolExecutor(min(_DECODING_THREADS, os.cpu_count() or 1), "trimtab-decode")
+        self._decoded = asyncio.Semaphore(2)
         self._classifiers: OrderedDict[tuple[Any, ...], Classifier] = OrderedDict()
         self._classifiers_lock = threading.Lock()
 
@@ -141,13 +144,7 @@ class Service:
                 vectors = await self._embed_pictures(pictures)
                 predict = partial(classifier.predict, vectors, top_k=top_k)
                 return await self.in_pool(predict), classifier.classes
-            # A classifier that looks into the picture rather than at its embedding: it runs where the model is.
-            contents = await self._decoded(pictures)
-            found = []
-            for start in range(0, len(contents), self.options.max_batch):
-                some = contents[start : start + self.options.max_batch]
-                found += await self.batcher.call(partial(classifier.predict, some, top_k=top_k))
-            return found, classifier.classes
+            return await self._look(classifier, pictures, top_k), classifier.classes
 
     async def search(self, query: Text | Picture | bytes, k: int) -> list[dict[str, Any]]:
         """The nearest items of the index, best first.
@@ -198,22 +195,33 @@ class Service:
             vectors[at] = vector
         return vectors, tokens
 
+    async def _look(self, classifier: Classifier, pictures: Sequence[Picture | bytes], top_k: int) -> list[Any]:
+        """For a classifier that reads more of a picture than its embedding: it runs where the model is.
+
+        Decoded pictures are large, so that only some are in memory at a time.
+        """
+        found: list[Any] = []
+        for start in range(0, len(pictures), _DECODED_AT_ONCE):
+            async with self._decoded:
+                images = await self._read(pictures[start : start + _DECODED_AT_ONCE], lambda image: image, start)
+                found += await self.batcher.call(partial(classifier.predict, images, top_k=top_k))
+        return found
+
     async def _embed_pictures(self, pictures: Sequence[Picture | bytes]) -> np.ndarray:
         return np.stack(await self.batcher.submit(IMAGE, await self._pixels(pictures)))
 
     async def _pixels(self, pictures: Sequence[Picture | bytes]) -> list[Mapping[str, torch.Tensor]]:
-        return await self._read(pictures, lambda image: self.model.preprocess(image))
+        return await self._read(pictures, self.model.preprocess)
 
-    async def _decoded(self, pictures: Sequence[Picture | bytes]) -> list[Any]:
-        return await self._read(pictures, lambda image: image)
-
-    async def _read(self, pictures: Sequence[Picture | bytes], finish: Any) -> list[Any]:
+    async def _read(
+        self, pictures: Sequence[Picture | bytes], finish: Callable[[Any], Any], start: int = 0
+    ) -> list[Any]:
         jobs = [
             self.in_pool(
                 partial(
                     pixels_of,
                     picture,
-                    where=f"images[{at}]",
+                    where=f"images[{start + at}]",
                     max_pixels=self.options.max_pixels,
                     fetcher=self.fetcher,
                     preprocess=finish,
@@ -236,14 +244,10 @@ class Service:
                     422, "name the classes, or start the server with --classes: the model has none", param="classes"
                 )
             return self.classifier
-        check_count(len(classes), self.options.max_classes, "classes")
-        for at, name in enumerate(classes):
-            if len(name) > self.options.max_text:
-                raise Problem(422, f"classes[{at}] is longer than {self.options.max_text} characters", param="classes")
+        check_names(classes, "classes", self.options.max_classes)
         if templates is not None:
-            if not templates:
-                raise Problem(422, "templates is an empty list", param="templates")
-            check_count(len(templates), _TEMPLATES_AT_MOST, "templates")
+            check_names(templates, "templates", _TEMPLATES_AT_MOST)
+            check_count(len(classes) * len(templates), self.max_inputs, "classes times templates")
         key = (tuple(classes), None if templates is None else tuple(templates))
         with self._classifiers_lock:
             if key in self._classifiers:
@@ -273,6 +277,18 @@ class Service:
         if not np.isfinite(vectors).all():
             raise ModelError(f"{self.name} gives NaN or infinity for a picture")
         return list(vectors)
+
+
+def check_names(names: Sequence[str], where: str, limit: int) -> None:
+    """Raises:
+    Problem: 422, none, too many, or one that is too long.
+    """
+    if not names:
+        raise Problem(422, f"{where} is an empty list", param=where)
+    check_count(len(names), limit, where)
+    for at, name in enumerate(names):
+        if len(name) > _LONGEST_NAME:
+            raise Problem(422, f"{where}[{at}] has {len(name)} characters; {_LONGEST_NAME} are the limit", param=where)
 
 
 def check_index(index: SearchIndex, model: DualEncoder, folder: str | Path) -> None:
