@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", "": "docker"}
@@ -47,6 +45,8 @@ def shown(target: Path) -> str:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages."""
+    from mkdocs.structure.files import File, InclusionLevel
+
     docs = Path(config["docs_dir"])
     pages = [file for file in files if file.src_uri.endswith(".md")]
     for file in pages:
@@ -54,7 +54,7 @@ def on_files(files: Any, config: Any) -> Any:
         for target in targets(text, (docs / file.src_uri).parent):
             if files.get_file_from_path(page_of(target)) is None:
                 added = File.generated(config, page_of(target), content=shown(target))
-                added.inclusion = file.inclusion.NOT_IN_NAV
+                added.inclusion = InclusionLevel.NOT_IN_NAV
                 files.append(added)
     return files
 

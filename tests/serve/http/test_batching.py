@@ -101,6 +101,18 @@ def test_a_large_request_does_not_make_small_ones_wait_for_all_of_it() -> None:
     made.stop(5)
 
 
+def test_dear_items_make_small_passes() -> None:
+    echo = Echo()
+    made = batcher(echo, cost=lambda kind, item: float(item))
+
+    async def work() -> Any:
+        return await made.submit("text", [1, 1, 3, 9, 1, 1, 1, 1, 1])
+
+    assert [item for _, item in run(work())] == [1, 1, 3, 9, 1, 1, 1, 1, 1]
+    assert echo.passes == [[1, 1], [3], [9], [1, 1, 1, 1], [1]]
+    made.stop(5)
+
+
 def test_a_pass_that_is_not_full_waits_for_more() -> None:
     echo = Echo()
     made = batcher(echo, max_wait=10.0, max_batch=2)
@@ -259,12 +271,13 @@ def test_stopping_gives_up_on_a_pass_that_hangs() -> None:
 @given(
     sizes=st.lists(st.tuples(st.sampled_from(["text", "image"]), st.integers(0, 9)), max_size=12),
     max_batch=st.integers(1, 5),
+    costs=st.lists(st.floats(0.5, 9), min_size=9, max_size=9),
 )
 def test_every_item_goes_through_once_and_comes_back_to_its_request(
-    sizes: list[tuple[str, int]], max_batch: int
+    sizes: list[tuple[str, int]], max_batch: int, costs: list[float]
 ) -> None:
     echo = Echo()
-    made = batcher(echo, max_batch=max_batch)
+    made = batcher(echo, max_batch=max_batch, cost=lambda kind, item: costs[item[1]])
     jobs = [(kind, [(number, at) for at in range(count)]) for number, (kind, count) in enumerate(sizes)]
 
     async def work() -> Any:

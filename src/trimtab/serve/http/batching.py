@@ -29,6 +29,7 @@ class _Job:
 
     kind: str
     items: Sequence[Any]
+    costs: Sequence[float]
     answer: asyncio.Future[list[Any]]
     since: float = field(default_factory=time.monotonic)
     taken: int = 0
@@ -71,7 +72,8 @@ class Batcher:
 
     Args:
         forwards: for each kind of items, what computes a list of them; called from the worker thread alone.
-        max_batch: items of one pass.
+        max_batch: items of one pass, and what they may cost together; an item that costs more goes alone.
+        cost: of an item of a kind, 1 for a common one: few long texts take as long as many short ones.
         max_wait: seconds that a pass which is not full waits for more, from when its first job came.
         capacity: items of all requests that are not answered yet.
     """
@@ -83,10 +85,11 @@ class Batcher:
         max_batch: int,
         max_wait: float,
         capacity: int,
+        cost: Callable[[str, Any], float] = lambda kind, item: 1.0,
         metrics: Metrics | None = None,
     ) -> None:
         self.forwards = dict(forwards)
-        self.max_batch, self.max_wait, self.capacity = max_batch, max_wait, capacity
+        self.max_batch, self.max_wait, self.capacity, self.cost = max_batch, max_wait, capacity, cost
         self.metrics = metrics or Metrics()
         self.reserved = 0
         self._jobs: deque[_Job] = deque()
@@ -142,7 +145,8 @@ class Batcher:
         """
         if not items:
             return []
-        job = _Job(kind, items, asyncio.get_running_loop().create_future())
+        costs = [1.0] if kind == CALL else [self.cost(kind, item) for item in items]
+        job = _Job(kind, items, costs, asyncio.get_running_loop().create_future())
         with self._changed:
             if self._stopping:
                 raise overloaded("the server is shutting down", status=503, after=5)
@@ -177,17 +181,23 @@ class Batcher:
                 break
         slices: list[_Slice] = []
         rest: list[_Job] = []
-        left_in_pass = limit
+        left_items, left_cost = limit, float(limit)
         for _ in range(len(self._jobs)):
             job = self._jobs.popleft()
             if not job.open:
                 continue
-            if job.kind != head.kind or not left_in_pass:
+            first = job.taken
+            if job.kind == head.kind:
+                while job.taken < len(job.items) and left_items:
+                    cost = job.costs[job.taken]
+                    if cost > left_cost and left_items < limit:
+                        left_items = 0  # the next pass begins with it
+                        break
+                    job.taken, left_items, left_cost = job.taken + 1, left_items - 1, left_cost - cost
+            if job.taken == first:
                 rest.append(job)
-                continue
-            first, job.taken = job.taken, min(len(job.items), job.taken + left_in_pass)
-            left_in_pass -= job.taken - first
-            slices.append(_Slice(job, first, job.taken))
+            else:
+                slices.append(_Slice(job, first, job.taken))
         unfinished = [part.job for part in slices if part.job.taken < len(part.job.items)]
         self._jobs.extend([*rest, *unfinished])
         return head.kind, slices

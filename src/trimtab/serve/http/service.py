@@ -33,6 +33,7 @@ _TEMPLATES_AT_MOST = 16
 _LONGEST_NAME = 500  # characters of a class name or template
 _DECODING_THREADS = 4
 _DECODED_AT_ONCE = 8
+_COMMON_LENGTH = 64  # characters of a text that costs as much as a common one
 
 
 class SearchIndex(Protocol):
@@ -79,6 +80,7 @@ class Service:
             max_batch=self.options.max_batch,
             max_wait=self.options.max_wait_ms / 1000,
             capacity=self.options.queue,
+            cost=self._cost,
             metrics=self.metrics,
         )
         self.metrics.gauge("trimtab_queue_items", "Items that wait for the model.", lambda: self.batcher.waiting)
@@ -259,6 +261,10 @@ class Service:
             while len(self._classifiers) > _KEPT_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
         return made
+
+    def _cost(self, kind: str, item: Any) -> float:
+        """Of a text by its length, up to where it is cut; a token has one to four characters."""
+        return max(1.0, min(len(item), 2 * self.model.max_tokens) / _COMMON_LENGTH) if kind == TEXT else 1.0
 
     # Passes; the worker thread calls them
 
