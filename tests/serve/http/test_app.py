@@ -98,7 +98,8 @@ def test_fields_that_openai_may_add_are_ignored(server: Running) -> None:
         ({"input": []}, 422, "empty list"),
         ({"input": ""}, 422, "empty text"),
         ({"input": ["a", " \n"]}, 422, "input[1] is an empty text"),
-        ({"input": 3}, 422, "input"),
+        ({"input": 3}, 422, "token ids"),
+        ({"input": {"text": [3]}}, 422, "input"),
         ({"input": [1.5]}, 422, "input"),
         ({"input": [True]}, 422, "input"),
         ({"input": [[1, 2], [3]]}, 422, "token ids"),
@@ -189,6 +190,28 @@ def test_no_picture_breaks_the_server(server: Running, content: bytes, start: by
 
 
 # Limits
+
+
+@pytest.mark.parametrize(
+    ("start", "item", "end"),
+    [
+        (b'{"input":[', b"{}", b"]}"),
+        (b'{"input":[', b'""', b"]}"),
+        (b'{"input":[', b"1", b"]}"),
+        (b'{"input":[', b"[]", b"]}"),
+        (b'{"input":"a","x":[', b"null", b"]}"),
+        (b"{", b'"a":1', b"}"),
+    ],
+)
+@pytest.mark.parametrize("route", ["embeddings", "classify"])
+def test_bodies_of_very_many_values_are_refused_soon(
+    tiny_base: Callable[[str], Any], start: bytes, item: bytes, end: bytes, route: str
+) -> None:
+    body = start + (item + b",") * (10_000_000 // (len(item) + 1)) + item + end
+    with running(Service(tiny_base("clip"), name="tiny")) as server:
+        answer = server.post_raw(f"/v1/{route}", body)
+        assert answer.status_code in (200, 422), answer.text[:200]
+        assert len(answer.content) < 2000
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -418,6 +441,33 @@ def test_thumbnails_are_of_indexed_pictures_alone(server: Running) -> None:
     for id in ("../red.png", "/etc/passwd", "no.png", "", "\x00", "red.png/"):
         assert server.get("/v1/thumbnail", params={"id": id}).status_code == 404
     assert server.get("/v1/thumbnail").status_code == 422
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1/a.png", "http://localhost:80/", "http://[::1]/", "http://169.254.169.254/latest/"]
+)
+def test_private_addresses_are_not_fetched_even_where_others_are(tiny_base: Callable[[str], Any], address: str) -> None:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(allow_urls=True))
+    with running(service) as server:
+        answer = server.post("/v1/embeddings", {"input": {"image": address}})
+        assert answer.status_code == 422
+        assert "no public address" in answer.text
+
+
+def test_a_fetched_picture_is_as_good_as_a_sent_one(tiny_base: Callable[[str], Any]) -> None:
+    class Answers:
+        def fetch(self, url: str) -> bytes:
+            assert url == "https://pictures.example/a.png"
+            return png()
+
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(allow_urls=True))
+    service.fetcher = Answers()  # type: ignore[assignment]
+    with running(service) as server:
+        vectors = embedded(server.post("/v1/embeddings", {"input": {"image": "https://pictures.example/a.png"}}))
+    np.testing.assert_allclose(vectors, tiny_base("clip").encode_image([png()]), atol=1e-6)
 
 
 # The rest

@@ -14,6 +14,9 @@ from trimtab.serve.http.problems import Problem
 
 Body = TypeVar("Body", bound=BaseModel)
 _FORM_PARTS = 300
+_SMALL = 1 << 20  # bytes of a body that may hold anything
+_CONTAINERS, _STRUCTURE = 250_000, 4_000_000  # brackets; brackets, commas and quotes
+_FAULTS = 1000
 
 
 async def read_json(request: Request, shape: type[Body]) -> Body:
@@ -22,11 +25,38 @@ async def read_json(request: Request, shape: type[Body]) -> Body:
         # Not only for order's sake: browsers send other types to other sites without asking.
         raise Problem(415, "send JSON, with the header Content-Type: application/json")
     body = await request.body()
+    _check_structure(body)
     try:
         return shape.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        raise as_problem(found) from error
+        raise invalid(error) from error
+
+
+def _check_structure(body: bytes) -> None:
+    """Refuse what would take many times its own size to parse: millions of empty objects, lists or texts."""
+    if len(body) <= _SMALL:
+        return
+    containers = body.count(b"{") + body.count(b"[")
+    if containers > _CONTAINERS or containers + body.count(b",") + body.count(b'"') > _STRUCTURE:
+        raise Problem(422, "the body has too many values: send fewer at once")
+
+
+def invalid(error: ValidationError) -> Problem:
+    """What is wrong with a body; of very many faults only their number."""
+    if error.error_count() > _FAULTS:
+        return Problem(422, f"the body has {error.error_count()} faults")
+    found = error.errors(include_url=False, include_context=False)
+    if any(one["loc"][:1] == ("input",) and _is_token(one["input"]) for one in found):
+        # OpenAI's own clients send these by default in some frameworks, so the remedy is told.
+        words = "input: token ids are not understood, since tokenizers differ: send the texts themselves"
+        return Problem(422, words, param="input")
+    return as_problem(found)
+
+
+def _is_token(value: Any) -> bool:
+    """A token, or a list of them."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, int) and not isinstance(first, bool)
 
 
 def as_problem(errors: Any) -> Problem:
@@ -62,7 +92,7 @@ class Form:
         try:
             return shape.model_validate(values)
         except ValidationError as error:
-            raise as_problem(error.errors(include_url=False, include_input=False, include_context=False)) from error
+            raise invalid(error) from error
 
 
 async def read_form(request: Request) -> Form:

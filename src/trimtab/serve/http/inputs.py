@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.data.images import ImageError, is_address, read_image
 from trimtab.errors import DataError
@@ -37,15 +37,11 @@ class ImageInput(_Strict):
     image: str
 
 
-def _no_tokens(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], (int, list)) and not isinstance(value[0], bool):
-        # OpenAI's own clients send these by default in some frameworks, so the remedy is told.
-        raise ValueError("token ids are not understood, since tokenizers differ: send the texts themselves")
-    return value
-
-
+# A list of millions of wrong things must not make as many messages.
+_MOST = 100_000
 Item = str | TextInput | ImageInput
-Items = Annotated[Item | list[Item], BeforeValidator(_no_tokens)]
+Items = Annotated[list[Item], Field(max_length=_MOST, fail_fast=True)]
+Texts = Annotated[list[str], Field(max_length=_MOST, fail_fast=True)]
 
 
 class EmbeddingRequest(_Strict):
@@ -53,7 +49,7 @@ class EmbeddingRequest(_Strict):
 
     model_config = ConfigDict(extra="ignore", strict=True)  # clients send fields that OpenAI adds over time
 
-    input: Items
+    input: Item | Items
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -64,9 +60,9 @@ class ClassifyRequest(_Strict):
     """Pictures to name."""
 
     image: str | None = None
-    images: list[str] | None = None
-    classes: list[str] | None = None
-    templates: list[str] | None = None
+    images: Texts | None = None
+    classes: Texts | None = None
+    templates: Texts | None = None
     top_k: int = Field(default=5, ge=1, le=1000)
     model: str | None = None
 
