@@ -46,7 +46,7 @@ class FashionPictures:
 
 @dataclass(frozen=True)
 class FashionFiles:
-    """Manifests with the columns image and text (training, validation) or image and label (test)."""
+    """Manifests with the columns image and text, or image and label (always of test), and the class names."""
 
     train: Path
     validation: Path
@@ -99,7 +99,13 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 
 def write_fashion(
-    folder: str | Path, *, train: int = 1500, validation: int = 300, test: int = 1000, seed: int = 0
+    folder: str | Path,
+    *,
+    train: int = 1500,
+    validation: int = 300,
+    test: int = 1000,
+    seed: int = 0,
+    column: Literal["text", "label"] = "text",
 ) -> FashionFiles:
     """Write a subset as PNG files with manifests; the same arguments write the same bytes.
 
@@ -109,6 +115,7 @@ def write_fashion(
     Args:
         folder: gets `train/`, `validation/`, `test/`, a manifest of each and `classes.txt`.
         train, validation, test: numbers of pictures.
+        column: captions for training and validation, or bare class names.
 
     Raises:
         DataError: as `read_fashion`, or a class has fewer pictures than asked for.
@@ -130,8 +137,8 @@ def write_fashion(
             # pictures, and of 18% as they are.
             Image.fromarray(255 - pictures.pixels[number]).save(folder / image)
         names = [CLASSES[label] for label in pictures.labels[chosen]]
-        if name == "test":
-            _write_manifest(files.test, ("image", "label"), zip(images, names, strict=True))
+        if name == "test" or column == "label":
+            _write_manifest(folder / f"{name}.csv", ("image", "label"), zip(images, names, strict=True))
         else:
             captions = [fill(CAPTION, one) for one in names]
             _write_manifest(folder / f"{name}.csv", ("image", "text"), zip(images, captions, strict=True))
