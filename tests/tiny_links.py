@@ -12,7 +12,7 @@ from tiny_adapted import save_tiny_adapted
 from trimtab.adapters.domain import DomainAdapters, save_domain
 from trimtab.adapters.prompt import StructuredPrompt
 from trimtab.adapters.prompted import save_prompt
-from trimtab.config import DomainAdapterConfig, InstanceConfig, PromptConfig
+from trimtab.config import DomainAdapterConfig, DomainPartConfig, InstanceConfig, PromptConfig
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
 from trimtab.towers.text_encoder import TextEncoder
@@ -41,10 +41,9 @@ def save_tiny_domain(folder: Path, base: DualEncoder, *, seed: int = 1, **option
 
 
 def save_tiny_prompt(folder: Path, base: DualEncoder, *, instance: bool = False, seed: int = 2) -> Path:
-    config = PromptConfig(instance=InstanceConfig(tokens=2, heads=2) if instance else None)
-    tower = PromptTower(base)
-    patch_width = 16 if instance else 0
-    prompt = StructuredPrompt(config, tower, patch_width=patch_width, classes=len(CLASSES), seed=seed)
+    part = InstanceConfig(tokens=2, heads=2) if instance else None
+    config = PromptConfig(instance=part, domain=DomainPartConfig(patches=instance, rate=1.0))
+    prompt = StructuredPrompt(config, PromptTower(base), patch_width=16, classes=len(CLASSES), seed=seed)
     tiny_models.randomised(prompt, seed)
     return save_prompt(
         folder, prompt, base=base, classes=CLASSES, templates=["a photo of a {}"], class_scale=20.0, metrics={}

@@ -12,13 +12,7 @@ import sys
 import traceback
 
 from trimtab import __version__
-from trimtab.cli import (
-    adapting,  # noqa: F401 - adds its commands
-    prompt,  # noqa: F401
-    report,  # noqa: F401
-    serve,  # noqa: F401
-    vectors,  # noqa: F401
-)
+from trimtab.cli import adapting, prompt, report, serve, vectors  # noqa: F401 - they add their commands
 from trimtab.cli.app import INTERRUPTED, app
 from trimtab.cli.printing import say
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trimtab.cli.app import app
+from trimtab.cli.app import Model, app
 from trimtab.cli.printing import console, say, show, show_written
 from trimtab.errors import TrimtabError
 
@@ -53,6 +53,13 @@ class Kind(str, Enum):
     flat = "flat"
     hnsw = "hnsw"
     ivfpq = "ivfpq"
+
+
+class ExportFormat(str, Enum):
+    """What an export writes."""
+
+    onnx = "onnx"
+    merged = "merged"
 
 
 ModelOption = Annotated[
@@ -182,6 +189,28 @@ def search(
     from trimtab.serve.search import search as run
 
     _show_hits(run(index, text=query, image=image, model=model, k=k, device=device))
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Out,
+    format: Annotated[
+        ExportFormat, typer.Option(help="ONNX files of both towers, or the weights as a transformers folder.")
+    ] = ExportFormat.onnx,
+    int8: Annotated[bool, typer.Option("--int8", help="Also write quantised towers, and measure them.")] = False,
+    sample: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Your pictures and texts to measure on: columns image, text.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of these pictures; the table's own by default.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference from PyTorch that is let through.")] = 1e-4,
+) -> None:
+    """Write a model, with its adapters, for programs without Trimtab."""
+    from trimtab.recipes.export import export as run
+
+    show(run(model, out, format=format.value, int8=int8, sample=sample, root=root, tolerance=tolerance))
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.embed import Job, make_shard
 from trimtab.serve.items import Work
 from trimtab.serve.store import ShardNote
+
+if TYPE_CHECKING:
+    from trimtab.towers.dual_encoder import DualEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -17,13 +20,15 @@ _ATTEMPTS = 3  # per shard: one that kills every worker is not worth a fourth
 
 
 class Worker:
-    """Holds the model and makes shards; its threads are those of the machine that it runs on."""
+    """Makes shards; its threads are those of the machine that it runs on."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.model = job.load_model()
+        self.model: DualEncoder | None = None
 
     def make(self, work: Work) -> ShardNote:
+        """See `make_shard`. The model is loaded here, where an error reaches whoever started the job."""
+        self.model = self.model or self.job.load_model()
         return make_shard(self.model, self.job, work)
 
 
