@@ -159,7 +159,7 @@ def test_patch_tokens_of_every_family(name: str, base_of: Any, pictures: list[Im
     found = image_tokens(base, pixels)
     close(found.features, base.pixel_features(pixels), 1e-6)
     assert found.tokens.shape[0] == 5
-    assert found.tokens.shape[1] == {"starter": 50, "siglip": 16, "siglip2": 16}.get(name, 17)
+    assert found.tokens.shape[1] == {"starter": 49, "siglip": 16, "siglip2": 16}.get(name, 17)
     assert (found.mask is not None) == (name == "siglip2")
     if found.mask is not None:
         assert found.mask.shape == found.tokens.shape[:2]
@@ -178,7 +178,9 @@ def test_towers_without_patches_are_refused(base_of: Any, pictures: list[Image.I
     tower = prompting.tower_module(base, "image")
     monkeypatch.setattr(tower, "forward", lambda *_, **__: Pooled())
     monkeypatch.setattr(base, "pixel_features", lambda pixels: tower(pixels) and None)
-    with pytest.raises(RecipeError, match=r"no patch tokens \(it gives states of shape \(5, 16\)\).*instance to null"):
+    with pytest.raises(
+        RecipeError, match=r"no patch tokens \(it gives states of shape \(5, 16\)\).*set prompt.instance to null"
+    ):
         image_tokens(base, pixels)
 
 

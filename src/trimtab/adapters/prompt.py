@@ -42,6 +42,12 @@ class Pictures(NamedTuple):
     tokens: Tensor | None = None
     mask: Tensor | None = None
 
+    def patch_tokens(self) -> Tensor:
+        """(B, N, Wi)."""
+        if self.tokens is None:
+            raise ValueError("this prompt reads patch tokens, and these pictures have none")
+        return self.tokens
+
 
 class VisualAttention(nn.Module):
     """Learned queries over the patch tokens of a picture; each gives the shift of one context token.
@@ -59,8 +65,8 @@ class VisualAttention(nn.Module):
                 f"instance.heads={config.heads} does not divide the width {inner}: give instance.width, a multiple"
             )
         self.heads = config.heads
-        self.norm = nn.LayerNorm(patch_width)
-        self.queries = nn.Parameter(torch.randn(config.tokens, inner))
+        self.norm = nn.LayerNorm(patch_width, elementwise_affine=False)
+        self.queries = nn.Parameter(torch.zeros(config.tokens, inner))  # at first they see the mean of all patches
         self.key = nn.Linear(patch_width, inner)
         self.value = nn.Linear(patch_width, inner)
         self.output = nn.Linear(inner, width)
@@ -69,19 +75,14 @@ class VisualAttention(nn.Module):
 
     def forward(self, pictures: Pictures) -> Tensor:
         """Shifts (B, M, W)."""
-        tokens = self._tokens(pictures)
+        tokens = self.norm(pictures.patch_tokens())
         values = self._split(self.value(tokens))  # (B, heads, N, d)
         seen = self._weights(tokens, pictures.mask) @ values
         return self.output(seen.transpose(1, 2).flatten(2))
 
     def attention(self, pictures: Pictures) -> Tensor:
         """(B, M, N) how much each query looks at each patch token, the mean over heads; each row has the sum 1."""
-        return self._weights(self._tokens(pictures), pictures.mask).mean(dim=1)
-
-    def _tokens(self, pictures: Pictures) -> Tensor:
-        if pictures.tokens is None:
-            raise ValueError("instance prompts need the patch tokens of the pictures")
-        return self.norm(pictures.tokens.to(self.norm.weight.dtype))
+        return self._weights(self.norm(pictures.patch_tokens()), pictures.mask).mean(dim=1)
 
     def _weights(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # (B, heads, M, N)
         keys = self._split(self.key(tokens))
@@ -127,7 +128,7 @@ class StructuredPrompt(nn.Module):
         general: (P, W).
         instance: None if switched off.
         class_tokens: (C, E, W) behind each name; None without.
-        raw_residual: (C, D), the residual vectors divided by `domain.rate`: so much faster they learn.
+        raw_residual, raw_patches: `residual` and `patches` divided by `domain.rate`: so much faster they learn.
 
     Raises:
         RecipeError: sizes that do not go together.
@@ -147,6 +148,7 @@ class StructuredPrompt(nn.Module):
             tokens = config.domain.tokens
             self.class_tokens = nn.Parameter(_INIT_STD * torch.randn(classes, tokens, tower.width)) if tokens else None
         self.raw_residual = nn.Parameter(torch.zeros(classes, dim)) if config.domain.residual else None
+        self.raw_patches = nn.Parameter(torch.zeros(classes, patch_width)) if config.domain.patches else None
 
     @property
     def residual(self) -> Tensor | None:
@@ -154,9 +156,24 @@ class StructuredPrompt(nn.Module):
         return None if self.raw_residual is None else self.config.domain.rate * self.raw_residual
 
     @property
-    def reads_patches(self) -> bool:
-        """Whether patch tokens are needed beside embeddings."""
-        return isinstance(self.instance, VisualAttention)
+    def patches(self) -> Tensor | None:
+        """(C, Wi), compared with the pooled patch tokens of pictures; None without."""
+        return None if self.raw_patches is None else self.config.domain.rate * self.raw_patches
+
+    def vectors(self) -> list[Tensor]:
+        """`residual` and `patches`, as far as there are any."""
+        return [vectors for vectors in (self.residual, self.patches) if vectors is not None]
+
+    def pooled(self, pictures: Pictures) -> Tensor:
+        """Unit vectors (B, Wi): the patch tokens as the instance queries look at them, else their mean."""
+        tokens = pictures.patch_tokens()
+        if isinstance(self.instance, VisualAttention):
+            weights = self.instance.attention(pictures).mean(dim=1)  # (B, N)
+        elif pictures.mask is not None:
+            weights = pictures.mask / pictures.mask.sum(dim=1, keepdim=True)
+        else:
+            weights = tokens.new_full(tokens.shape[:2], 1 / tokens.shape[1])
+        return F.normalize(torch.einsum("bn,bnw->bw", weights, tokens), dim=-1)
 
     @property
     def trained_parameters(self) -> int:
@@ -238,21 +255,23 @@ class PromptedClasses(nn.Module):
             embeddings: (C, D) from `embeddings`.
             labels: (B,) true classes, which are always scored with the picture's own prompts; None outside training.
         """
-        with torch.autocast(embeddings.device.type, enabled=False):  # cosines in bf16 would be too coarse
+        instance, patches = self.prompt.config.instance, self.prompt.patches
+        exact = torch.autocast(embeddings.device.type, enabled=False)  # cosines in bf16 would be too coarse
+        with exact:
             scores = pictures.embeddings @ self.weights(embeddings).T
-        instance = self.prompt.config.instance
+            if patches is not None:
+                scores = scores + self.prompt.pooled(pictures) @ patches.T
         if instance is None:
             return scores
         chosen = None
         if instance.top_k is not None and instance.top_k < len(self):
             chosen = best_classes(scores.detach(), instance.top_k, labels)
         own = self.of_pictures(pictures, chosen)  # (B, k, D)
-        residual = self.prompt.residual
-        with torch.autocast(embeddings.device.type, enabled=False):
-            if residual is not None:
-                own = own + (residual if chosen is None else residual[chosen])
-            refined = torch.einsum("bd,bkd->bk", pictures.embeddings, own)
-        return refined if chosen is None else scores.scatter(1, chosen, refined)
+        with exact:
+            # Only the class embedding is another one; what was added to it stays.
+            common = embeddings.expand(len(own), -1, -1) if chosen is None else embeddings[chosen]
+            moved = torch.einsum("bd,bkd->bk", pictures.embeddings, own - common)
+        return scores + moved if chosen is None else scores.scatter_add(1, chosen, moved)
 
     def of_pictures(self, pictures: Pictures, chosen: Tensor | None = None) -> Tensor:
         """Unit class embeddings (B, k, D) by each picture's own prompts.
@@ -302,7 +321,7 @@ def best_classes(scores: Tensor, count: int, labels: Tensor | None = None) -> Te
 def extended(prompt: StructuredPrompt, places: Sequence[int | None]) -> StructuredPrompt:
     """The prompt for other classes: what was learned of class `places[c]`, or of an unseen class (None) its mean.
 
-    The mean of residual vectors is no knowledge of a class: an unseen one has zero.
+    Vectors that are added to what a name says are zero for an unseen class.
     """
     other = copy.copy(prompt)
     other._parameters = dict(prompt._parameters)
@@ -312,7 +331,8 @@ def extended(prompt: StructuredPrompt, places: Sequence[int | None]) -> Structur
         tokens = prompt.class_tokens.detach()
         chosen = torch.where(unseen[:, None, None], tokens.mean(dim=0), tokens[seen])
         other.class_tokens = nn.Parameter(chosen, requires_grad=False)
-    if prompt.raw_residual is not None:
-        residual = prompt.raw_residual.detach()[seen].masked_fill(unseen[:, None], 0)
-        other.raw_residual = nn.Parameter(residual, requires_grad=False)
+    for name in ("raw_residual", "raw_patches"):
+        if (vectors := getattr(prompt, name)) is not None:
+            kept = vectors.detach()[seen].masked_fill(unseen[:, None], 0)
+            setattr(other, name, nn.Parameter(kept, requires_grad=False))
     return other

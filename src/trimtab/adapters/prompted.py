@@ -149,12 +149,12 @@ class PromptClassifier(Classifier):
     @torch.no_grad()
     def _scores(self, images: Any, known: Known, batch_size: int, on_error: Literal["raise", "skip"]) -> np.ndarray:
         classes, embeddings = known
-        if classes.prompt.instance is None:
+        if classes.prompt.instance is None and not classes.prompt.config.reads_patches:
             return super()._scores(images, classes.weights(embeddings).cpu().numpy(), batch_size, on_error)
         model = self.model
-        needs_tokens = classes.prompt.reads_patches
+        needs_tokens = classes.prompt.config.reads_patches
         if model._are_embeddings(images):
-            raise DataError("this classifier makes prompts for each picture: give pictures rather than embeddings")
+            raise DataError("this classifier looks at more of a picture than its embedding: give pictures")
         parts = [np.zeros((0, len(classes)), np.float32)]
         for pixels in model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error):
             with model.lock:

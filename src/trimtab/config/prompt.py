@@ -45,16 +45,14 @@ class PromptData:
 
     Attributes:
         train: sources of training pictures.
-        validation: sources of validation pictures; when empty, pictures of `train` that training leaves over.
+        validation: sources of validation pictures; when empty, pictures of `train` that are not trained on: of
+            every class as many as `shots`, at most 4.
         test: sources that are looked at once, when everything is chosen; may be empty.
         classes: file with one class name per line, which says which classes there are and in what order; null
             takes the names found in `train`, sorted.
         shots: training pictures per class; null takes all.
-        validation_shots: validation pictures per class where they are taken from `train`; null takes as many as
-            shots, at most 4 (of all pictures a tenth).
         views: augmented views per training picture that are cached beside the picture itself.
         augmentation: how far these views may be from the picture.
-        check_duplicates: leave training pictures out that validation or test has too; false only warns of them.
         allow_fewer: take all pictures of a class that has fewer than `shots`; false refuses such a class.
     """
 
@@ -63,18 +61,14 @@ class PromptData:
     test: tuple[LabelSource, ...] = ()
     classes: str | None = None
     shots: int | None = None
-    validation_shots: int | None = None
     views: int = 0
     augmentation: ViewsConfig = field(default_factory=ViewsConfig)
-    check_duplicates: bool = True
     allow_fewer: bool = False
 
     def __post_init__(self) -> None:
         require(self, "train", len(self.train) > 0, "at least one source of labelled pictures")
         require(self, "classes", self.classes is None or bool(self.classes.strip()), "the path of a file, or null")
-        for name in ("shots", "validation_shots"):
-            value = getattr(self, name)
-            require(self, name, value is None or value >= 1, "at least 1, or null")
+        require(self, "shots", self.shots is None or self.shots >= 1, "at least 1, or null for all")
         require(self, "views", self.views >= 0, "at least 0")
 
 
@@ -139,14 +133,15 @@ class DomainPartConfig:
         tokens: learned tokens behind each name.
         residual: a vector for each class that is added to its text embedding (Yu et al., arXiv 2211.10277); it
             starts at zero.
-        patches: a second vector for each class, compared with the picture's patch tokens, as pooled by the instance
-            queries; it starts at zero.
+        patches: a second vector for each class, compared with the picture's patch tokens as the instance queries
+            pool them (without queries, with their mean); it starts at zero.
         rate: multiplies the learning rate of both kinds of vectors.
     """
 
     tokens: int = 0
     residual: bool = True
-    rate: float = 1.0
+    patches: bool = True
+    rate: float = 10.0
 
     def __post_init__(self) -> None:
         require(self, "tokens", self.tokens >= 0, "at least 0")
@@ -166,6 +161,11 @@ class PromptConfig:
     general: GeneralConfig = field(default_factory=GeneralConfig)
     instance: InstanceConfig | None = field(default_factory=InstanceConfig)
     domain: DomainPartConfig = field(default_factory=DomainPartConfig)
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether patch tokens are needed beside embeddings."""
+        return self.domain.patches or (self.instance is not None and self.instance.kind == "attention")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class PromptRecipe:
             prompt=PromptConfig(
                 self.prompt.general,
                 meta if self.method == "cocoop" else None,
-                DomainPartConfig(tokens=0, residual=False),
+                DomainPartConfig(tokens=0, residual=False, patches=False),
             ),
             objective=PromptObjective(
                 logit_scale=own.logit_scale,

@@ -1,4 +1,4 @@
-"""Pictures with class names, and the few of them that few-shot training sees.
+"""Pictures with class names.
 
 Read strictly: a label that names no class, a class without a picture and numbers that are off by one are refused
 before anything is trained. A picture that cannot be decoded is left out, counted and listed.
@@ -30,10 +30,7 @@ from trimtab.files import digest_of
 logger = logging.getLogger(__name__)
 
 _MOST_UNUSABLE = 0.5
-_SHOT_STREAM = 4  # so that shots are drawn independently of views and splits
 _NAMED = 5
-MOST_VALIDATION_SHOTS = 4
-_VALIDATION_SHARE = 0.1
 
 
 class LabelOptions(Protocol):
@@ -179,50 +176,6 @@ def load_labelled(
             f"or take their names out of {classes if listed else 'the classes'}"
         )
     return found
-
-
-def sample_shots(
-    pictures: LabelledPictures, shots: int | None, seed: int, *, validation_shots: int | None = None
-) -> tuple[LabelledPictures, LabelledPictures]:
-    """Pictures to train on and, from what is left over, pictures to validate on.
-
-    Fewer shots of a seed are always among more. A class of fewer pictures than shots gives all but one, which is for
-    validation, and is named in a warning; of a class of one picture, training has it.
-
-    Args:
-        shots: training pictures per class; None takes all that validation leaves.
-        validation_shots: per class; None takes as many as shots, at most 4, or of all pictures a tenth; 0 takes none.
-
-    Raises:
-        DataError: validation would have no picture at all.
-    """
-    rng = np.random.default_rng([seed, _SHOT_STREAM])
-    train, validation, few = [], [], []
-    for label in range(len(pictures.classes)):
-        mine = rng.permutation(np.flatnonzero(pictures.labels == label))
-        if validation_shots is None:
-            wanted = min(shots, MOST_VALIDATION_SHOTS) if shots else math.ceil(_VALIDATION_SHARE * len(mine))
-        else:
-            wanted = validation_shots
-        if shots is None:
-            held = min(wanted, len(mine) - 1)
-            train.append(mine[: len(mine) - held])
-            validation.append(mine[len(mine) - held :])
-        else:
-            if len(mine) < shots:
-                few.append(f"{pictures.classes[label]!r} ({len(mine)})")
-            count = min(shots, max(1, len(mine) - (wanted > 0)))
-            train.append(mine[:count])
-            validation.append(mine[count : count + wanted])
-    if few:
-        logger.warning(
-            "%d of %d classes have fewer than %d pictures, all of which are used: %s",
-            len(few), len(pictures.classes), shots, _some(few),
-        )  # fmt: skip
-    chosen = np.concatenate(validation)
-    if not len(chosen) and validation_shots != 0:
-        raise DataError("no class has a picture left for validation: give validation pictures, or fewer shots")
-    return pictures.take(np.sort(np.concatenate(train))), pictures.take(np.sort(chosen))
 
 
 def base_and_new(classes: int) -> tuple[np.ndarray, np.ndarray]:

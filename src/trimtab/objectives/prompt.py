@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ def prompt_terms(
     classes: Tensor,
     templates: Tensor,
     frozen: Tensor,
-    residual: Tensor | None = None,
+    vectors: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
     """Named loss terms, weighted, their mean over the batch; a term of weight 0 is not computed.
 
@@ -27,7 +29,7 @@ def prompt_terms(
         classes: (n, D) unit embeddings by General and Domain tokens, of the classes that got a gradient.
         templates: (n, D) unit embeddings of the same classes by hand templates, frozen.
         frozen: (B, C) logits of the hand templates.
-        residual: (C, D) vectors added to the class embeddings.
+        vectors: (C, any) vectors of classes that add to what names say.
     """
     terms = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)}
     if config.template:
@@ -36,8 +38,9 @@ def prompt_terms(
         terms["separation"] = config.separation * separation(classes, templates)
     if config.frozen:
         terms["frozen"] = config.frozen * divergence(logits, frozen)
-    if config.residual and residual is not None:
-        terms["residual"] = config.residual * residual.square().sum(dim=1).mean()
+    if config.residual and vectors:
+        lengths = [one.square().sum(dim=1).mean() for one in vectors]
+        terms["residual"] = config.residual * torch.stack(lengths).sum()
     return terms
 
 

@@ -98,7 +98,8 @@ class PictureFeatures:
         base = self.base
         slow = slow_in_bf16(base.model, base.device)
         precision = "fp32" if slow or not has_fast_bf16(base.device) else "bf16"
-        parts = ["picture tokens" if self.tokens else "picture embeddings", base.fingerprint, precision]
+        tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
+        parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
         keys = [f"{picture.digest()} {picture.name}" for picture in self._files]
         place = {key: at for at, key in enumerate(keys)}
         for view in range(self.views + 1):
@@ -112,6 +113,10 @@ class PictureFeatures:
             where = cache_home() / "features" if folder is None else folder
             self._cached.append(cached_arrays(where, [*parts, *drawn], keys, compute, progress=progress))
         return self
+
+    def encode(self) -> np.ndarray:
+        """Features (N, ...) of the pictures as they are, computed anew: to see how long it takes."""
+        return self._encode(self._rows.tolist(), 0)
 
     def take(self, positions: np.ndarray) -> PictureFeatures:
         """The same features for some of the pictures, by position; nothing is copied."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt
+from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptRecipe
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.tasks.prompt import Batch, PromptTask
@@ -82,9 +82,30 @@ class FittedPrompt:
         """Calibrated probabilities (N, C) float32."""
         return softmax(self.logits(pictures))
 
-    def top1(self, pictures: LabelledFeatures) -> float:
-        """Percent of pictures whose class scores highest."""
-        return 100 * float((self.logits(pictures.features).argmax(axis=1) == pictures.labels).mean())
+    def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
+        """Top-1 in percent, and the loss of the calibrated scores."""
+        return figures(torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels))
+
+    def for_classes(self, names: Sequence[str]) -> FittedPrompt:
+        """The same prompt in front of other names; of those that training did not have it knows the names alone.
+
+        Raises:
+            DataError: names that cannot be used.
+        """
+        names = check_class_names(names)
+        place = {name: at for at, name in enumerate(self.classes)}
+        known = self.task.classes
+        classes = PromptedClasses(known.tower, extended(known.prompt, [place.get(name) for name in names]), names)
+        vectors = torch.from_numpy(class_vectors(known.tower.base, names, self.templates)).to(known.tower.device)
+        task = PromptTask(
+            classes,
+            lookup=self.task.lookup,
+            labels=self.task.labels.cpu().numpy(),
+            templates=vectors,
+            objective=self.task.objective,
+            logit_scale=self.task.logit_scale,
+        )
+        return replace(self, task=task.eval(), validation={}, history=[])
 
 
 def fit_prompt(
@@ -118,9 +139,7 @@ def fit_prompt(
     recipe = recipe.resolved()
     names = check_class_names(classes)
     tower = PromptTower(base)
-    prompt = StructuredPrompt(
-        recipe.prompt, tower, patch_width=train_set.features.patch_width, classes=len(names), seed=seed
-    ).to(base.device)
+    prompt = new_prompt(recipe, tower, train_set.features.patch_width, len(names), seed)
     templates = recipe.templates or tuple(default_templates(names)[1])
     task = PromptTask(
         PromptedClasses(tower, prompt, names),
@@ -163,6 +182,18 @@ def fit_prompt(
         fitted.validation = figures(found, labels)
     fitted.seconds = time.monotonic() - started
     return fitted
+
+
+def new_prompt(
+    recipe: PromptRecipe, tower: PromptTower, patch_width: int, classes: int, seed: int = 0
+) -> StructuredPrompt:
+    """The parts that the recipe's method leaves, untrained.
+
+    Raises:
+        RecipeError: parts that do not go with the tower.
+    """
+    config = recipe.resolved().prompt
+    return StructuredPrompt(config, tower, patch_width=patch_width, classes=classes, seed=seed).to(tower.device)
 
 
 _SELECTIONS = {"last": None, "top1": Selection("top1"), "loss": Selection("loss", greater_is_better=False)}

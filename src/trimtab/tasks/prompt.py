@@ -72,7 +72,7 @@ class PromptTask(nn.Module):
             classes=computed,
             templates=templates,
             frozen=self.logit_scale * pictures.embeddings @ self.templates.T,
-            residual=self.classes.prompt.residual,
+            vectors=self.classes.prompt.vectors(),
         )
 
     def _fresh(self, labels: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -32,6 +32,8 @@ MEMORY = 512 << 20
 _TABLES = ("token_embedding", "word_embeddings")
 _ORDINARY = "a"  # its token stands in for learned ones among the token ids
 _FLOATS_PER_TOKEN = 24  # activations of a Transformer layer, in widths of a token
+
+_GROUPS, _GROUP_ROWS = 4, 24  # rows of like length run together: at most so many groups, of so many rows each
 
 Job = TypeVar("Job")
 
@@ -103,6 +105,8 @@ class PromptTower:
         self.causal = self._sites[0].causal
         inputs = self.base.text_inputs
         self.padded_left = (inputs.padding_side or inputs.tokenizer.padding_side) == "left"
+        # Padding that the tower sees is part of the text.
+        self._may_trim = not self.padded_left and not inputs.pad_to_limit and (inputs.use_mask or self.causal)
         special = set(inputs.tokenizer.all_special_ids)
         ids = inputs.token_ids([_ORDINARY])[0][0]
         words = [at for at, token in enumerate(ids) if token not in special]
@@ -192,13 +196,35 @@ class PromptTower:
         """Features (R, D) of rows; arguments as for `assemble`. Runs in passes that fit into `memory`."""
         prompt = prompt.expand(len(layout), -1, -1)
 
-        def run(rows: slice) -> Tensor:
-            some = layout.take(rows)
+        def run(rows: Tensor) -> Tensor:
+            some = self.trimmed(layout.take(rows))
             states = self.assemble(some, prompt[rows], None if extra is None else extra[rows])
             with self._reading(states):
                 return self.base.token_features(some.inputs)
 
-        return torch.cat(passes(run, self.spans(len(layout), layout.length)))
+        order, jobs = self._by_length(layout, self.layers)
+        return torch.cat(passes(run, jobs))[order.argsort()]
+
+    def trimmed(self, layout: PromptLayout) -> PromptLayout:
+        """The rows without columns that are padding in all of them, where the tower does not see padding."""
+        if not self._may_trim:
+            return layout
+        length = int(layout.end_at.max()) + 1
+        return replace(
+            layout,
+            inputs={name: tensor[:, :length] for name, tensor in layout.inputs.items()},
+            states=layout.states[:, :length],
+        )
+
+    def _by_length(self, layout: PromptLayout, layers: int) -> tuple[Tensor, list[Tensor]]:
+        """Rows in an order of like length, and parts of it that fit into `memory` and have little padding."""
+        order = torch.argsort(layout.end_at, stable=True)
+        groups = max(1, min(_GROUPS, len(order) // _GROUP_ROWS)) if self._may_trim else 1
+        jobs = []
+        for group in torch.tensor_split(order, groups):
+            length = int(layout.end_at[group].max()) + 1 if self._may_trim else layout.length
+            jobs += [group[span] for span in self.spans(len(group), length, layers)]
+        return order, jobs
 
     # Prompts of which a part joins at a later layer
 
@@ -220,13 +246,16 @@ class PromptTower:
         cut = TowerCut(self.base, "text", self._sites[layer])
         at = layout.prompt_at[:, layout.prompt_at.shape[1] - shift.shape[1] :]
 
-        def run(rows: slice) -> Tensor:
+        def run(rows: Tensor) -> Tensor:
             some = classes[rows]
+            inputs = self.trimmed(layout.take(some)).inputs
+            length = inputs["input_ids"].shape[1]
             index = at[some][:, :, None].expand(-1, -1, states.shape[2])
-            moved = states[some].scatter_add(1, index, shift[rows].to(states.dtype))
-            return cut.upper({"states": moved}, {name: tensor[some] for name, tensor in layout.inputs.items()})
+            moved = states[some][:, :length].scatter_add(1, index, shift[rows].to(states.dtype))
+            return cut.upper({"states": moved}, inputs)
 
-        return torch.cat(passes(run, self.spans(len(classes), layout.length, self.layers - layer)))
+        order, jobs = self._by_length(layout.take(classes), self.layers - layer)
+        return torch.cat(passes(run, jobs))[order.argsort()]
 
     # Memory
 
@@ -288,12 +317,17 @@ def _token_table(base: DualEncoder) -> nn.Embedding:
 # Patch tokens
 
 
+# Where a tower has richer tokens than those above its last layer: the module whose output is the map.
+_MAPS = {"trimtab_starter_vision": "trunk"}
+
+
 class ImageTokens(NamedTuple):
     """What an image tower gives for B pictures.
 
     Attributes:
         features: (B, D), as `DualEncoder.pixel_features`.
-        tokens: (B, N, Wi) its token states above the last layer, a CLS token included where there is one.
+        tokens: (B, N, Wi) its token states above the last layer, a CLS token included where there is one. Of
+            `starter` the 49 places of its trunk's last map, of which its own layers see a projection to a fifth.
         mask: (B, N) bool, False on padding; None if all are real.
     """
 
@@ -312,16 +346,19 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
         RecipeError: the tower has no patch tokens; the message says what it has.
     """
     try:
-        tower = tower_module(base, "image")
+        tower: Any = tower_module(base, "image")
     except ModelError as error:
         raise _no_patches(base, str(error)) from None
+    path = _MAPS.get(tower.config.model_type)
     seen: list[Any] = []
-    handle = tower.register_forward_hook(lambda module, args, output: seen.append(output))
+    module = tower.get_submodule(path) if path else tower
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         features = base.pixel_features(pixels)
     finally:
         handle.remove()
-    tokens = getattr(seen[-1], "last_hidden_state", None) if seen else None
+    output: Any = seen[-1] if seen else None
+    tokens = output.flatten(2).transpose(1, 2) if path else getattr(output, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] < 2:
         shape = "nothing beside its pooled output" if tokens is None else f"states of shape {tuple(tokens.shape)}"
         raise _no_patches(base, f"it gives {shape}")
@@ -331,6 +368,6 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
 
 def _no_patches(base: DualEncoder, reason: str) -> RecipeError:
     return RecipeError(
-        f"the image tower of {base.name} has no patch tokens ({reason}), and instance prompts attend to them: set "
-        "prompt.instance to null"
+        f"the image tower of {base.name} has no patch tokens ({reason}), and prompts attend to them: set "
+        "prompt.instance to null and prompt.domain.patches to false"
     )
