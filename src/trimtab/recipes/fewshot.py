@@ -168,7 +168,7 @@ class Pictures:
         base: DualEncoder,
     ) -> None:
         self.recipe, self.data, self.base = recipe, data, base
-        self.tokens = any(method in PROMPT_METHODS for method in plan.methods) and _reads_patches(recipe)
+        self.tokens = any(method in PROMPT_METHODS for method in plan.methods) and recipe.resolved().prompt.reads_patches
         self._learnt = _once(draw.train for draw in draws.values())
         self._held = _once(draw.validation for draw in draws.values())
 
@@ -309,11 +309,6 @@ def append_run(path: Path, run: Run) -> None:
         with path.open("ab", buffering=0) as stream:
             stream.write(line.encode())
             os.fsync(stream.fileno())
-
-
-def _reads_patches(recipe: PromptRecipe) -> bool:
-    instance = recipe.resolved().prompt.instance
-    return instance is not None and instance.kind == "attention"
 
 
 def _once(parts: Iterator[LabelledPictures] | Any) -> dict[PictureFile, int]:
