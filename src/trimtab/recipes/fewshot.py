@@ -168,7 +168,9 @@ class Pictures:
         base: DualEncoder,
     ) -> None:
         self.recipe, self.data, self.base = recipe, data, base
-        self.tokens = any(method in PROMPT_METHODS for method in plan.methods) and recipe.resolved().prompt.reads_patches
+        self.tokens = (
+            any(method in PROMPT_METHODS for method in plan.methods) and recipe.resolved().prompt.reads_patches
+        )
         self._learnt = _once(draw.train for draw in draws.values())
         self._held = _once(draw.validation for draw in draws.values())
 
