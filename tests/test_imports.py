@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "serve": GROUND | CONFIG | {"data", "towers", "adapters"},
     "recipes": GROUND | CONFIG | TORCH | {"data", "towers", "adapters", "objectives", "tasks", "training", "evaluation"}
     | {"serve"},
-    "cli": GROUND | {"config", "recipes"},
+    "cli": GROUND | {"config", "recipes", "serve"},
     "__init__": {"adapters", "recipes", "towers"},
 }  # fmt: skip
 
@@ -46,6 +46,7 @@ ANNOTATIONS: dict[str, set[str]] = {"adapters": {"trimtab.data.images"}, "evalua
 EXCEPTIONS = {
     ("cli/adapting.py", "trimtab.towers.open_clip"),  # a conversion is one call with nothing to compose
     ("recipes/starter.py", "transformers"),  # it makes a tower
+    ("serve/http/addresses.py", "urllib"),  # takes addresses apart; what is opened it decides itself
 }
 
 # Libraries that only some rooms know.
@@ -55,12 +56,20 @@ LIBRARIES: dict[str, set[str]] = {
     "open_clip": {"towers"},
     "timm": set(),
     "huggingface_hub": {"towers"},
-    "tokenizers": {"towers"},
+    "tokenizers": {"towers", "serve"},
     "accelerate": {"training"},
     "safetensors": {"towers", "adapters", "training", "recipes"},
     "numpy": {"data", "towers", "adapters", "tasks", "training", "evaluation", "recipes", "serve"},
     "PIL": {"data", "towers", "evaluation", "recipes", "serve"},
-    "pyarrow": {"data", "recipes"},
+    "pyarrow": {"data", "recipes", "serve"},
+    "faiss": {"serve"},
+    "fastapi": {"serve"},
+    "pydantic": {"serve"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
+    "onnx": {"serve"},
+    "onnxruntime": {"serve"},
+    "ray": {"serve"},
     "typer": {"cli"},
     "rich": {"cli", "towers", "training", "recipes"},
     "pickle": set(),

@@ -16,7 +16,7 @@ from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.evaluation import classify
 from trimtab.files import write_text
-from trimtab.recipes.evaluate import default_templates, evaluate_classification, evaluate_retrieval
+from trimtab.recipes.evaluate import evaluate_classification, evaluate_retrieval
 from trimtab.towers.dual_encoder import DualEncoder
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -112,26 +112,6 @@ def test_templates_are_used_and_recorded(model: Any, data: Path) -> None:
     result = evaluate_classification(model, data / "items.csv", ["red", "green", "blue"], templates=templates)
     assert (result["templates_for"], result["templates"]) == ("given", templates)
     assert model.texts == ["my red", "red thing", "my green", "green thing", "my blue", "blue thing"]
-
-
-@pytest.mark.parametrize(
-    ("names", "language"),
-    [
-        (["cat", "café", "T-shirt 2"], "en"),
-        (["猫", "狗"], "zh"),
-        (["猫", "T恤", "iPod", "狗（大）", "卡尔·马克思", "𠮷"], "zh"),
-        (["cat", "dog", "麻将"], "en"),
-        (["犬", "猫", "ねこ"], "bare name"),
-        (["犬", "猫", "アニメ"], "bare name"),
-        (["кот", "собака"], "bare name"),
-        (["고양이"], "bare name"),
-        ([], "bare name"),
-    ],
-)
-def test_the_script_of_the_names_chooses_templates(names: list[str], language: str) -> None:
-    found, templates = default_templates(names)
-    assert found == language
-    assert templates == DEFAULT_TEMPLATES.get(language, ["{}"])
 
 
 def test_pictures_may_lie_elsewhere(model: Any, data: Path, tmp_path: Path) -> None:

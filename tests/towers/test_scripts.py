@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.towers.scripts import is_latin
+from trimtab.data.templates import DEFAULT_TEMPLATES
+from trimtab.towers.scripts import default_templates, is_latin
 
 LATIN = (
     "a photo of a cat",
@@ -45,3 +46,23 @@ def test_one_foreign_letter_decides(text: str, letter: str, place: int) -> None:
 @given(st.text(), st.text())
 def test_a_text_is_latin_if_its_parts_are(one: str, other: str) -> None:
     assert is_latin(one + other) == (is_latin(one) and is_latin(other))
+
+
+@pytest.mark.parametrize(
+    ("names", "language"),
+    [
+        (["cat", "café", "T-shirt 2"], "en"),
+        (["猫", "狗"], "zh"),
+        (["猫", "T恤", "iPod", "狗（大）", "卡尔·马克思", "𠮷"], "zh"),
+        (["cat", "dog", "麻将"], "en"),
+        (["犬", "猫", "ねこ"], "bare name"),
+        (["犬", "猫", "アニメ"], "bare name"),
+        (["кот", "собака"], "bare name"),
+        (["고양이"], "bare name"),
+        ([], "bare name"),
+    ],
+)
+def test_the_script_of_the_names_chooses_templates(names: list[str], language: str) -> None:
+    found, templates = default_templates(names)
+    assert found == language
+    assert templates == DEFAULT_TEMPLATES.get(language, ["{}"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters.domain import load_domain
-from trimtab.adapters.files import AdapterFile, check_base, check_student, is_adapted_folder, load_into, read_adapter
+from trimtab.adapters.files import (
+    AdapterFile,
+    check_base,
+    check_student,
+    is_adapted_folder,
+    is_composed_folder,
+    load_into,
+    read_adapter,
+)
 from trimtab.adapters.language import LanguageAdapter
+from trimtab.adapters.prompted import load_prompt
 from trimtab.config import LanguageAdapterConfig, from_mapping
 from trimtab.errors import DataError, ModelError
 from trimtab.files import digest_of
@@ -24,7 +33,8 @@ from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 
 # The links that can be loaded.
-_HAS_STUDENT = {"language": True, "fusion": True, "domain": False}
+_HAS_STUDENT = {"language": True, "fusion": True, "domain": False, "prompt": False}
+_WITHOUT_STUDENT = {"domain": load_domain, "prompt": load_prompt}
 
 
 class LanguageAdapted(DualEncoder):
@@ -58,13 +68,16 @@ class LanguageAdapted(DualEncoder):
         self.layers = layers
         self.english = english
         self.name = name or base.name
-        self.fingerprint = fingerprint or digest_of(
-            base.fingerprint, student.fingerprint, english, repr(tuple(layers)), *_tensor_parts(adapter)
-        )
+        self.fingerprint = fingerprint or self.fingerprint_on(base)
         self.folder = folder
         self.text_inputs = student.text_inputs
         self.adapter.to(base.device)
         self.student.to(base.device)
+
+    def fingerprint_on(self, base: DualEncoder) -> str:
+        """The fingerprint that this link has on a base."""
+        layers = repr(tuple(self.layers))
+        return digest_of(base.fingerprint, self.student.fingerprint, self.english, layers, *_tensor_parts(self.adapter))
 
     def to(self, device: str | torch.device) -> LanguageAdapted:
         """Move base, student and adapter; returns itself."""
@@ -72,6 +85,11 @@ class LanguageAdapted(DualEncoder):
         self.student.to(device)
         self.adapter.to(device)
         return self
+
+    @property
+    def image_fingerprint(self) -> str:
+        """That of the base, whose image tower it is."""
+        return self.base.image_fingerprint
 
     def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
         """As `DualEncoder.encode_text`; English goes to the base's tower when `english` is "route"."""
@@ -91,6 +109,10 @@ class LanguageAdapted(DualEncoder):
                 truncated += owner.last_truncated
         self.last_truncated = truncated
         return embeddings
+
+    def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
+        """As the base's, which may have adapters of a domain."""
+        return self.base.pixel_features(pixels)
 
     def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
         """Features (B, D) of the student's tokens, through the adapter."""
@@ -121,8 +143,8 @@ def load_adapted(
         trust_remote_code: run Python code from the folders of base and student.
 
     Returns:
-        By the folder's link: a `LanguageAdapted`, a `trimtab.adapters.domain.DomainAdapted` or a
-        `trimtab.adapters.fusion.FusionAdapted`.
+        By the folder's link: a `LanguageAdapted`, a `trimtab.adapters.domain.DomainAdapted`, a
+        `trimtab.adapters.prompted.PromptAdapted` or a `trimtab.adapters.fusion.FusionAdapted`.
 
     Raises:
         ModelError: the folder is damaged, or base or student are not those it was trained on.
@@ -131,41 +153,62 @@ def load_adapted(
     if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
     if not isinstance(base, DualEncoder):
-        base = load_base(
+        # Prompts may stand on a model that has adapters of its own.
+        base = (load if described.link == "prompt" else load_base)(
             str(base or described.base.name), device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
     check_base(described, base)
     if described.student is None:
         if student is not None:
-            raise ModelError(f"{folder} is a domain adapter without a student: student has no meaning for it")
-        return load_domain(described, base, str(folder), Path(folder))
-    if not isinstance(student, TextEncoder):
-        student = TextEncoder.load(
-            str(student or described.student.name),
-            prefix=described.student.prefix,
-            max_tokens=described.student.max_tokens,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-    check_student(described, student)
+            raise ModelError(f"{folder} is a {described.link} adapter without a student: student has no meaning for it")
+        return _WITHOUT_STUDENT[described.link](described, base, str(folder), Path(folder))
+    student = load_student(described, student=student, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if described.link == "fusion":
         from trimtab.adapters.fusion import load_fusion_adapted  # it builds on this module
 
         return load_fusion_adapted(folder, base=base, student=student)
+    return load_language(described, base, student)
+
+
+def load_student(described: AdapterFile, *, student: str | Path | TextEncoder | None, **options: Any) -> TextEncoder:
+    """The student that an adapted folder names, or that is given; `options` go to `TextEncoder.load`.
+
+    Raises:
+        ModelError: it is not the one that the adapter was trained on.
+    """
+    wanted = described.student
+    if not isinstance(student, TextEncoder) and wanted is not None:
+        student = TextEncoder.load(
+            str(student or wanted.name), prefix=wanted.prefix, max_tokens=wanted.max_tokens, **options
+        )
+    assert isinstance(student, TextEncoder)
+    check_student(described, student)
+    return student
+
+
+def load_language(described: AdapterFile, base: DualEncoder, student: TextEncoder) -> LanguageAdapted:
+    """Build what an adapted folder of the language link describes.
+
+    Args:
+        base: what it was trained on, or that with adapters of a domain.
+
+    Raises:
+        ModelError: the description is incomplete or does not fit its tensors.
+    """
+    assert described.student is not None
     adapter = build_language_adapter(described)
     load_into(adapter, described)
     english = described.config.get("english")
     if english not in ("route", "adapter"):
-        raise ModelError(f"{folder}/adapter.json has english={english!r} rather than 'route' or 'adapter'")
+        raise ModelError(f"{described.folder}/adapter.json has english={english!r} rather than 'route' or 'adapter'")
     return LanguageAdapted(
         base,
         student,
         adapter,
         layers=described.student.layers,
         english=english,
-        name=str(folder),
-        folder=Path(folder),
+        name=str(described.folder),
+        folder=described.folder,
     )
 
 
@@ -183,24 +226,30 @@ def build_language_adapter(described: AdapterFile) -> LanguageAdapter:
 def load(
     name: str | Path,
     *,
+    links: Sequence[str | Path] = (),
     device: str = "auto",
     dtype: str = "float32",
     trust_remote_code: bool = False,
     **places: Any,
 ) -> DualEncoder:
-    """Load a base or an adapted folder.
+    """Load a base, an adapted folder or a composed folder.
 
     Args:
         name: "starter", a transformers folder or hub id (CLIP, SigLIP, ChineseCLIP, AltCLIP,
-            VisionTextDualEncoder, FLAVA), or an adapted folder.
+            VisionTextDualEncoder, FLAVA), or an adapted or composed folder.
+        links: adapted folders of this base, one of each link, that shall work together.
         device: "auto" takes a GPU where there is one; or a torch device.
         dtype: precision of the weights.
         trust_remote_code: run Python code from a model folder.
-        places: for an adapted folder, `base=` and `student=` where these are now.
+        places: for an adapted or composed folder, `base=` and `student=` where these are now.
 
     Raises:
-        ModelError: unknown, incomplete or damaged model, or an adapter of another base.
+        ModelError: unknown, incomplete or damaged model, an adapter of another base, or links that do not go together.
     """
+    if links or is_composed_folder(name):
+        from trimtab.adapters.composing import load_composed  # it builds on this module
+
+        return load_composed([name, *links], device=device, dtype=dtype, trust_remote_code=trust_remote_code, **places)
     if is_adapted_folder(name):
         return load_adapted(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **places)
     if places:

@@ -29,6 +29,7 @@ SCHEMA_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
 DESCRIPTION_FILE = "adapter.json"
 CARD_FILE = "README.md"
+COMPOSED_FILE = "composed.json"
 _REQUIRED = ("schema_version", "link", "base", "config", "tensors", "tensors_sha256")
 
 
@@ -97,6 +98,11 @@ class AdapterFile:
 def is_adapted_folder(folder: str | Path) -> bool:
     """Whether a folder claims to be an adapted model."""
     return (Path(folder) / DESCRIPTION_FILE).is_file()
+
+
+def is_composed_folder(folder: str | Path) -> bool:
+    """Whether a folder claims to be several links together; see `trimtab.adapters.composing`."""
+    return (Path(folder) / COMPOSED_FILE).is_file()
 
 
 def save_adapter(

@@ -30,6 +30,16 @@ from trimtab.config.language import (
     StudentConfig,
     TextSource,
 )
+from trimtab.config.prompt import (
+    DomainPartConfig,
+    GeneralConfig,
+    InstanceConfig,
+    LabelSource,
+    PromptConfig,
+    PromptData,
+    PromptObjective,
+    PromptRecipe,
+)
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 from trimtab.strict_yaml import from_mapping, to_mapping, to_yaml
@@ -40,12 +50,20 @@ __all__ = [
     "DistillationConfig",
     "DomainAdapterConfig",
     "DomainData",
+    "DomainPartConfig",
+    "GeneralConfig",
+    "InstanceConfig",
+    "LabelSource",
     "LanguageAdapterConfig",
     "LanguageData",
     "LanguageRecipe",
     "LoraConfig",
     "MemoryBankConfig",
     "PairSource",
+    "PromptConfig",
+    "PromptData",
+    "PromptObjective",
+    "PromptRecipe",
     "Recipe",
     "StudentConfig",
     "TextSource",
@@ -58,10 +76,10 @@ __all__ = [
     "to_yaml",
 ]
 
-Recipe: TypeAlias = LanguageRecipe | DomainRecipe
+Recipe: TypeAlias = LanguageRecipe | DomainRecipe | PromptRecipe
 """Any recipe; grows into a union with each link."""
 
-RECIPES: dict[str, type[Recipe]] = {"language": LanguageRecipe, "domain": DomainRecipe}
+RECIPES: dict[str, type[Recipe]] = {"language": LanguageRecipe, "domain": DomainRecipe, "prompt": PromptRecipe}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -46,7 +46,7 @@ class FashionPictures:
 
 @dataclass(frozen=True)
 class FashionFiles:
-    """Manifests with the columns image and text (training, validation) or image and label (test)."""
+    """Manifests with the columns image, text and label (training, validation) or image and label (test)."""
 
     train: Path
     validation: Path
@@ -132,9 +132,10 @@ def write_fashion(
         names = [CLASSES[label] for label in pictures.labels[chosen]]
         if name == "test":
             _write_manifest(files.test, ("image", "label"), zip(images, names, strict=True))
-        else:
+        else:  # for the domain link and for the prompt link
             captions = [fill(CAPTION, one) for one in names]
-            _write_manifest(folder / f"{name}.csv", ("image", "text"), zip(images, captions, strict=True))
+            rows = zip(images, captions, names, strict=True)
+            _write_manifest(folder / f"{name}.csv", ("image", "text", "label"), rows)
     write_text(files.classes, "".join(f"{name}\n" for name in CLASSES))
     return files
 
@@ -155,7 +156,7 @@ def _choose(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[list[in
     return [sorted(subset) for subset in subsets]
 
 
-def _write_manifest(path: Path, columns: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
+def _write_manifest(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)

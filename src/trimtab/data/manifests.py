@@ -72,17 +72,22 @@ def read_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[st
         DataError: for a missing, empty, wrongly encoded, ragged or otherwise unreadable file, and for missing
             columns (the message names those found).
     """
+    rows = list(iter_rows(path, columns, optional=optional))
+    if not rows:
+        raise DataError(f"{path}: has no rows (only a header, or blank lines)")
+    return rows
+
+
+def iter_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> Iterator[Row]:
+    """As `read_rows`, row by row: a Parquet file is never in memory as a whole. None at all is no error here."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; a manifest is one of {', '.join(SUFFIXES)}")
     try:
         reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_delimited)
-        rows = list(reader(path, list(columns), list(optional)))
+        yield from reader(path, list(columns), list(optional))
     except OSError as error:
         raise DataError(_unreadable(path, error)) from error
-    if not rows:
-        raise DataError(f"{path}: has no rows (only a header, or blank lines)")
-    return rows
 
 
 def read_text(path: str | Path) -> str:

@@ -157,6 +157,7 @@ class Series:
     Attributes:
         labels: one per point, empty ones for none; each point is then drawn with a mark of the line's own shape.
         color: place in the palette; None for the next by order.
+        spread: of each point, drawn as a whisker that far up and down.
     """
 
     name: str
@@ -164,8 +165,11 @@ class Series:
     ys: Sequence[float]
     labels: Sequence[str] = ()
     color: int | None = None
+    spread: Sequence[float] = ()
 
     def __post_init__(self) -> None:
+        if self.spread and len(self.spread) != len(self.xs):
+            raise ValueError(f"series {self.name!r} has {len(self.xs)} points and {len(self.spread)} spreads")
         if len(self.xs) != len(self.ys):
             raise ValueError(f"series {self.name!r} has {len(self.xs)} x and {len(self.ys)} y")
         if self.labels and len(self.labels) != len(self.xs):

@@ -127,7 +127,7 @@ def lines_svg(panel: LinePanel) -> str:
     everything = [point for points in usable for point in points if math.isfinite(point[1])]
     if not everything:
         return _nothing(panel.title, "lines")
-    xs, ys = zip(*everything)
+    xs, ys = zip(*everything, *(end for series in panel.series for end in _whisker_ends(series)))
     labelled = any(series.labels for series in panel.series)
     frame = Frame(
         _range(xs, panel.log_x, pad=labelled, from_zero=not labelled),
@@ -157,6 +157,7 @@ def lines_svg(panel: LinePanel) -> str:
         parts.append(_path(placed, f"line c{color}", title))
         ends = [point for point in placed if math.isfinite(point[1])]
         tracks.append(ends)
+        parts += [_whisker(frame.place(*low), frame.place(*high), color) for low, high in _whiskers(series)]
         if series.labels:
             for (x, y), hint, text in _labelled(series, panel, frame):
                 marks.append(f"<g><title>{escape(hint)}</title>{marker(color, x, y)}</g>")
@@ -176,6 +177,22 @@ def lines_svg(panel: LinePanel) -> str:
     return _svg(frame.height, line_summary(panel), parts, "lines")
 
 
+def _whiskers(series: Series) -> Iterator[tuple[Point, Point]]:
+    """Lower and upper end of the spread of each point that has some."""
+    for x, y, by in zip(series.xs, series.ys, series.spread):
+        if math.isfinite(y) and by > 0:
+            yield (x, y - by), (x, y + by)
+
+
+def _whisker_ends(series: Series) -> Iterator[Point]:
+    for low, high in _whiskers(series):
+        yield from (low, high)
+
+
+def _whisker(low: Point, high: Point, color: int) -> str:
+    return _path([low, high], f"line raw c{color}", "")
+
+
 def line_summary(panel: LinePanel) -> str:
     """First and last value of each line, or every labelled point, in words."""
     told = []
@@ -189,6 +206,7 @@ def line_summary(panel: LinePanel) -> str:
             told.append(f"{series.name}: {points}")
         elif values := [y for _, y in _usable(series, panel) if math.isfinite(y)]:
             told.append(f"{series.name} from {format_compact(values[0])} to {format_compact(values[-1])}")
+            told[-1] += f" (spread {format_compact(max(series.spread))} at most)" if series.spread else ""
     axes = f" ({panel.y_label} over {panel.x_label})" if panel.y_label and panel.x_label else ""
     return f"{panel.title}{axes}. " + "; ".join(told)
 

@@ -17,8 +17,13 @@ import torch.distributed as dist
 from trimtab.config import Recipe, load_recipe
 from trimtab.recipes.domain import adapt_domain
 from trimtab.recipes.language import adapt_language
+from trimtab.recipes.prompt import adapt_prompt
 
-LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {"language": adapt_language, "domain": adapt_domain}
+LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {
+    "language": adapt_language,
+    "domain": adapt_domain,
+    "prompt": adapt_prompt,
+}
 
 
 def adapt(

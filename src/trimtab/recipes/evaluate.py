@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from trimtab import __version__
 from trimtab.data.manifests import RetrievalPairs, read_class_names, read_classification, read_retrieval
-from trimtab.data.templates import DEFAULT_TEMPLATES, fill_all
+from trimtab.data.templates import fill_all
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import (
     ClassificationResult,
@@ -41,14 +40,13 @@ from trimtab.evaluation.blocks import (
 )
 from trimtab.evaluation.summaries import class_errors, reproducibility, skipped_images
 from trimtab.files import digest_of, explain_disk_errors, sha256_of, write_json
-from trimtab.towers.scripts import is_latin
+from trimtab.towers.scripts import default_templates
 
 if TYPE_CHECKING:
     from trimtab.towers.dual_encoder import DualEncoder
 
 Model: TypeAlias = "str | Path | DualEncoder"
 
-BARE_NAME = "{}"
 _LISTED = 20
 _GRID_ROWS, _GRID_IMAGES = 8, 6
 
@@ -156,36 +154,6 @@ def evaluate_retrieval(
     headline = ("mR", "i2t", "t2i", "n_images", "n_texts")
     _publish(outcome, headline, json_path, report, lambda: _retrieval_report(result, outcome, read))
     return outcome
-
-
-def default_templates(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Templates for class names by their script: English ones for Latin, Chinese for Han, else the bare name.
-
-    The script of most names decides, so that "T恤" and "iPod" may stand in a Chinese list. Where any name has
-    kana, names in Han count as Japanese.
-
-    Returns:
-        whom they are for ("en", "zh" or "bare name"), and the templates.
-    """
-    japanese = any(map(_is_kana, "".join(names)))
-    votes: Counter[str] = Counter()
-    for name in names:
-        if is_latin(name):
-            votes["en"] += 1
-        else:
-            han = all(_is_han(letter) or is_latin(letter) for letter in name)
-            votes["zh" if han and not japanese else "bare name"] += 1
-    most = votes.most_common(1)[0][0] if votes else "bare name"
-    return most, list(DEFAULT_TEMPLATES.get(most, [BARE_NAME]))
-
-
-def _is_han(letter: str) -> bool:
-    return "\u3400" <= letter <= "\u9fff" or "\uf900" <= letter <= "\ufaff" or letter >= "\U00020000"
-
-
-def _is_kana(letter: str) -> bool:
-    # Not the middle dot and the long-vowel mark at the end of the block, which Chinese text has too.
-    return "\u3041" <= letter <= "\u30fa" or "\uff66" <= letter <= "\uff9d"
 
 
 @dataclass

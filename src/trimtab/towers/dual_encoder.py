@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trimtab.data.images import ImageError, SkippedImage, SkippedImages, read_image
-from trimtab.errors import ModelError, TrimtabError
+from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors
 from trimtab.towers.tokens import TextInputs
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
     from trimtab.data.images import ImageSource
+    from trimtab.towers.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,11 @@ class DualEncoder:
         return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
 
     @property
+    def image_fingerprint(self) -> str:
+        """Names what decides where pictures land: of two models that differ in their texts alone it is the same."""
+        return self.fingerprint
+
+    @property
     def max_tokens(self) -> int:
         """Context length of the text tower, special tokens included."""
         return self.text_inputs.limit
@@ -145,26 +151,10 @@ class DualEncoder:
         Raises:
             ImageError: an image cannot be used and `on_error` is "raise".
         """
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
-        _check_batch_size(batch_size)
-        sources: Iterable[Any] = [images] if _is_one_image(images) else images  # type: ignore[assignment]
-        self.last_skipped = SkippedImages()
         parts = []
-        with _progress_bar(sources, "images", progress) as advance:
-            for batch in self._decode_ahead(sources, batch_size):
-                pixels = []
-                for index, future in batch:
-                    try:
-                        pixels.append(future.result())
-                    except ImageError as error:
-                        if on_error == "raise":
-                            raise
-                        self.last_skipped.append(SkippedImage(index, error.source, error.reason))
-                if pixels:
-                    with torch.inference_mode():
-                        parts.append(self._embeddings(self.pixel_features(_stack(pixels)), "an image"))
-                advance(len(batch))
+        for pixels in self.pixel_batches(images, batch_size=batch_size, progress=progress, on_error=on_error):
+            with torch.inference_mode():
+                parts.append(self._embeddings(self.pixel_features(pixels), "an image"))
         return np.concatenate(parts) if parts else np.zeros((0, self.embedding_dim), np.float32)
 
     def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
@@ -213,7 +203,52 @@ class DualEncoder:
         text_side = texts if self._are_embeddings(texts) else self.encode_text(texts)
         return np.asarray(image_side, np.float32) @ np.asarray(text_side, np.float32).T
 
+    def classifier(self, classes: Sequence[str] | None = None, *, templates: Sequence[str] | None = None) -> Classifier:
+        """A classifier of images by class names, without training.
+
+        Args:
+            classes: the names; only a model that was trained on classes may leave them out.
+            templates: sentences with one ``{}`` each; None chooses by the script of the names.
+
+        Raises:
+            DataError: there are no names, or one is empty or stands twice.
+            RecipeError: a template has not exactly one ``{}``.
+        """
+        from trimtab.towers.classifier import Classifier  # it builds on this module
+
+        if classes is None:
+            raise DataError(f"{self.name} was not trained on classes: give their names, classifier(['cat', 'dog'])")
+        return Classifier(self, classes, templates=templates)
+
     # Tensors for tasks and adapters; the gradient mode is the caller's
+
+    def pixel_batches(
+        self,
+        images: Iterable[ImageSource] | ImageSource,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Iterator[dict[str, Tensor]]:
+        """Input tensors of images, batch by batch, decoded ahead; arguments and errors as for `encode_image`."""
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
+        _check_batch_size(batch_size)
+        sources: Iterable[Any] = [images] if _is_one_image(images) else images  # type: ignore[assignment]
+        self.last_skipped = SkippedImages()
+        with _progress_bar(sources, "images", progress) as advance:
+            for batch in self._decode_ahead(sources, batch_size):
+                pixels = []
+                for index, future in batch:
+                    try:
+                        pixels.append(future.result())
+                    except ImageError as error:
+                        if on_error == "raise":
+                            raise
+                        self.last_skipped.append(SkippedImage(index, error.source, error.reason))
+                if pixels:
+                    yield _stack(pixels)
+                advance(len(batch))
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features of one batch of texts, (B, D), not normalised."""

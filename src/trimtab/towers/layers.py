@@ -236,7 +236,7 @@ class TowerCut:
             pixels = self.base._on_device(inputs)["pixel_values"]
             return self._module.lower(pixels, self.site.part, self.site.index)
         carried = {name: inputs[name] for name in self._layout.carried if name in inputs}
-        return {"states": self._entering(inputs, self.site), **carried}
+        return {"states": self.entering(inputs), **carried}
 
     def upper(self, below: dict[str, Tensor], inputs: dict[str, Tensor] | None = None) -> Tensor:
         """Run the upper half; gradients reach whatever is trained in it.
@@ -285,8 +285,10 @@ class TowerCut:
     def _features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.base.token_features(inputs) if self.tower == "text" else self.base.pixel_features(inputs)
 
-    def _entering(self, inputs: dict[str, Tensor], site: Site) -> Tensor:
-        """States that enter the site in a pass that ends there."""
+    def entering(self, inputs: dict[str, Tensor]) -> Tensor:
+        """States (B, T, D) or (B, C, H, W) that enter the site, in a pass that ends there; gradients flow as given."""
+        assert self.site is not None, "above everything nothing is entered"
+        site = self.site
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
             raise _Reached(layer_input(args, kwargs))

@@ -168,15 +168,15 @@ class TextEncoder:
         """As `states`, of what `tokenize` returned."""
         return self._states(tokens, self._lengths(tokens), self._checked_layers(layers))
 
-    def _lengths(self, tokens: dict[str, Tensor]) -> list[int]:
+    def _lengths(self, tokens: dict[str, Tensor]) -> Tensor:  # (B,)
         if "attention_mask" in tokens:
-            return tokens["attention_mask"].sum(dim=1).tolist()
+            return tokens["attention_mask"].sum(dim=1)
         ids, tokenizer = tokens["input_ids"], self.text_inputs.tokenizer  # (B, T)
         places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         lengths = (places * (ids != tokenizer.pad_token_id)).amax(dim=1)
         # SigLIP pads with its end token: the first of them is the text's own.
         lengths += int(tokenizer.pad_token_id == tokenizer.eos_token_id)
-        return lengths.clamp(1, ids.shape[1]).tolist()
+        return lengths.clamp(1, ids.shape[1])
 
     def token_states(
         self, texts: Iterable[str], layers: Sequence[int] = (-1,), *, batch_size: int = 64
@@ -209,14 +209,14 @@ class TextEncoder:
         return results
 
     def _states(
-        self, tokens: dict[str, Tensor], lengths: Sequence[int], layers: Sequence[int]
+        self, tokens: dict[str, Tensor], lengths: Sequence[int] | Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         hidden = self._hidden_states({name: tensor.to(self.device) for name, tensor in tokens.items()})
         states = torch.cat([hidden[layer] for layer in layers], dim=-1).float()  # (B, T, H * len(layers))
         if span := self._prefix_span:
             states = torch.cat([states[:, : span.start], states[:, span.stop :]], dim=1)
         positions = torch.arange(states.shape[1], device=states.device)
-        mask = positions < torch.tensor(lengths, device=states.device)[:, None] - len(span)  # (B, T)
+        mask = positions < torch.as_tensor(lengths, device=states.device)[:, None] - len(span)  # (B, T)
         return states, mask
 
     def _find_prefix(self) -> range:

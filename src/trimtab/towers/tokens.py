@@ -60,6 +60,14 @@ class TextInputs:
                 ids[index] = one
         return ids, len(long)
 
+    def whole_token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, however long.
+
+        Raises:
+            DataError: an item is not a text that can be encoded.
+        """
+        return self._tokenise(self._checked(texts), truncation=False)
+
     def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Tensors (B, T) of a batch: ``input_ids`` and, where the tower uses it, ``attention_mask``."""
         length = self.limit if self.pad_to_limit else max((len(one) for one in ids), default=1)

@@ -1,0 +1,226 @@
+"""Several links on one base: a language, a domain and prompts in one model, and the folder that holds them.
+
+What each does, whatever the order in which they were given:
+
+- Pictures go through the base's image tower with the adapters of the domain.
+- Texts in Latin script go through the base's text tower with those adapters, other texts through the student and the
+  adapter of the language, which was taught the space of the base as it was.
+- Prompts score the classes that they know; a name in another script is a class vector of the language link, or stands
+  for a class of training where `aliases` says so.
+
+Links change nothing in each other, so nothing is trained again. Prompts alone depend on what they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.adapters.adapted import LanguageAdapted
+from trimtab.adapters.domain import DomainAdapted
+from trimtab.adapters.prompt import Pictures, PromptedClasses
+from trimtab.adapters.prompted import PromptAdapted
+from trimtab.errors import DataError, ModelError
+from trimtab.files import digest_of
+from trimtab.towers.classifier import Classifier, check_class_names, class_vectors
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.scripts import default_templates, is_latin
+
+LINKS = ("domain", "language", "prompt")
+"""In the order in which they lie on the base."""
+
+
+class Composed(DualEncoder):
+    """A base with several links.
+
+    Attributes:
+        base: the dual encoder below all of them.
+        domain, language, prompt: the links; None where there is none. Each lies on those before it.
+        aliases: other names of classes that the prompts know, such as 苹果 for apple.
+        folder: the composed folder; None if it was put together in memory.
+    """
+
+    def __init__(
+        self,
+        base: DualEncoder,
+        *,
+        domain: DomainAdapted | None = None,
+        language: LanguageAdapted | None = None,
+        prompt: PromptAdapted | None = None,
+        aliases: Mapping[str, str] | None = None,
+        name: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        self.core: DualEncoder = language or domain or base
+        self.__dict__.update({**self.core.__dict__, "core": self.core})  # the towers are shared, not copied
+        self.base = base
+        self.domain = domain
+        self.language = language
+        self.prompt = prompt
+        self.aliases = dict(aliases or {})
+        self.name = name or base.name
+        self.folder = folder
+        if self.aliases:
+            _check_aliases(self.aliases, prompt)
+        self.fingerprint = self._digest()
+
+    @property
+    def links(self) -> dict[str, Any]:
+        """The links that there are, by name, lowest first."""
+        return {name: one for name in LINKS if (one := getattr(self, name)) is not None}
+
+    @property
+    def image_fingerprint(self) -> str:
+        """See `DualEncoder.image_fingerprint`: a language and prompts leave pictures where they are."""
+        return self.core.image_fingerprint
+
+    @property
+    def alpha(self) -> float:
+        """The dial of the domain link; another alpha is another fingerprint.
+
+        Raises:
+            ModelError: there is no domain link.
+        """
+        return self._with_dial().alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        domain = self._with_dial()
+        domain.alpha = value
+        if self.language is not None:
+            self.language.fingerprint = self.language.fingerprint_on(domain)
+        self.fingerprint = self._digest()
+
+    def to(self, device: str | torch.device) -> Composed:
+        """Move base and links; returns itself."""
+        for one in (self.base, *self.links.values()):
+            one.to(device)
+        return self
+
+    def encode_text(self, *args: Any, **options: Any) -> np.ndarray:
+        """As `DualEncoder.encode_text`: by script to the base's tower or to the language link."""
+        found = self.core.encode_text(*args, **options)
+        self.last_truncated = self.core.last_truncated
+        return found
+
+    def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Features (B, D) of what `text_inputs` returns: of a language link the student's tokens."""
+        return self.core.token_features(tokens)
+
+    def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
+        """As `DualEncoder.pixel_features`, through the adapters of the domain."""
+        return self.core.pixel_features(pixels)
+
+    def classifier(self, classes: Sequence[str] | None = None, *, templates: Sequence[str] | None = None) -> Classifier:
+        """A classifier with what the prompts learned.
+
+        Args:
+            classes: names, in any language that the model reads; None takes those that the prompts were trained on.
+            templates: hand templates, which replace the prompts.
+        """
+        if self.prompt is None or templates is not None:
+            return super().classifier(classes, templates=templates)
+        names = self.prompt.classes if classes is None else check_class_names(classes)
+        if not any(self.prompted_name(name) is not None for name in names):
+            return Classifier(self, names)
+        return _Prompted(self.prompt, self).classifier(names)
+
+    def prompted_name(self, name: str) -> str | None:
+        """The name by which the prompts score a class; None if they do not, and the language link's vector does."""
+        assert self.prompt is not None
+        if name in self.prompt.classes:
+            return name
+        if name in self.aliases:
+            return self.aliases[name]
+        return name if self.language is None or is_latin(name) else None
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the composed folder; see `trimtab.adapters.composing.save_composed`."""
+        from trimtab.adapters.composing import save_composed  # it builds on this module
+
+        return save_composed(self, folder)
+
+    def _with_dial(self) -> DomainAdapted:
+        if self.domain is None:
+            raise ModelError(f"{self.name} has no domain link, and alpha is the dial of one")
+        return self.domain
+
+    def _digest(self) -> str:
+        if self.prompt is None:
+            return self.core.fingerprint
+        parts: list[str | bytes] = ["prompt", self.core.fingerprint, json.dumps(sorted(self.aliases.items()))]
+        parts += [json.dumps(self.prompt.classes), repr(self.prompt.class_scale)]
+        for name, tensor in sorted(self.prompt.prompt.state_dict().items()):
+            parts += [name, tensor.float().cpu().numpy().tobytes()]
+        return digest_of(*parts)
+
+
+def _check_aliases(aliases: Mapping[str, str], prompt: PromptAdapted | None) -> None:
+    if prompt is None:
+        raise DataError("names of classes were given, but there is no prompt link that knows classes")
+    if unknown := [f"{name} for {own!r}" for name, own in aliases.items() if own not in prompt.classes]:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise DataError(
+            f"other names of classes that the prompts of {prompt.name} do not know: {', '.join(unknown[:3])}{more}. "
+            f"They know {', '.join(prompt.classes[:5])}" + (" ..." if len(prompt.classes) > 5 else "")
+        )
+
+
+# The classifier
+
+
+class _Prompted(PromptAdapted):
+    """The prompts of a composed model, for names that they score and names that they do not."""
+
+    def __init__(self, prompt: PromptAdapted, model: Composed) -> None:
+        self.__dict__.update(prompt.__dict__)
+        self.composed = model
+
+    def prompted(self, names: Sequence[str]) -> Any:
+        """Classes (C) for `PromptClassifier`; those that the prompts do not score are fixed vectors."""
+        own = [self.composed.prompted_name(name) for name in names]
+        scored = list(dict.fromkeys(name for name in own if name is not None))
+        others = [name for name, mapped in zip(names, own, strict=True) if mapped is None]
+        classes = super().prompted(scored)
+        if not others and scored == list(names):
+            return classes
+        vectors = torch.zeros(0, self.embedding_dim)
+        if others:
+            vectors = torch.from_numpy(class_vectors(self.composed, others, default_templates(others)[1]))
+        place = {name: at for at, name in enumerate(scored)}
+        rest = iter(range(len(scored), len(scored) + len(others)))
+        order = [place[name] if name is not None else next(rest) for name in own]
+        return _MixedClasses(classes, vectors.to(self.base.device), order)
+
+
+@dataclass
+class _MixedClasses:
+    """`PromptedClasses` beside class vectors (V, D), in the order of the user's names."""
+
+    inner: PromptedClasses
+    vectors: Tensor
+    order: list[int]
+
+    @property
+    def prompt(self) -> Any:
+        return self.inner.prompt
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def embeddings(self) -> Tensor:
+        return self.inner.embeddings()
+
+    def weights(self, embeddings: Tensor) -> Tensor:  # (P, D) -> (C, D)
+        return torch.cat([self.inner.weights(embeddings), self.vectors])[self.order]
+
+    def scores(self, pictures: Pictures, embeddings: Tensor) -> Tensor:  # -> (B, C)
+        scores = [self.inner.scores(pictures, embeddings), pictures.embeddings @ self.vectors.T]
+        return torch.cat(scores, dim=1)[:, self.order]

@@ -1,0 +1,234 @@
+"""A base with learned prompts as one object, and its files: what `trimtab.load` returns for a folder of this link."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from trimtab.adapters.files import (
+    CARD_FILE,
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    AdapterFile,
+    BaseReference,
+    load_into,
+    save_adapter,
+)
+from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
+from trimtab.config import PromptConfig, from_mapping, to_mapping
+from trimtab.errors import DataError, ModelError
+from trimtab.towers.classifier import Classifier, check_class_names, softmax
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.freezing import freeze
+from trimtab.towers.prompting import PromptTower, image_tokens
+
+Known = tuple[PromptedClasses, torch.Tensor]
+
+
+class PromptAdapted(DualEncoder):
+    """A base that has learned to classify from few labelled pictures.
+
+    Images and texts are encoded as by the base, and so it keeps the base's fingerprint; what was learned is in
+    `classifier()`.
+
+    Attributes:
+        base: the dual encoder that the prompt fits.
+        prompt: frozen here.
+        classes: names that it was trained on.
+        templates: hand templates that it was kept near to.
+        class_scale: multiplies scores before the softmax, as fitted on validation.
+        folder: the adapted folder.
+    """
+
+    def __init__(
+        self,
+        base: DualEncoder,
+        prompt: StructuredPrompt,
+        *,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        class_scale: float,
+        tower: PromptTower | None = None,
+        name: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        self.__dict__.update(base.__dict__)  # the towers are shared, not copied
+        self.base = base
+        self.prompt: StructuredPrompt = freeze(prompt).to(base.device)
+        self.classes = tuple(classes)
+        self.templates = tuple(templates)
+        self.class_scale = class_scale
+        self.name = name or base.name
+        self.folder = folder
+        self.prompt_tower = tower or PromptTower(base)
+        self.lock = threading.Lock()
+
+    def to(self, device: str | torch.device) -> PromptAdapted:
+        """Move base and prompt; returns itself. Classifiers made before stay where they were."""
+        self.base.to(device)
+        self.prompt.to(device)
+        return self
+
+    def encode_image(self, *args: Any, **options: Any) -> np.ndarray:
+        """As the base's."""
+        found = self.base.encode_image(*args, **options)
+        self.last_skipped = self.base.last_skipped
+        return found
+
+    def encode_text(self, *args: Any, **options: Any) -> np.ndarray:
+        """As the base's."""
+        found = self.base.encode_text(*args, **options)
+        self.last_truncated = self.base.last_truncated
+        return found
+
+    def token_features(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As the base's."""
+        return self.base.token_features(tokens)
+
+    def pixel_features(self, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As the base's."""
+        return self.base.pixel_features(pixels)
+
+    def classifier(self, classes: Sequence[str] | None = None, *, templates: Sequence[str] | None = None) -> Classifier:
+        """A classifier with what was learned.
+
+        Args:
+            classes: names; None takes those of training. Of a name that training did not have, prompts know nothing
+                but the name.
+            templates: hand templates, which replace the prompts and all that was learned.
+        """
+        names = self.classes if classes is None else classes
+        if templates is not None:
+            return Classifier(self, names, templates=templates)
+        return PromptClassifier(self, names)
+
+    def prompted(self, names: Sequence[str]) -> PromptedClasses:
+        """Classes behind the prompt, of training or not."""
+        place = {name: at for at, name in enumerate(self.classes)}
+        return PromptedClasses(self.prompt_tower, extended(self.prompt, [place.get(name) for name in names]), names)
+
+    def _write(self, folder: str) -> None:
+        if self.folder is None:
+            raise ModelError("this adapted model was never saved: save it with save_prompt")
+        for path in self.folder.iterdir():
+            if path.name in (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE):
+                shutil.copy(path, folder)
+
+
+class PromptClassifier(Classifier):
+    """Classes behind learned prompts. With an instance part, each picture is scored by prompts of its own."""
+
+    model: PromptAdapted
+
+    def __init__(self, model: PromptAdapted, classes: Sequence[str]) -> None:
+        names = check_class_names(classes)
+        self.model = model
+        self.templates = model.templates
+        self.logit_scale = model.class_scale
+        self._known = (names, self._vectors(names))
+
+    def add_classes(self, names: Sequence[str] | str) -> None:
+        """As `Classifier.add_classes`; of an added class prompts know its name alone."""
+        added = check_class_names([names] if isinstance(names, str) else names, known=self.classes)
+        whole = self.classes + added
+        self._known = (whole, self._vectors(whole))
+
+    @torch.no_grad()
+    def _vectors(self, names: Sequence[str]) -> Known:
+        classes = self.model.prompted(names)
+        with self.model.lock:
+            return classes, classes.embeddings()
+
+    @torch.no_grad()
+    def _scores(self, images: Any, known: Known, batch_size: int, on_error: Literal["raise", "skip"]) -> np.ndarray:
+        classes, embeddings = known
+        if classes.prompt.instance is None and not classes.prompt.config.reads_patches:
+            return super()._scores(images, classes.weights(embeddings).cpu().numpy(), batch_size, on_error)
+        model = self.model
+        needs_tokens = classes.prompt.config.reads_patches
+        if model._are_embeddings(images):
+            raise DataError("this classifier looks at more of a picture than its embedding: give pictures")
+        parts = [np.zeros((0, len(classes)), np.float32)]
+        for pixels in model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error):
+            with model.lock:
+                features, tokens, mask = (
+                    image_tokens(model.base, pixels) if needs_tokens else (model.pixel_features(pixels), None, None)
+                )
+                pictures = Pictures(F.normalize(features.float(), dim=-1), tokens, mask)
+                scores = classes.scores(pictures, embeddings)
+            parts.append(softmax(self.logit_scale * scores.float().cpu().numpy()))
+        model.last_skipped = model.base.last_skipped
+        return np.concatenate(parts)
+
+
+def save_prompt(
+    folder: str | Path,
+    prompt: StructuredPrompt,
+    *,
+    base: DualEncoder,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    class_scale: float,
+    recipe: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    card: str = "",
+) -> Path:
+    """Write an adapted folder for `trimtab.load`; see `trimtab.adapters.files.save_adapter`."""
+    return save_adapter(
+        folder,
+        link=LINK,
+        tensors=prompt.state_dict(),
+        config={
+            "prompt": to_mapping(prompt.config),
+            "patch_width": prompt.patch_width,
+            "classes": list(classes),
+            "templates": list(templates),
+            "class_scale": class_scale,
+        },
+        base=BaseReference.of(base),
+        recipe=recipe,
+        data=data,
+        metrics=metrics,
+        card=card,
+    )
+
+
+def load_prompt(described: AdapterFile, base: DualEncoder, name: str, folder: Path) -> PromptAdapted:
+    """Build what an adapted folder of this link describes, on the base that it was trained on.
+
+    Raises:
+        ModelError: the description is incomplete or does not fit its tensors.
+    """
+    where = described.folder / DESCRIPTION_FILE
+    try:
+        mapping = described.config["prompt"]
+        classes, templates = (check_class_names(described.config[key]) for key in ("classes", "templates"))
+        class_scale, patch_width = float(described.config["class_scale"]), int(described.config["patch_width"])
+    except (KeyError, TypeError, ValueError, DataError) as error:
+        reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong value ({error})"
+        raise ModelError(f"{where} {reason}: copy the folder again") from error
+    if not class_scale > 0:
+        raise ModelError(f"{where} has class_scale={class_scale}, no number above 0: copy the folder again")
+    tower = PromptTower(base)
+    prompt = StructuredPrompt(
+        from_mapping(PromptConfig, mapping, str(where)), tower, patch_width=patch_width, classes=len(classes)
+    )
+    load_into(prompt, described)
+    return PromptAdapted(
+        base,
+        prompt,
+        classes=classes,
+        templates=templates,
+        class_scale=class_scale,
+        tower=tower,
+        name=name,
+        folder=folder,
+    )

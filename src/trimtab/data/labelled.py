@@ -1,0 +1,245 @@
+"""Pictures with class names.
+
+Read strictly: a label that names no class, a class without a picture and numbers that are off by one are refused
+before anything is trained. A picture that cannot be decoded is left out, counted and listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from trimtab.data.captions import Entry, read_entries
+from trimtab.data.manifests import read_class_names
+from trimtab.data.pairs import Dropped
+from trimtab.data.parallel import clean_text
+from trimtab.data.shards import PictureFile, find_damaged
+from trimtab.errors import DataError
+from trimtab.files import digest_of
+
+logger = logging.getLogger(__name__)
+
+_MOST_UNUSABLE = 0.5
+_NAMED = 5
+
+
+class LabelOptions(Protocol):
+    """One source of labelled pictures; `trimtab.config.LabelSource` documents it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def root(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class _Source:
+    """As `trimtab.data.captions.read_entries` wants it: the class names themselves are the texts."""
+
+    path: str
+    image: str
+    label: str | None
+    root: str | None
+    text: str = ""
+    templates: tuple[str, ...] = ("{}",)
+    descriptions: str | None = None
+    share: float = 1.0
+    limit: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledPictures:
+    """Pictures and their classes.
+
+    Attributes:
+        images: N pictures, each once.
+        labels: (N,) int64 class of each.
+        classes: C names.
+        dropped: what was read and cannot be used.
+    """
+
+    images: tuple[PictureFile, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    dropped: tuple[Dropped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(C,) pictures of each class."""
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of the pictures' names and content, labels and class names; folders do not count."""
+        try:
+            parts = [part for image in self.images for part in (image.name, image.digest())]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
+        return digest_of(str(len(self)), *parts, *self.classes, np.ascontiguousarray(self.labels, "<i8").tobytes())
+
+    def take(self, chosen: np.ndarray) -> LabelledPictures:
+        """Some of the pictures, by position (or a mask), with the same classes."""
+        positions = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        images = tuple(self.images[at] for at in positions)
+        return dataclasses.replace(self, images=images, labels=self.labels[positions])
+
+    def only(self, classes: np.ndarray) -> LabelledPictures:
+        """The pictures of some classes, by number; these are then all classes, in the order given."""
+        place = np.full(len(self.classes), -1)
+        place[classes] = np.arange(len(classes))
+        kept = self.take(place[self.labels] >= 0)
+        return dataclasses.replace(
+            kept, labels=place[kept.labels], classes=tuple(self.classes[at] for at in classes.tolist())
+        )
+
+
+def load_labelled(
+    sources: Sequence[LabelOptions],
+    classes: Sequence[str] | str | Path | None = None,
+    *,
+    notes: Path | None = None,
+    every_class: bool = True,
+) -> LabelledPictures:
+    """Read all sources, decode every picture once, keep what can be used.
+
+    Args:
+        classes: names in order, or the file that holds them; None takes those found, sorted.
+        notes: see `trimtab.data.pairs.load_pairs`.
+        every_class: refuse if a class has no picture.
+
+    Raises:
+        DataError: a source cannot be used; a picture without label or with one that is no class; a picture with two
+            labels; a class without picture; fewer than 2 classes; more than half of the pictures unusable.
+    """
+    where = ", ".join(source.path for source in sources)
+    entries = [
+        entry
+        for one in sources
+        for entry in read_entries(_Source(one.path, one.image, one.label, one.root))
+    ]  # fmt: skip
+    names = [_label(entry) for entry in entries]
+    listed = isinstance(classes, (str, Path))
+    known = (
+        read_class_names(classes) if isinstance(classes, (str, Path)) else None if classes is None else list(classes)
+    )
+    if known is None:
+        known = sorted(set(names))
+    origin = str(classes) if listed else where
+    if len(known) < 2:
+        raise DataError(f"{origin}: there is only the class {known[0]!r}, and telling classes apart takes two")
+    numbers = _numbers(entries, names, known, origin)
+
+    dropped: list[Dropped] = []
+    labels: dict[PictureFile, int] = {}
+    places: dict[PictureFile, Entry] = {}
+    for entry, label in zip(entries, numbers, strict=True):
+        picture = entry.picture
+        if isinstance(picture, str) or not picture.exists():
+            reason = picture if isinstance(picture, str) else f"{picture}: no such file"
+            dropped.append(Dropped(entry.file, entry.row, reason))
+        elif labels.setdefault(picture, label) != label:
+            first = places[picture]
+            raise DataError(
+                f"{entry.file}, row {entry.row}: {picture} is of class {known[label]!r} here and "
+                f"{known[labels[picture]]!r} in {first.file}, row {first.row}: a picture has one class; remove a row"
+            )
+        else:
+            places.setdefault(picture, entry)
+    for picture, reason in find_damaged(list(labels), notes).items():
+        dropped.append(Dropped(places[picture].file, places[picture].row, f"{picture}: {reason}"))
+        del labels[picture]
+    _report(where, dropped, len(entries))
+    found = LabelledPictures(
+        tuple(labels), np.fromiter(labels.values(), np.int64, len(labels)), tuple(known), tuple(dropped)
+    )
+    lacking = [known[at] for at in np.flatnonzero(found.counts == 0)]
+    if lacking and every_class:
+        raise DataError(
+            f"{where}: {len(lacking)} of {len(known)} classes have no picture: {_some(lacking)}. Add pictures of them, "
+            f"or take their names out of {classes if listed else 'the classes'}"
+        )
+    return found
+
+
+def base_and_new(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the base classes, the first half (of an odd number, one more), and of the new ones (CoOp's split)."""
+    half = math.ceil(classes / 2)
+    return np.arange(half), np.arange(half, classes)
+
+
+def _label(entry: Entry) -> str:
+    name = clean_text(entry.texts[0]) if entry.texts else ""
+    if not name:
+        raise DataError(f"{entry.file}, row {entry.row}: the picture has no label: give one, or remove the row")
+    if len(entry.texts) > 1:
+        raise DataError(f"{entry.file}, row {entry.row}: {len(entry.texts)} labels: a picture has one class")
+    return name
+
+
+def _numbers(entries: Sequence[Entry], names: Sequence[str], classes: Sequence[str], origin: str) -> list[int]:
+    """The class of each entry, from its name, or from its number where all labels are numbers and none is a name."""
+    place = {clean_text(name): at for at, name in enumerate(classes)}
+    unknown = [at for at, name in enumerate(names) if name not in place]
+    if not unknown:
+        return [place[name] for name in names]
+    if len(unknown) == len(names) and all(name.isascii() and name.isdigit() for name in names):
+        numbers = [int(name) for name in names]
+        if max(numbers) >= len(classes):
+            last = int(np.argmax(numbers))
+            hint = (
+                "they are off by one: count from 0, or write names"
+                if min(numbers) >= 1 and max(numbers) == len(classes)
+                else "mend the labels, or add the classes"
+            )
+            raise DataError(
+                f"{entries[last].file}, row {entries[last].row}: label {numbers[last]}, but the {len(classes)} classes "
+                f"of {origin} have the numbers 0 to {len(classes) - 1}; the labels run from {min(numbers)} to "
+                f"{max(numbers)}: {hint}"
+            )
+        return numbers
+    shown = []
+    for name, count in Counter(names[at] for at in unknown).most_common(_NAMED):
+        entry = entries[names.index(name)]
+        near = difflib.get_close_matches(name, classes, n=1)
+        meant = f", do you mean {near[0]!r}?" if near else ""
+        shown.append(f"{name!r} ({entry.file}, row {entry.row}; {count} pictures{meant})")
+    more = len({names[at] for at in unknown}) - len(shown)
+    raise DataError(
+        f"labels that are not among the {len(classes)} classes of {origin}: {'; '.join(shown)}"
+        f"{f'; and {more} more' if more else ''}. Mend the labels or add them to the classes"
+    )
+
+
+def _report(where: str, dropped: Sequence[Dropped], read: int) -> None:
+    if not dropped:
+        return
+    some = "; ".join(f"{one.file}, row {one.row}: {one.reason}" for one in dropped[:_NAMED])
+    summary = f"{where}: {len(dropped)} of {read} pictures cannot be used: {some}"
+    if len(dropped) > _MOST_UNUSABLE * read:
+        raise DataError(
+            f"{summary}. More than half is too much to go on: check the columns image and label, the root and the files"
+        )
+    logger.warning("%s%s", summary, f"; and {len(dropped) - _NAMED} more" if len(dropped) > _NAMED else "")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,129 @@
+"""Few-shot draws: which pictures of each class a method may learn from, the same for every method.
+
+A draw depends on the seed and on the pictures' bytes alone: not on the order of a table, nor on where it lies. Fewer
+shots lie within more. Validation has min(shots, 4) pictures per class, as in CoOp's protocol (Zhou et al.,
+arXiv 2109.01134).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.data.labelled import LabelledPictures
+from trimtab.data.shards import PictureFile
+from trimtab.errors import DataError
+from trimtab.files import digest_of
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SHOTS = 4
+_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Shots:
+    """What is learnt from, and what choices are made on; no picture is in both."""
+
+    train: LabelledPictures
+    validation: LabelledPictures
+
+
+def draw_shots(
+    train: LabelledPictures,
+    validation: LabelledPictures | None,
+    shots: int | None,
+    seed: int,
+    *,
+    allow_fewer: bool = False,
+) -> Shots:
+    """Draw `shots` pictures of each class, and min(shots, 4) for validation.
+
+    Validation comes from the validation pictures where there are some, else from training pictures that are not
+    learnt from. A class may have fewer validation pictures than that, or none.
+
+    Args:
+        shots: per class; None takes all pictures there are.
+        allow_fewer: take what there is of a class with fewer than `shots` pictures.
+
+    Raises:
+        DataError: a class has fewer than `shots` pictures and `allow_fewer` is false; nothing is left for validation.
+    """
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots={shots} must be at least 1, or None for all")
+    ranked = _ranked(train, seed, "train")
+    _check_enough(train, [len(some) for some in ranked], shots, allow_fewer)
+    wanted = VALIDATION_SHOTS if shots is None else min(shots, VALIDATION_SHOTS)
+    if validation is not None:
+        held = [some if shots is None else some[:wanted] for some in _ranked(validation, seed, "validation")]
+        learnt = ranked if shots is None else [some[:shots] for some in ranked]
+        return Shots(train.take(np.concatenate(learnt)), validation.take(np.concatenate(held)))
+    # From the other end: as long as there are enough, the pictures of validation stay when the shots grow.
+    held_count = [min(wanted, max(0, len(some) - (shots or 1))) for some in ranked]
+    held = [some[len(some) - count :] for some, count in zip(ranked, held_count, strict=True)]
+    left = [some[: len(some) - count] for some, count in zip(ranked, held_count, strict=True)]
+    learnt = left if shots is None else [some[:shots] for some in left]
+    if not sum(held_count):
+        raise DataError(
+            f"no class has more than the {shots or 1} training pictures that are learnt from, so none is left to "
+            "choose by: give data.validation, or ask for fewer shots"
+        )
+    return Shots(train.take(np.concatenate(learnt)), train.take(np.concatenate(held)))
+
+
+def take_share(train: LabelledPictures, share: float, seed: int) -> LabelledPictures:
+    """A share of every class's pictures, at least one of each; a smaller share lies within a larger one."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be above 0 and at most 1")
+    ranked = _ranked(train, seed, "share")
+    return train.take(np.concatenate([some[: max(1, round(share * len(some)))] for some in ranked]))
+
+
+def apart(part: LabelledPictures, other: LabelledPictures, *, name: str, where: str) -> LabelledPictures:
+    """`part` without the pictures that `other` has too, by their bytes; says so if there are some."""
+    theirs = {_content(image) for image in other.images}
+    keep = np.array([_content(image) not in theirs for image in part.images], bool)
+    if not keep.all():
+        logger.warning(
+            "%d of %d %s pictures are among those of %s too, for example %s: they are left out of %s",
+            int((~keep).sum()), len(part), name, where, part.images[int(np.argmin(keep))], name,
+        )  # fmt: skip
+    return part.take(keep)
+
+
+def _check_enough(train: LabelledPictures, counts: Sequence[int], shots: int | None, allow_fewer: bool) -> None:
+    short = [f"{name!r} ({count})" for name, count in zip(train.classes, counts) if count < (shots or 1)]
+    if not short or (allow_fewer and min(counts) > 0):
+        return
+    more = f", and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
+    raise DataError(
+        f"{shots or 1} shots are asked for, but {len(short)} of {len(counts)} classes have fewer training pictures: "
+        f"{', '.join(short[:_SHOWN])}{more}. Ask for fewer shots, add pictures, or take what there is with "
+        "data.allow_fewer=true"
+    )
+
+
+def _ranked(part: LabelledPictures, seed: int, stream: str) -> list[np.ndarray]:
+    """Positions of each class's pictures in the order in which they are drawn."""
+    keys = [(digest_of(stream, str(seed), _content(image)), image.name) for image in part.images]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    return [order[part.labels[order] == label] for label in range(len(part.classes))]
+
+
+def _content(image: PictureFile) -> str:
+    """What changes with a picture's bytes."""
+    try:
+        status = image.path.stat()
+        return _digest(image, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise DataError(f"{image}: cannot be read any more ({error.strerror}): start again") from error
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _digest(image: PictureFile, size: int, changed: int) -> str:
+    """Read once for all draws, and again when the file has changed."""
+    return image.digest()

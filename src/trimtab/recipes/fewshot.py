@@ -1,0 +1,319 @@
+"""The few-shot protocol: methods x shots x seeds on one set of pictures, run by run. Read top to bottom.
+
+Each run learns from the shots that `trimtab.data.shots` draws for its seed, the same for every method, chooses on the
+validation pictures drawn beside them, and then looks at the whole test set, once. A finished run is one line of the
+output file and is not repeated: a sweep that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import trimtab
+from trimtab.adapters.adapted import load
+from trimtab.config import LabelSource, PromptRecipe, to_mapping
+from trimtab.data.labelled import LabelledPictures, load_labelled
+from trimtab.data.shards import PictureFile
+from trimtab.data.shots import Shots, apart, draw_shots
+from trimtab.errors import DataError, RecipeError
+from trimtab.evaluation.fewshot_summaries import names_of, spread_of
+from trimtab.files import cache_home, digest_of, explain_disk_errors
+from trimtab.precision import tune_allocator
+from trimtab.recipes.fewshot_methods import METHODS, PROMPT_METHODS, Episode, Split, right
+from trimtab.recipes.prompt_features import PictureFeatures
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.training.trackers import progress_reporter
+
+logger = logging.getLogger(__name__)
+
+SHOTS = (1, 2, 4, 8, 16)
+SEEDS = (1, 2, 3)
+DEFAULT_METHODS = ("template", "ensemble", "linear_probe", "lp_plus_plus", "tip_adapter_f", "coop", "structured")
+VIEW_SEED = 0  # one set of views for all seeds: they are of the pictures, not of a run
+
+Run = dict[str, Any]
+"""One line of the output: method, dataset, shots, seed, top1 and what else is worth knowing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is asked for."""
+
+    shots: tuple[int, ...] = SHOTS
+    seeds: tuple[int, ...] = SEEDS
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    dataset: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "seeds", "methods"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise RecipeError(f"{name}={values!r} must be one or more values without repeats")
+        if min(self.shots) < 1:
+            raise RecipeError(f"shots={self.shots} must be at least 1 each")
+        if min(self.seeds) < 0:
+            raise RecipeError(f"seeds={self.seeds} must be at least 0 each")
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise RecipeError(f"no such method: {', '.join(unknown)}; there are {', '.join(METHODS)}")
+
+    def __iter__(self) -> Iterator[tuple[int, int, str]]:
+        """Seed, shots, method of each run."""
+        return ((seed, shots, method) for shots in self.shots for seed in self.seeds for method in self.methods)
+
+
+@dataclass(frozen=True, eq=False)
+class FewShotData:
+    """All three splits over the same classes, no picture in two of them."""
+
+    train: LabelledPictures
+    validation: LabelledPictures | None
+    test: LabelledPictures
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the classes and what the splits hold, in whatever order."""
+        parts = (self.train, self.validation, self.test)
+        found = [sorted(f"{i.digest()} {y}" for i, y in zip(p.images, p.labels.tolist())) if p else [] for p in parts]
+        return digest_of(*self.train.classes, *(digest_of(*one) for one in found))
+
+
+def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Callable[[str], None] = print) -> list[Run]:
+    """Run what of a sweep is not in the file yet.
+
+    Args:
+        recipe: data, base, views, and the options of methods that learn prompts; its `seed` and `data.shots` are not
+            used.
+        out: a JSONL file, which is appended to.
+        progress: gets a line per run.
+
+    Returns:
+        All runs of the plan, those of earlier sweeps too.
+
+    Raises:
+        TrimtabError: whatever the user can mend, before anything is computed.
+    """
+    tune_allocator()
+    out = Path(out)
+    data = read_fewshot(recipe)
+    allow_fewer = recipe.data.allow_fewer
+    draws = {
+        (seed, shots): draw_shots(data.train, data.validation, shots, seed, allow_fewer=allow_fewer)
+        for shots in plan.shots
+        for seed in plan.seeds
+    }
+    base = load(recipe.base)
+    dataset = plan.dataset or dataset_name(recipe)
+    known = {run["key"]: run for run in read_runs(out) if "key" in run}
+    keys = {
+        one: digest_of(setting(recipe, one[2]), data.digest, base.fingerprint, dataset, *map(str, one))[:16]
+        for one in plan
+    }
+    pictures = Pictures(recipe, plan, data, draws, base)
+    for (seed, shots, method), key in keys.items():
+        if key in known:
+            continue
+        fitted = run_once(recipe, method, pictures, draws[seed, shots], seed)
+        run = {"method": method, "dataset": dataset, "shots": shots, "seed": seed, **fitted, "key": key}
+        append_run(out, run)
+        known[key] = run
+        progress(f"{dataset}, {method}, {shots} shots, seed {seed}: {run['top1']:.1f}% in {run['seconds']:.0f} s")
+    return [known[key] for key in keys.values()]
+
+
+def read_fewshot(recipe: PromptRecipe) -> FewShotData:
+    """Read and check all splits.
+
+    Raises:
+        DataError: as `load_labelled`; no test pictures are named.
+    """
+    sources = recipe.data
+    if not sources.test:
+        raise DataError("few-shot runs are measured on test pictures: name them with data.test")
+    notes = cache_home() / "features"
+    train = load_labelled(sources.train, sources.classes, notes=notes)
+    others = [
+        load_labelled(part, train.classes, notes=notes, every_class=False) if part else None
+        for part in (sources.validation, sources.test)
+    ]
+    validation, test = others
+    assert test is not None
+    train = apart(train, test, name="training", where="test")
+    if validation is not None:
+        train = apart(train, validation, name="training", where="validation")
+        validation = apart(validation, test, name="validation", where="test")
+    return FewShotData(train, validation, test)
+
+
+class Pictures:
+    """Features of all pictures that a sweep needs, encoded when the first run asks for them."""
+
+    def __init__(
+        self,
+        recipe: PromptRecipe,
+        plan: Plan,
+        data: FewShotData,
+        draws: Mapping[tuple[int, int], Shots],
+        base: DualEncoder,
+    ) -> None:
+        self.recipe, self.data, self.base = recipe, data, base
+        self.tokens = (
+            any(method in PROMPT_METHODS for method in plan.methods) and recipe.resolved().prompt.reads_patches
+        )
+        self._learnt = _once(draw.train for draw in draws.values())
+        self._held = _once(draw.validation for draw in draws.values())
+
+    def shots(self, draw: Shots) -> tuple[Split, Split]:
+        """Training and validation pictures of one draw."""
+        train = [self._learnt[image] for image in draw.train.images]
+        held = [self._held[image] for image in draw.validation.images]
+        return (
+            self._train.take(np.array(train), draw.train.labels),
+            self._validation.take(np.array(held), draw.validation.labels),
+        )
+
+    @functools.cached_property
+    def test(self) -> Split:
+        """The whole test set."""
+        return self._encoded(self.data.test.images, self.data.test.labels)
+
+    @functools.cached_property
+    def _train(self) -> Split:
+        """Every picture that some run learns from, with its views."""
+        return self._encoded(list(self._learnt), views=self.recipe.data.views)
+
+    @functools.cached_property
+    def _validation(self) -> Split:
+        """Every picture that some run chooses by."""
+        return self._encoded(list(self._held))
+
+    def _encoded(self, images: Sequence[PictureFile], labels: np.ndarray | None = None, *, views: int = 0) -> Split:
+        options = self.recipe.data.augmentation
+        features = PictureFeatures(self.base, images, views=views, options=options, seed=VIEW_SEED, tokens=self.tokens)
+        with progress_reporter("pictures", "pictures") as report:
+            features.fill(progress=report)
+        return Split.of(features, np.zeros(len(images), np.int64) if labels is None else labels)
+
+
+def run_once(recipe: PromptRecipe, method: str, pictures: Pictures, draw: Shots, seed: int) -> Run:
+    """Fit one method on one draw, then open the test set."""
+    train, validation = pictures.shots(draw)
+    episode = Episode(pictures.base, draw, train, validation, replace(recipe, seed=seed), seed)
+    torch.manual_seed(seed)
+    started = time.monotonic()
+    fitted = METHODS[method](episode)
+    seconds = time.monotonic() - started
+    with torch.no_grad():
+        held = right(fitted.logits(validation), validation.labels)
+        labels = pictures.test.labels
+        logits = fitted.logits(pictures.test)
+    taken = logits.argmax(1)
+    return {
+        "top1": right(logits, labels),
+        "mean_per_class": mean_per_class(taken, labels),
+        "validation_top1": held,
+        "n_classes": len(draw.train.classes),
+        "n_train": len(train),
+        "n_validation": len(validation),
+        "n_test": len(labels),
+        "seconds": round(seconds, 2),
+        "trained_parameters": fitted.parameters,
+        "chosen": fitted.chosen,
+        "base": recipe.base,
+        "views": recipe.data.views,
+        "trimtab": trimtab.__version__,
+    }
+
+
+def mean_per_class(taken: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean of the classes' own top-1, in percent; classes without pictures do not count."""
+    count = torch.bincount(labels)
+    correct = torch.bincount(labels[taken == labels], minlength=len(count))
+    return 100 * float((correct[count > 0] / count[count > 0]).mean())
+
+
+def setting(recipe: PromptRecipe, method: str) -> str:
+    """What of a recipe decides the outcome of a method, data and base apart."""
+    mapping = to_mapping(recipe)
+    views = str([mapping["data"][name] for name in ("views", "augmentation", "allow_fewer")])
+    if method not in PROMPT_METHODS:
+        return views
+    for name in ("out", "seed", "data", "base"):
+        mapping.pop(name, None)
+    for name in ("checkpoint_every", "log_every", "trackers", "processes"):
+        mapping["training"].pop(name, None)
+    return views + str(mapping)
+
+
+def dataset_name(recipe: PromptRecipe) -> str:
+    """What to call the data: the folder of the training table, or the folder that holds the class folders."""
+    source: LabelSource = recipe.data.train[0]
+    path = Path(source.path).absolute()
+    folder = path if path.is_dir() else path.parent
+    return folder.parent.name if folder.name.lower() in ("train", "training") else folder.name
+
+
+def mean_rows(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Of each method, mean and deviation over seeds at each number of shots, as text."""
+    dataset = runs[0]["dataset"]
+    rows = {}
+    for method in names_of(runs, "method"):
+        found = [spread_of(runs, dataset, method, shots) for shots in names_of(runs, "shots")]
+        rows[method] = [
+            "–" if one is None else f"{one.mean:.1f}" + (f" ± {one.deviation:.1f}" if one.deviation is not None else "")
+            for one in found
+        ]
+    return rows
+
+
+# Files
+
+
+def read_runs(path: str | Path) -> list[Run]:
+    """Finished runs; a line that was cut off by a kill is none.
+
+    Raises:
+        DataError: the file cannot be read as text.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a file of runs ({error}); choose another --out") from error
+    runs = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            run = json.loads(line)
+            if isinstance(run, dict):
+                runs.append(run)
+    return runs
+
+
+def append_run(path: Path, run: Run) -> None:
+    """Append one line, as one write that is on disk when this returns."""
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+        line = ("" if whole else "\n") + json.dumps(run, ensure_ascii=False) + "\n"
+        with path.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
+            os.fsync(stream.fileno())
+
+
+def _once(parts: Iterator[LabelledPictures] | Any) -> dict[PictureFile, int]:
+    """Places of all pictures, each once, in an order that does not depend on the runs."""
+    images = {image for part in parts for image in part.images}
+    return {image: at for at, image in enumerate(sorted(images, key=lambda image: (image.name, str(image.path))))}

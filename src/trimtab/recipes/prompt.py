@@ -1,0 +1,235 @@
+"""The prompt link end to end: read top to bottom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.adapters.adapted import load
+from trimtab.adapters.prompted import save_prompt
+from trimtab.config import PromptRecipe, to_mapping, to_yaml
+from trimtab.data.labelled import LabelledPictures, load_labelled
+from trimtab.data.shots import apart, draw_shots
+from trimtab.files import cache_home, digest_of
+from trimtab.precision import tune_allocator
+from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
+from trimtab.recipes.prompt_features import PictureFeatures
+from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt, new_prompt
+from trimtab.towers.classifier import class_vectors
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.prompting import PromptTower
+from trimtab.training.trackers import progress_reporter
+
+_MEASURED = 16
+
+
+def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, Any] | None:
+    """Learn prompts from labelled pictures; see `trimtab.recipes.adapt.adapt`."""
+    started = time.monotonic()
+    tune_allocator()
+    # The user's mistakes first: no model is loaded before the data are known to be good.
+    check_out(recipe.out)
+    sets = read_sets(recipe)
+    base = load(recipe.base)
+    features = frozen_features(recipe, base, sets)
+    if dry_run:
+        print(plan(recipe, base, sets, features))
+        return None
+
+    clock = time.monotonic()
+    for part in features.values():
+        with progress_reporter("pictures", "pictures") as report:
+            part.fill(progress=report)
+    encoding = time.monotonic() - clock
+    labelled = {name: LabelledFeatures(features[name], pictures.labels) for name, pictures in sets.as_dict().items()}
+    digests = [pictures.digest for pictures in (sets.train, sets.validation)]
+    fitted = fit_prompt(
+        base,
+        recipe,
+        labelled["train"],
+        labelled["validation"],
+        sets.train.classes,
+        recipe.seed,
+        checkpoints=training_folder(recipe.out),
+        digest=digest_of(recipe_digest(recipe), *digests, base.fingerprint),
+        run_config=to_mapping(recipe),
+        show_progress=True,
+    )
+    outcome: dict[str, Any] = {
+        "folder": recipe.out,
+        "method": recipe.method,
+        "classes": len(sets.train.classes),
+        "pictures": {name: len(pictures) for name, pictures in sets.as_dict().items()},
+        "validation": fitted.validation | {"zero_shot": zero_shot(base, fitted, labelled["validation"])},
+        "trained_parameters": fitted.prompt.trained_parameters,
+        "class_scale": fitted.class_scale,
+        "steps": fitted.steps,
+        "history": fitted.history,
+    }
+    if sets.test is not None:  # opened once, when all is chosen
+        test = labelled["test"]
+        outcome["test"] = fitted.figures(test) | {"zero_shot": zero_shot(base, fitted, test)}
+    outcome["seconds"] = {
+        "encoding": encoding, "training": fitted.seconds, "total": time.monotonic() - started
+    }  # fmt: skip
+    save(recipe, base, sets, fitted, outcome)
+    return outcome
+
+
+@dataclass(frozen=True)
+class LabelledSets:
+    """Pictures to train on, to choose by, and to measure on at the end, with the same classes."""
+
+    train: LabelledPictures
+    validation: LabelledPictures
+    test: LabelledPictures | None = None
+
+    def as_dict(self) -> dict[str, LabelledPictures]:
+        """By name, those that there are."""
+        found = {"train": self.train, "validation": self.validation}
+        return found if self.test is None else {**found, "test": self.test}
+
+
+def read_sets(recipe: PromptRecipe) -> LabelledSets:
+    """Read and check all sources, and draw shots: no picture is in two sets.
+
+    Raises:
+        DataError: see `trimtab.data.labelled.load_labelled` and `trimtab.data.shots.draw_shots`.
+    """
+    data, notes = recipe.data, cache_home() / "pictures"
+    train = load_labelled(data.train, data.classes, notes=notes)
+    validation, test = (
+        load_labelled(sources, train.classes, notes=notes, every_class=False) if sources else None
+        for sources in (data.validation, data.test)
+    )
+    if validation is not None:
+        train = apart(train, validation, name="training", where="validation")
+    if test is not None:
+        train = apart(train, test, name="training", where="test")
+        if validation is not None:
+            validation = apart(validation, test, name="validation", where="test")
+    drawn = draw_shots(train, validation, data.shots, recipe.seed, allow_fewer=data.allow_fewer)
+    # Validation pictures that the user gave are all used.
+    return LabelledSets(drawn.train, drawn.validation if validation is None else validation, test)
+
+
+def frozen_features(recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets) -> dict[str, PictureFeatures]:
+    """Features of each set; nothing is computed yet.
+
+    Raises:
+        RecipeError: a part of the prompt reads patch tokens, and the image tower has none.
+    """
+    tokens = recipe.resolved().prompt.reads_patches
+    return {
+        name: PictureFeatures(
+            base,
+            pictures.images,
+            views=recipe.data.views if name == "train" else 0,
+            options=recipe.data.augmentation,
+            seed=recipe.seed,
+            tokens=tokens,
+        )
+        for name, pictures in sets.as_dict().items()
+    }
+
+
+def zero_shot(base: DualEncoder, fitted: FittedPrompt, pictures: LabelledFeatures) -> float:
+    """Top-1 of the hand templates, in percent, for comparison."""
+    vectors = class_vectors(fitted.task.classes.tower.base, fitted.classes, fitted.templates)
+    found = pictures.features.pictures().embeddings.cpu().numpy() @ vectors.T
+    return 100 * float((found.argmax(axis=1) == pictures.labels).mean())
+
+
+def plan(
+    recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets, features: dict[str, PictureFeatures]
+) -> str:  # fmt: skip
+    """The resolved recipe, what is trained and cached, and how long encoding takes: for `--dry-run`."""
+    train = features["train"]
+    some = train.take(np.arange(min(_MEASURED, len(train))))
+    clock = time.monotonic()
+    some.encode()
+    each = (time.monotonic() - clock) / len(some)
+    passes = sum(len(part) * (1 + part.views) for part in features.values())
+    counts = ", ".join(f"{len(pictures):,} for {name}" for name, pictures in sets.as_dict().items())
+    parameters = new_prompt(recipe, PromptTower(base), train.patch_width, len(sets.train.classes)).trained_parameters
+    total = sum(parameter.numel() for parameter in base.model.parameters())
+    share = f"{100 * parameters / total:.3g}% of the base's {total:,}"
+    return "\n".join([
+        to_yaml(recipe).rstrip(),
+        "",
+        f"pictures     {counts}; {len(sets.train.classes):,} classes",
+        f"parameters   {parameters:,} trained ({share}), the others frozen",
+        f"cache        {sum(part.nbytes for part in features.values()) / 1e9:.2f} GB in {cache_home() / 'features'}",
+        f"time         about {passes * each / 60:.1f} min to encode once, then {recipe.steps or 'as many'} steps",
+    ])  # fmt: skip
+
+
+def save(
+    recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets, fitted: FittedPrompt, outcome: dict[str, Any]
+) -> None:
+    """Write the adapted folder."""
+    base.name = portable(base.name)
+    metrics = {
+        f"{name} {key}": value for name in ("validation", "test") for key, value in outcome.get(name, {}).items()
+    }
+    save_prompt(
+        recipe.out,
+        fitted.prompt,
+        base=base,
+        classes=fitted.classes,
+        templates=fitted.templates,
+        class_scale=fitted.class_scale,
+        recipe=to_mapping(recipe),
+        data={
+            "digest": sets.train.digest,
+            "pictures": outcome["pictures"],
+            "unusable": len(sets.train.dropped),
+        },
+        metrics=metrics,
+        card=model_card(recipe, fitted, outcome, metrics),
+    )
+
+
+def model_card(
+    recipe: PromptRecipe, fitted: FittedPrompt, outcome: dict[str, Any], metrics: dict[str, float]
+) -> str:  # fmt: skip
+    """What a reader of the folder wants to know first."""
+    name = Path(recipe.out).name
+    figures = "\n".join(f"| {key} | {value:.3g} |" for key, value in metrics.items())
+    some = ", ".join(fitted.classes[:10]) + (
+        f" and {len(fitted.classes) - 10} more" if len(fitted.classes) > 10 else ""
+    )
+    return f"""---
+library_name: trimtab
+tags: [clip, prompt, {recipe.method}]
+---
+# {name}
+
+Prompts for the frozen base `{recipe.base}`, learned from {outcome["pictures"]["train"]:,} labelled pictures of
+{len(fitted.classes):,} classes: {some}. This folder holds what was learned alone ({outcome["trained_parameters"]:,}
+numbers); the base is loaded from its own place and checked by its fingerprint.
+
+```python
+import trimtab
+classifier = trimtab.load("{name}").classifier()
+classifier.predict(["picture.jpg"], top_k=3)
+classifier.add_classes(["another class"])  # by name alone, without training
+```
+
+## Figures ({outcome["steps"]} steps, seed {recipe.seed})
+
+| figure | value |
+|---|---|
+{figures}
+
+`top1` and `zero_shot` (the hand templates) are percent of pictures, `loss` is the mean of minus the logarithm of the
+true class's score. Scores were calibrated on validation, so its loss looks better than that of other pictures.
+
+## Limits
+
+It knows its classes from few pictures. It answers with one of them for every picture, also for one that shows none.
+"""

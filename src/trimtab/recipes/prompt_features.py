@@ -1,0 +1,168 @@
+"""What the frozen image tower says of pictures, once for all: embeddings and patch tokens, in each view, cached.
+
+One object can serve many runs: `PictureFeatures.take` gives the same features for some of the pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.adapters.prompt import Pictures
+from trimtab.config import ViewsConfig
+from trimtab.data.cache import CachedArrays, Progress, cached_arrays
+from trimtab.data.images import ImageError
+from trimtab.data.shards import PictureFile
+from trimtab.data.views import make_view
+from trimtab.errors import DataError
+from trimtab.files import cache_home
+from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.prompting import image_tokens
+
+_THREADS = 4
+_BATCH = 64
+
+
+class PictureFeatures:
+    """Features of N pictures.
+
+    Args:
+        views: augmented views besides the picture itself.
+        tokens: keep patch tokens too.
+
+    Raises:
+        RecipeError: `tokens` are wanted and the image tower has none.
+    """
+
+    def __init__(
+        self,
+        base: DualEncoder,
+        pictures: Sequence[PictureFile],
+        *,
+        views: int = 0,
+        options: ViewsConfig | None = None,
+        seed: int = 0,
+        tokens: bool = True,
+    ) -> None:
+        self.base = base
+        self.views, self.tokens = views, tokens
+        self._files = list(pictures)
+        self._options, self._seed = options or ViewsConfig(), seed
+        self._cached: list[CachedArrays] = []
+        self._rows = np.arange(len(self._files))
+        self._dim = base.embedding_dim
+        self._shape: tuple[int, int] = (0, 0)
+        self._masked = False
+        if tokens:
+            grey = base.preprocess(Image.new("RGB", (64, 64), (128, 128, 128)))
+            with torch.no_grad():
+                found = image_tokens(base, grey)
+            self._shape = (found.tokens.shape[1], found.tokens.shape[2])
+            self._masked = found.mask is not None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def patch_width(self) -> int:
+        """Wi, 0 without patch tokens."""
+        return self._shape[1]
+
+    @property
+    def files(self) -> list[PictureFile]:
+        """The pictures."""
+        return [self._files[at] for at in self._rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes."""
+        return 2 * self._width * len(self._files) * (1 + self.views)
+
+    def fill(self, folder: Path | None = None, progress: Progress | None = None) -> PictureFeatures:
+        """Compute what is not in the cache yet; returns itself.
+
+        Raises:
+            DataError: a picture cannot be decoded any more.
+        """
+        base = self.base
+        precision = "bf16" if has_fast_bf16(base.device) else "fp32"
+        tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
+        parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
+        keys = [f"{picture.digest()} {picture.name}" for picture in self._files]
+        place = {key: at for at, key in enumerate(keys)}
+        for view in range(self.views + 1):
+            drawn = [f"view {view} {self._seed} {sorted(asdict(self._options).items())}"] if view else []
+
+            def compute(some: list[str], view: int = view) -> np.ndarray:
+                batches = [some[start : start + _BATCH] for start in range(0, len(some), _BATCH)]
+                with fast_inference(base.device):
+                    return np.concatenate([self._encode([place[key] for key in batch], view) for batch in batches])
+
+            where = cache_home() / "features" if folder is None else folder
+            self._cached.append(cached_arrays(where, [*parts, *drawn], keys, compute, progress=progress))
+        return self
+
+    def encode(self) -> np.ndarray:
+        """Features (N, ...) of the pictures as they are, computed anew: to see how long it takes."""
+        return self._encode(self._rows.tolist(), 0)
+
+    def take(self, positions: np.ndarray) -> PictureFeatures:
+        """The same features for some of the pictures, by position; nothing is copied."""
+        some = copy.copy(self)
+        some._rows = self._rows[positions]
+        return some
+
+    def pictures(self, items: np.ndarray | slice | None = None, views: np.ndarray | int = 0) -> Pictures:
+        """Features of pictures (B,), all by default, each in one of its views (B,)."""
+        rows = self._rows if items is None else self._rows[items]
+        views = np.broadcast_to(views, rows.shape)
+        flat = np.empty((len(rows), self._width), self._cached[0].dtype)
+        for view in np.unique(views):
+            mine = views == view
+            flat[mine] = self._cached[view][rows[mine]]
+        return self._unpacked(torch.from_numpy(flat).to(self.base.device))
+
+    @property
+    def _width(self) -> int:
+        count, width = self._shape
+        return self._dim + count * width + (count if self._masked else 0)
+
+    def _unpacked(self, flat: Tensor) -> Pictures:
+        count, width = self._shape
+        embeddings = F.normalize(flat[:, : self._dim].float(), dim=-1)
+        if not self.tokens:
+            return Pictures(embeddings)
+        tokens = flat[:, self._dim : self._dim + count * width].view(-1, count, width).float()
+        mask = flat[:, self._dim + count * width :] > 0 if self._masked else None
+        return Pictures(embeddings, tokens, mask)
+
+    @torch.no_grad()
+    def _encode(self, positions: Sequence[int], view: int) -> np.ndarray:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            pixels = list(pool.map(lambda at: self._pixels(at, view), positions))
+        stacked = {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+        if not self.tokens:
+            return F.normalize(self.base.pixel_features(stacked).float(), dim=-1).cpu().numpy()
+        found = image_tokens(self.base, stacked)
+        parts = [F.normalize(found.features.float(), dim=-1), found.tokens.float().flatten(1)]
+        if found.mask is not None:
+            parts.append(found.mask.float())
+        return torch.cat(parts, dim=1).cpu().numpy()
+
+    def _pixels(self, at: int, view: int) -> dict[str, Tensor]:
+        picture = self._files[at]
+        try:
+            image = make_view(picture.read(), view, seed=self._seed, key=picture.name, options=self._options)
+            return self.base.preprocess(image)
+        except ImageError as error:
+            raise DataError(f"{picture}: {error.reason}; it could be read when the run began: start again") from error

@@ -1,0 +1,263 @@
+"""Fit prompts to features that are there already: one run of many, or the heart of `trimtab.recipes.prompt`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, extended
+from trimtab.config import PromptRecipe
+from trimtab.recipes.prompt_features import PictureFeatures
+from trimtab.tasks.prompt import Batch, PromptTask
+from trimtab.towers.classifier import check_class_names, class_vectors, softmax
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.prompting import PromptTower
+from trimtab.towers.scripts import default_templates
+from trimtab.training.loop import train
+from trimtab.training.run import Selection
+
+_ORDER_STREAM, _VIEW_STREAM = 5, 6  # so that orders, views and shots are drawn independently
+_EVALUATED_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFeatures:
+    """Features of N pictures with their labels (N,)."""
+
+    features: PictureFeatures
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(eq=False)
+class FittedPrompt:
+    """A prompt as it was kept.
+
+    Attributes:
+        task: holds the prompted classes, in eval mode.
+        class_scale: multiplies scores before the softmax: as trained with, or fitted on validation.
+        validation: figures of the kept weights on validation; empty without.
+        history: records of training.
+        steps: optimiser steps.
+        seconds: in all, without the encoding of pictures.
+    """
+
+    task: PromptTask
+    class_scale: float
+    templates: tuple[str, ...]
+    validation: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def prompt(self) -> StructuredPrompt:
+        """What was trained."""
+        return self.task.classes.prompt
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        return self.task.classes.names
+
+    def logits(self, pictures: PictureFeatures | Pictures) -> np.ndarray:
+        """Calibrated logits (N, C) float32."""
+        found = logits(self.task, pictures)
+        return (self.class_scale / self.task.logit_scale * found).float().cpu().numpy()
+
+    def scores(self, pictures: PictureFeatures | Pictures) -> np.ndarray:
+        """Calibrated probabilities (N, C) float32."""
+        return softmax(self.logits(pictures))
+
+    def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
+        """Top-1 in percent, and the loss of the calibrated scores."""
+        return figures(torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels))
+
+    def for_classes(self, names: Sequence[str]) -> FittedPrompt:
+        """The same prompt in front of other names; of those that training did not have it knows the names alone.
+
+        Raises:
+            DataError: names that cannot be used.
+        """
+        names = check_class_names(names)
+        place = {name: at for at, name in enumerate(self.classes)}
+        known = self.task.classes
+        classes = PromptedClasses(known.tower, extended(known.prompt, [place.get(name) for name in names]), names)
+        vectors = torch.from_numpy(class_vectors(known.tower.base, names, self.templates)).to(known.tower.device)
+        task = PromptTask(
+            classes,
+            lookup=self.task.lookup,
+            labels=self.task.labels.cpu().numpy(),
+            templates=vectors,
+            objective=self.task.objective,
+            logit_scale=self.task.logit_scale,
+        )
+        return replace(self, task=task.eval(), validation={}, history=[])
+
+
+def fit_prompt(
+    base: DualEncoder,
+    recipe: PromptRecipe,
+    train_set: LabelledFeatures,
+    validation_set: LabelledFeatures | None,
+    classes: Sequence[str],
+    seed: int = 0,
+    *,
+    checkpoints: Path | None = None,
+    digest: str = "fit",
+    run_config: Mapping[str, Any] | None = None,
+    show_progress: bool = False,
+) -> FittedPrompt:
+    """Train what `recipe.method` says on features, whatever the recipe's own data are.
+
+    Args:
+        train_set, validation_set: with features that were filled, of the same base.
+        classes: C names, all different; labels are their numbers.
+        seed: of starts, orders and views.
+        checkpoints: folder to keep checkpoints in and to resume from; None keeps none.
+        digest: names recipe and data in checkpoints.
+
+    Raises:
+        DataError: class names that cannot be used.
+        RecipeError: parts that do not go with this base.
+        TrainingStopped: see `trimtab.training.loop.train`.
+    """
+    started = time.monotonic()
+    recipe = recipe.resolved()
+    names = check_class_names(classes)
+    tower = PromptTower(base)
+    prompt = new_prompt(recipe, tower, train_set.features.patch_width, len(names), seed)
+    templates = recipe.templates or tuple(default_templates(names)[1])
+    task = PromptTask(
+        PromptedClasses(tower, prompt, names),
+        lookup=train_set.features.pictures,
+        labels=train_set.labels,
+        templates=torch.from_numpy(class_vectors(tower.base, names, templates)),
+        objective=recipe.objective,
+        logit_scale=recipe.objective.logit_scale or base.logit_scale,
+    ).to(base.device)
+    settings = recipe.training
+    batch_size = min(settings.batch_size, len(train_set))
+    per_epoch = math.ceil((recipe.steps or settings.epochs * len(train_set) / batch_size) / settings.epochs)
+
+    def epoch_batches(epoch: int) -> PictureBatches:
+        views = train_set.features.views
+        return draw_batches(len(train_set), batch_size, per_epoch, views, seed=seed, epoch=epoch)
+
+    with contextlib.ExitStack() as stack:
+        folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-")))
+        result = train(
+            task.step,
+            task,
+            epoch_batches,
+            steps_per_epoch=per_epoch,
+            settings=replace(settings, batch_size=batch_size),
+            checkpoint_dir=folder,
+            digest=digest,
+            seed=seed,
+            validate=(lambda _: validate(task, validation_set)) if validation_set else None,
+            select=_SELECTIONS[recipe.select] if validation_set else None,
+            run_config=run_config,
+            show_progress=show_progress,
+        )
+    task.eval()
+    fitted = FittedPrompt(task, task.logit_scale, templates, history=result.history, steps=result.steps)
+    if validation_set:
+        found = logits(task, validation_set.features)
+        labels = torch.from_numpy(validation_set.labels).to(found.device)
+        fitted.class_scale = task.logit_scale * calibrate(found, labels)
+        fitted.validation = figures(found, labels)
+    fitted.seconds = time.monotonic() - started
+    return fitted
+
+
+def new_prompt(
+    recipe: PromptRecipe, tower: PromptTower, patch_width: int, classes: int, seed: int = 0
+) -> StructuredPrompt:
+    """The parts that the recipe's method leaves, untrained.
+
+    Raises:
+        RecipeError: parts that do not go with the tower.
+    """
+    config = recipe.resolved().prompt
+    return StructuredPrompt(config, tower, patch_width=patch_width, classes=classes, seed=seed).to(tower.device)
+
+
+_SELECTIONS = {"last": None, "top1": Selection("top1"), "loss": Selection("loss", greater_is_better=False)}
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBatches:
+    """Positions of pictures and their views, (steps, B) both."""
+
+    items: np.ndarray
+    views: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]:
+        return zip(self.items, self.views, strict=True)
+
+    def skip(self, count: int) -> PictureBatches:
+        """Those after the first `count`, for a run that resumes in their middle."""
+        return PictureBatches(self.items[count:], self.views[count:])
+
+
+def draw_batches(count: int, batch_size: int, steps: int, views: int, *, seed: int, epoch: int) -> PictureBatches:
+    """So many batches of so many pictures in random order, each once before any comes again."""
+    rng = np.random.default_rng([seed, epoch, _ORDER_STREAM])
+    passes = math.ceil(steps * batch_size / count)
+    items = np.concatenate([rng.permutation(count) for _ in range(passes)])[: steps * batch_size]
+    chosen = np.random.default_rng([seed, epoch, _VIEW_STREAM]).integers(0, views + 1, (steps, batch_size))
+    return PictureBatches(items.reshape(steps, batch_size), chosen)
+
+
+@torch.no_grad()
+def logits(task: PromptTask, pictures: PictureFeatures | Pictures) -> Tensor:
+    """(N, C) at the scale of training, of pictures as they are."""
+    embeddings = task.classes.embeddings()
+    if isinstance(pictures, Pictures):
+        return task.logits(pictures, embeddings)
+    size = _EVALUATED_AT_ONCE if task.classes.prompt.instance else max(1, len(pictures))
+    parts = [
+        task.logits(pictures.pictures(slice(start, start + size)), embeddings)
+        for start in range(0, len(pictures), size)
+    ]
+    return torch.cat(parts)
+
+
+def validate(task: PromptTask, pictures: LabelledFeatures) -> dict[str, float]:
+    """`figures` of pictures that no training saw."""
+    found = logits(task, pictures.features)
+    return figures(found, torch.from_numpy(pictures.labels).to(found.device))
+
+
+def figures(found: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 in percent, and the loss."""
+    return {
+        "top1": 100 * float((found.argmax(dim=1) == labels).float().mean()),
+        "loss": float(F.cross_entropy(found, labels)),
+    }
+
+
+def calibrate(found: Tensor, labels: Tensor) -> float:
+    """The factor of logits (N, C) with the least loss on their labels (Guo et al., arXiv 1706.04599)."""
+    low, high = math.log(0.05), math.log(20.0)
+    for _ in range(40):  # the loss is convex in the factor: ternary search
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        if F.cross_entropy(math.exp(left) * found, labels) < F.cross_entropy(math.exp(right) * found, labels):
+            high = right
+        else:
+            low = left
+    return math.exp((low + high) / 2)

@@ -1,0 +1,364 @@
+"""Both towers of a model as ONNX files, all adapters inside, equal to PyTorch or not written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trimtab import __version__
+from trimtab.errors import ModelError, TrimtabError
+from trimtab.files import explain_disk_errors, write_json
+from trimtab.serve import onnx_runtime
+from trimtab.towers.dual_encoder import DualEncoder
+
+SCHEMA_VERSION = 1
+EXPORT_FILE = "export.json"
+RUNTIME_FILE = "runtime.py"
+TOLERANCE = 1e-4
+_OPSET = 18
+
+TEXTS = (
+    "a photo of a cat", "红色的苹果", "two boats on a calm sea at dusk, with a lighthouse far behind them", "",
+    "一只狗在公园的草地上追着一个黄色的球跑", "ein Fahrrad", "a", "海", "2 × 3 = 6",
+)  # fmt: skip
+"""What parity is checked on beside a user's own texts: short and long, in two scripts."""
+
+
+class ImageTower(nn.Module):
+    """Pixels (B, 3, H, W) to unit embeddings (B, D)."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.encoder = model
+        self.parts = nn.ModuleList(_modules(model))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        features = self.encoder.pixel_features({"pixel_values": pixel_values})
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+class TextTower(nn.Module):
+    """Token ids (B, T), and their mask where the tower uses one, to unit embeddings (B, D)."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.encoder = model
+        self.parts = nn.ModuleList(_modules(model))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        tokens = {"input_ids": input_ids}
+        if attention_mask is not None:
+            tokens["attention_mask"] = attention_mask
+        return nn.functional.normalize(self.encoder.token_features(tokens).float(), dim=-1)
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    """Everything with weights in a model, whatever its links."""
+    found: list[nn.Module] = []
+    while model is not None:
+        for name in ("model", "adapter", "adapters"):
+            if isinstance(one := getattr(model, name, None), nn.Module) and one not in found:
+                found.append(one)
+        if (student := getattr(model, "student", None)) is not None and student.model not in found:
+            found.append(student.model)
+        model = getattr(model, "core", None) or getattr(model, "base", None)
+    return found
+
+
+@dataclass(frozen=True)
+class TextRoute:
+    """One text tower of a model.
+
+    Attributes:
+        script: which texts go through it: "all", "latin" or "other".
+        name: of its files.
+        model: whose `token_features` and `text_inputs` it is.
+    """
+
+    script: str
+    name: str
+    model: DualEncoder
+
+
+def text_routes(model: Any) -> list[TextRoute]:
+    """The text towers of a model: two where English keeps the base's own."""
+    model = getattr(model, "core", model)
+    if hasattr(model, "student") and model.english == "route":
+        return [TextRoute("latin", "text-english", model.base), TextRoute("other", "text", model)]
+    return [TextRoute("all", "text", model)]
+
+
+def export_onnx(
+    model: DualEncoder,
+    out: str | Path,
+    *,
+    pictures: Sequence[Image.Image] = (),
+    texts: Sequence[str] = (),
+    tolerance: float = TOLERANCE,
+) -> dict[str, Any]:
+    """Write both towers, tokenizers, preprocessing and a loader that needs neither Trimtab nor torch.
+
+    Args:
+        out: a new or empty folder, or one of an earlier export.
+        pictures, texts: what parity is checked on, beside made pictures and texts.
+        tolerance: largest difference of any number of any unit vector from PyTorch's.
+
+    Returns:
+        what ``export.json`` holds.
+
+    Raises:
+        ModelError: a tower or processor that cannot be exported, or that differs by more than the tolerance;
+            nothing is written then.
+        TrimtabError: ONNX is not installed, or the disk is full.
+    """
+    _import_onnx()
+    out = Path(out)
+    if out.exists() and not (out / EXPORT_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} holds something else than an export: choose another folder")
+    # Prompts learn in the classifier alone.
+    core: Any = getattr(model, "core", model)
+    core = core.base if hasattr(core, "prompt_tower") else core
+    core.to("cpu")
+    image = describe_processor(core)
+    routes = text_routes(core)
+    about: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "image_fingerprint": model.image_fingerprint,
+        "embedding_dim": model.embedding_dim,
+        "logit_scale": model.logit_scale,
+        "logit_bias": model.logit_bias,
+        "image": {"file": "image.onnx", **image},
+        "texts": [describe_text(route) for route in routes],
+        "versions": {"trimtab": __version__, "torch": torch.__version__, "opset": _OPSET},
+    }
+    checked = [*pictures, *made_pictures()]
+    with explain_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            built = Path(scratch) / "built"
+            built.mkdir()
+            _write_towers(core, routes, built)
+            for route, described in zip(routes, about["texts"], strict=True):
+                _write_tokenizer(route.model, built / described["tokenizer"])
+            core.image_processor.save_pretrained(built)
+            shutil.copy(onnx_runtime.__file__, built / RUNTIME_FILE)
+            write_json(built / EXPORT_FILE, about)
+            _write_classes(model, built)
+            about["parity"] = parity(core, built, checked, [*texts, *TEXTS], tolerance)
+            write_json(built / EXPORT_FILE, about)
+            shutil.rmtree(out, ignore_errors=True)
+            built.rename(out)
+    return about
+
+
+def parity(
+    model: DualEncoder, folder: Path, pictures: Sequence[Image.Image], texts: Sequence[str], tolerance: float
+) -> dict[str, Any]:
+    """Largest differences of the exported towers' unit vectors from PyTorch's, at batch sizes and lengths that the
+    export was not traced with.
+
+    Raises:
+        ModelError: one is above the tolerance.
+    """
+    encoder = onnx_runtime.Encoder(folder)
+    found: dict[str, Any] = {"pictures": len(pictures), "texts": len(texts), "tolerance": tolerance}
+    sides: Any = (
+        ("image", encoder.encode_image, model.encode_image, list(pictures)),
+        ("text", encoder.encode_text, model.encode_text, list(texts)),
+    )
+    for what, run, reference, items in sides:
+        worst = 0.0
+        for size in (1, 3, 32):
+            wanted, got = reference(items, batch_size=size), run(items, batch_size=size)
+            worst = max(worst, float(np.abs(wanted - got).max()))
+        found[what] = worst
+        if not worst <= tolerance:
+            raise ModelError(
+                f"the exported {what} tower of {model.name} differs from PyTorch's by {worst:.1e}, more than the "
+                f"tolerance of {tolerance:g}: it was not written. This family or version cannot be exported so"
+            )
+    return found
+
+
+# Pieces
+
+
+def _write_towers(model: DualEncoder, routes: Sequence[TextRoute], folder: Path) -> None:
+    pixels = torch.cat([model.preprocess(one)["pixel_values"] for one in made_pictures()[:2]])
+    _trace(ImageTower(model), {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}, folder / "image.onnx")
+    for route in routes:
+        inputs = route.model.text_inputs
+        tokens = inputs(["a photo of a cat", "two"])
+        axes = {0: "batch"} if inputs.pad_to_limit else {0: "batch", 1: "tokens"}
+        _trace(TextTower(route.model), tokens, dict.fromkeys(tokens, axes), folder / f"{route.name}.onnx")
+
+
+def _trace(tower: nn.Module, inputs: dict[str, Tensor], axes: dict[str, dict[int, str]], path: Path) -> None:
+    try:
+        with _plain_attention(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                tower,
+                tuple(inputs.values()),
+                str(path),
+                input_names=list(inputs),
+                output_names=["embedding"],
+                dynamic_axes={**axes, "embedding": {0: "batch"}},
+                opset_version=_OPSET,
+                # Traces in seconds what the newer exporter takes minutes for; parity is checked in any case.
+                dynamo=False,
+            )
+    except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path.stem} of this model cannot be exported to ONNX: {reason}") from error
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """PyTorch's fused Transformer layer has no counterpart in ONNX."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def describe_processor(model: DualEncoder) -> dict[str, Any]:
+    """Preprocessing as numbers, for `trimtab.serve.onnx_runtime.preprocess`.
+
+    Raises:
+        ModelError: it does more than resize, crop, scale and normalise.
+    """
+    processor: Any = model.image_processor
+    probe = model.preprocess(made_pictures()[0])
+    extra = set(probe) - {"pixel_values"}
+    if extra or probe["pixel_values"].ndim != 4:
+        raise ModelError(
+            f"the image processor of {model.name} gives {', '.join(sorted(probe))}, pictures of varying sizes: such "
+            "towers are not exported"
+        )
+
+    def on(name: str) -> bool:
+        return bool(getattr(processor, f"do_{name}", False))
+
+    def plain(value: Any) -> dict[str, int]:
+        if isinstance(value, int):
+            return {"height": value, "width": value}
+        return {key: int(one) for key, one in dict(value).items() if one is not None}
+
+    size = plain(processor.size) if on("resize") else None
+    if size is not None and not ({"shortest_edge"} == set(size) or {"height", "width"} == set(size)):
+        raise ModelError(f"the image processor of {model.name} resizes to {size}, which is not exported")
+    about = {
+        "resize": size,
+        "resample": int(processor.resample) if on("resize") else 0,
+        "crop": plain(processor.crop_size) if on("center_crop") else None,
+        "scale": float(processor.rescale_factor) if on("rescale") else 1.0,
+        "mean": list(map(float, processor.image_mean)) if on("normalize") else None,
+        "std": list(map(float, processor.image_std)) if on("normalize") else None,
+    }
+    for picture in made_pictures():
+        wanted = model.preprocess(picture)["pixel_values"][0].float().numpy()
+        got = onnx_runtime.preprocess(picture, about)
+        if wanted.shape != got.shape or np.abs(wanted - got).max() > 1e-3:
+            raise ModelError(f"the image processor of {model.name} does more than resize, crop, scale and normalise")
+    return about
+
+
+def describe_text(route: TextRoute) -> dict[str, Any]:
+    """What the loader has to know of a text tower."""
+    inputs = route.model.text_inputs
+    return {
+        "script": route.script,
+        "file": f"{route.name}.onnx",
+        "tokenizer": f"{route.name.replace('text', 'tokenizer')}.json",
+        "inputs": ["input_ids", "attention_mask"] if inputs.use_mask else ["input_ids"],
+        "limit": inputs.limit,
+        "pad_to_limit": inputs.pad_to_limit,
+        "pad_id": inputs.tokenizer.pad_token_id or 0,
+        "padding_side": inputs.padding_side or inputs.tokenizer.padding_side,
+        "prefix": inputs.prefix,
+    }
+
+
+def _write_tokenizer(model: DualEncoder, path: Path) -> None:
+    backend = getattr(model.text_inputs.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"the tokenizer of {model.name} is written in Python, and only fast ones can be exported")
+    raw = json.loads(backend.to_str())
+    write_json(path, {**raw, "truncation": None, "padding": None})
+
+
+def _write_classes(model: Any, folder: Path) -> None:
+    """Class vectors of prompts, where pictures do not change them."""
+    prompt = getattr(model, "prompt", None) if hasattr(model, "core") else model
+    if prompt is None or not hasattr(prompt, "prompt_tower"):
+        return
+    if prompt.prompt.instance is not None or prompt.prompt.config.reads_patches:
+        return
+    with torch.no_grad():
+        classes = prompt.prompted(prompt.classes)
+        vectors = classes.weights(classes.embeddings()).float().cpu().numpy()
+    np.save(folder / "classes.npy", vectors, allow_pickle=False)
+    write_json(folder / "classes.json", {"classes": list(prompt.classes), "scale": prompt.class_scale})
+
+
+def made_pictures() -> list[Image.Image]:
+    """Pictures of noise, gradients and one colour, in several shapes."""
+    noise = np.random.default_rng(0)
+    ramp, flat = np.linspace(0, 255, 320, dtype=np.uint8), np.zeros((200, 320), np.uint8)
+    arrays = [
+        noise.integers(0, 256, (240, 320, 3), dtype=np.uint8),
+        np.stack([np.broadcast_to(ramp, (200, 320)), flat + 90, flat], axis=2),
+        noise.integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(20, 0).repeat(11, 1),
+        np.full((300, 200, 3), (200, 40, 60), np.uint8),
+        noise.integers(0, 256, (31, 57, 3), dtype=np.uint8),
+    ]
+    return [Image.fromarray(np.ascontiguousarray(one)) for one in arrays]
+
+
+def _import_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise TrimtabError("ONNX export needs the extra: pip install 'trimtab[onnx]'") from error
+
+
+def quantise(folder: Path) -> list[str]:
+    """Write int8 twins of all towers (dynamic quantisation of their matrix products); their file names."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    about = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+    names = [about["image"]["file"], *(one["file"] for one in about["texts"])]
+    written = []
+    for name in names:
+        target = name.replace(".onnx", "-int8.onnx")
+        with explain_disk_errors(folder / target), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantize_dynamic(
+                folder / name,
+                folder / target,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                # Convolutions in int8 are slower than in float32 on CPUs without special kernels.
+                op_types_to_quantize=["MatMul", "Gemm"],
+                extra_options={"DefaultTensorType": 1},
+            )
+        written.append(target)
+    return written

@@ -1,0 +1,252 @@
+"""What is searched: vectors of an embeddings folder, arranged by FAISS, with what each of them stands for.
+
+``flat`` compares with every vector. ``hnsw`` walks a graph of neighbours (Malkov & Yashunin, arXiv 1603.09320).
+``ivfpq`` looks into the nearest cells only, at codes of some bytes (Jegou et al., PAMI 2011), and compares the best
+again with their vectors on disk. How many of the true neighbours are found is measured and written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.files import sha256_of
+from trimtab.serve.store import ModelReference, read_description
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from trimtab.towers.dual_encoder import DualEncoder
+
+SCHEMA_VERSION = 1
+DESCRIPTION_FILE = "index.json"
+FAISS_FILE = "index.faiss"
+ITEMS_FILE = "items.arrow"
+VECTORS_FILE = "vectors.f16"
+KINDS = ("flat", "hnsw", "ivfpq")
+
+
+class Hits(NamedTuple):
+    """What a search found: for every query a list, best first.
+
+    Attributes:
+        ids: of the items.
+        scores: cosines.
+        metadata: every column of the item: ``id``, ``image`` or ``text``, and what was kept besides.
+    """
+
+    ids: list[list[str]]
+    scores: list[list[float]]
+    metadata: list[list[dict[str, str]]]
+
+
+def import_faiss() -> Any:
+    """FAISS, or a sentence on how to get it."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise TrimtabError("an index needs FAISS: pip install 'trimtab[index]'") from error
+    return faiss
+
+
+@dataclass
+class Index:
+    """An index folder, open for searching. Threads may share it.
+
+    Attributes:
+        folder: where it lies.
+        about: its description.
+        model: the model that made the vectors.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    model: ModelReference
+    _faiss: Any
+    _items: pa.Table
+    _vectors: np.ndarray | None = None
+    """(N, D) float16 on disk, of an index whose own vectors are codes."""
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> Index:
+        """Open an index folder.
+
+        Args:
+            verify: compare the files with their checksums, about a second per gigabyte.
+
+        Raises:
+            DataError: no index folder, a file is missing, cut short or damaged, or of a newer schema.
+            TrimtabError: FAISS is not installed.
+        """
+        folder = Path(folder)
+        about = read_description(folder / DESCRIPTION_FILE, SCHEMA_VERSION, "an index")
+        try:
+            model = ModelReference(**about["model"])
+            files, count = dict(about["files"]), int(about["count"])
+            about["kind"], about["dim"], about["of"], about["search"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder / DESCRIPTION_FILE} is damaged ({error}): index again") from error
+        _check_files(folder, files, verify=verify)
+        faiss = import_faiss()
+        try:
+            found = faiss.read_index(str(folder / FAISS_FILE))
+            items = _map_items(folder / ITEMS_FILE)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(f"{folder} cannot be read ({str(error).strip()[-200:]}): index again") from error
+        if not len(items) == found.ntotal == count:
+            raise DataError(f"{folder}: {found.ntotal} vectors, {len(items)} items and a count of {count}: index again")
+        set_search(found, about["search"])
+        vectors = None
+        if VECTORS_FILE in files:
+            vectors = np.memmap(folder / VECTORS_FILE, np.float16, mode="r", shape=(count, about["dim"]))
+        return cls(folder, about, model, found, items, vectors)
+
+    def __len__(self) -> int:
+        return int(self.about["count"])
+
+    @property
+    def dim(self) -> int:
+        """D of the vectors."""
+        return int(self.about["dim"])
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return str(self.about["kind"])
+
+    @property
+    def of(self) -> str:
+        """ "images" or "texts"."""
+        return str(self.about["of"])
+
+    @property
+    def model_name(self) -> str:
+        """What the model of the vectors was loaded by."""
+        return self.model.name
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the model that made the vectors; `check_model` says what may search them."""
+        return self.model.fingerprint
+
+    def check_model(self, model: DualEncoder) -> None:
+        """Refuse a model whose vectors lie in another space.
+
+        Of pictures, a model fits too that differs from theirs in its texts alone: a language that was taught later
+        needs no new index.
+
+        Raises:
+            ModelError: naming both models.
+        """
+        if not self.model.fits(model, self.about["of"]):
+            raise ModelError(
+                f"the index {self.folder} was made with {self.model.name!r} (fingerprint "
+                f"{self.model.fingerprint[:16]}), and {model.name!r} (fingerprint {model.fingerprint[:16]}) is another "
+                "model: search with its own, or embed and index again"
+            )
+
+    def search(self, vectors: np.ndarray, k: int = 10) -> Hits:
+        """The `k` nearest items of each query, or all if there are fewer.
+
+        Args:
+            vectors: (Q, D) floats of any norm, or one (D,).
+
+        Raises:
+            DataError: another D, no floats, NaN, or a vector of zeros; `k` below 1.
+        """
+        queries = checked_queries(vectors, self.dim)
+        if k < 1:
+            raise DataError(f"k={k} must be at least 1")
+        rows, scores = nearest(self._faiss, queries, min(k, len(self)), self.about["search"], self._vectors)
+        found = [self._metadata(one) for one in rows]
+        return Hits([[item["id"] for item in one] for one in found], [list(map(float, one)) for one in scores], found)
+
+    def metadata(self, row: int) -> dict[str, str]:
+        """Columns of one item by its position."""
+        return self._metadata(np.array([row]))[0]
+
+    def find(self, id: str) -> dict[str, str] | None:
+        """Columns of the first item with an id, None if there is none; the ids are read one after the other."""
+        import pyarrow.compute as pc
+
+        row = pc.index(self._items.column("id"), id).as_py()
+        return None if row < 0 else self.metadata(row)
+
+    def _metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, str]]:
+        return [self._items.slice(int(row), 1).to_pylist()[0] for row in rows]
+
+
+def checked_queries(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """Queries (Q, D) float32 of unit norm.
+
+    Raises:
+        DataError: see `Index.search`.
+    """
+    queries = np.asarray(vectors)
+    if queries.dtype.kind != "f":
+        raise DataError(f"query vectors are {queries.dtype}, not floats: give what encode_text or encode_image returns")
+    queries = np.atleast_2d(queries).astype(np.float32)
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise DataError(f"query vectors have the shape {tuple(np.shape(vectors))}; the index has {dim} dimensions")
+    norms = np.linalg.norm(queries, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or not (norms > 0).all():
+        raise DataError("a query vector holds NaN or infinity, or is all zero")
+    return np.ascontiguousarray(queries / norms)
+
+
+def set_search(index: Any, options: Mapping[str, Any]) -> None:
+    """Put the search-time settings of a description to work."""
+    if "ef_search" in options:
+        index.hnsw.efSearch = int(options["ef_search"])
+    if "nprobe" in options:
+        index.nprobe = int(options["nprobe"])
+
+
+def nearest(
+    index: Any, queries: np.ndarray, k: int, options: Mapping[str, Any], vectors: np.ndarray | None = None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Rows and cosines of the `k` nearest of each query; fewer where an index looks into cells that hold fewer.
+
+    Args:
+        vectors: (N, D) by which the best of the index are put in order; None trusts the index.
+    """
+    deep = k if vectors is None else min(index.ntotal, k * int(options.get("rerank", 1)))
+    scores, rows = index.search(queries, deep)  # (Q, deep)
+    found_rows, found_scores = [], []
+    for query, at, score in zip(queries, rows, scores, strict=True):
+        score, at = score[at >= 0], at[at >= 0]
+        if vectors is not None and len(at):
+            at = np.sort(at)  # in the order of the disk
+            exact = vectors[at].astype(np.float32)
+            score = exact @ query / np.maximum(np.linalg.norm(exact, axis=1), 1e-12)
+            order = np.argsort(-score, kind="stable")[:k]
+            at, score = at[order], score[order]
+        found_rows.append(at)
+        found_scores.append(score)
+    return found_rows, found_scores
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{folder}: {name} is missing: index again, or copy the folder again")
+        if path.stat().st_size != facts["bytes"]:
+            raise DataError(f"{path} is cut short or damaged ({path.stat().st_size:,} of {facts['bytes']:,} bytes)")
+        if verify and sha256_of(path) != facts["sha256"]:
+            raise DataError(f"{path} is damaged (the checksum differs): index again, or copy the folder again")
+
+
+def _map_items(path: Path) -> pa.Table:
+    """The items, read from disk where they are asked for."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowException as error:
+        raise DataError(f"{path} cannot be read ({error}): index again, or copy the folder again") from error

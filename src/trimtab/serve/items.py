@@ -1,0 +1,275 @@
+"""What is to be embedded, cut into shards that any process can do by itself, in any order, once more if need be."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from trimtab.data.images import ImageError, is_address
+from trimtab.data.manifests import SUFFIXES, iter_rows, read_text, resolve_image_path
+from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
+from trimtab.errors import DataError
+from trimtab.files import digest_of
+from trimtab.serve.store import SOURCE_COLUMN, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One picture or text.
+
+    Attributes:
+        source: the text; or the picture's path as the input names it.
+        kept: further columns of its row.
+        picture: where the picture lies.
+    """
+
+    id: str
+    source: str
+    kept: tuple[str, ...] = ()
+    picture: PictureFile | str | None = None
+    """A text says why there is no picture."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shard to make.
+
+    Attributes:
+        number: of the shard.
+        digest: names its items.
+        items: what it shall hold; of a webdataset shard None, as the worker reads it.
+        archive: that webdataset shard.
+    """
+
+    number: int
+    digest: str
+    items: tuple[Item, ...] | None = None
+    archive: str | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input that exists, and how it is read.
+
+    Attributes:
+        place: "table", "folder" or "archives".
+        of: what is embedded of it.
+        column: of a table, where the pictures or texts stand.
+        id_column: of a table, where the ids stand; None takes the paths of pictures and the rows of texts.
+        keep: further columns of a table.
+        root: folder that the paths in a table are relative to.
+    """
+
+    path: str
+    place: Literal["table", "folder", "archives"]
+    of: Kind
+    column: str = ""
+    id_column: str | None = None
+    keep: tuple[str, ...] = ()
+    root: Path = Path()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of a shard beside the vectors."""
+        return ("id", SOURCE_COLUMN[self.of], *self.keep)
+
+    def described(self) -> dict[str, str]:
+        """For the description of the embeddings; `root` is where the paths of pictures start."""
+        root = Path(self.path).parent if self.place == "archives" else self.root if self.place == "table" else self.path
+        return {"path": self.path, "place": self.place, "root": str(Path(root).resolve())}
+
+    def check(self, shard_size: int) -> int | None:
+        """Read the whole input once, without opening a picture; its number of items where that can be told at once.
+
+        Raises:
+            DataError: a row that cannot be used.
+        """
+        counts = [None if work.items is None else len(work.items) for work in self.works(shard_size)]
+        return None if None in counts else sum(filter(None, counts))
+
+    def works(self, shard_size: int) -> Iterator[Work]:
+        """All shards, in order; a table or folder in parts of `shard_size`, each webdataset shard as a whole.
+
+        Raises:
+            DataError: see `open_input`; a row that cannot be used is named.
+        """
+        if self.place == "archives":
+            for number, path in enumerate(expand_shards(self.path)):
+                yield Work(number, digest_of(self.of, path.name, str(path.stat().st_size)), archive=str(path.resolve()))
+            return
+        items = self._folder_items() if self.place == "folder" else self._table_items()
+        number = 0
+        while some := tuple(islice(items, shard_size)):
+            parts = (part for item in some for part in (item.id, item.source, *item.kept))
+            yield Work(number, digest_of(self.of, *self.columns, *parts), items=some)
+            number += 1
+        if not number:
+            raise DataError(f"{self.path}: holds no {self.of}")
+
+    def _folder_items(self) -> Iterator[Item]:
+        root = Path(self.path).resolve()
+
+        def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+        for where, subfolders, files in os.walk(root, onerror=refuse):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in picture_names(files):
+                path = Path(where) / name
+                yield _picture_item(path.relative_to(root).as_posix(), root, self.path, 0)
+
+    def _table_items(self) -> Iterator[Item]:
+        optional = (*self.keep, *((self.id_column,) if self.id_column else ()))
+        seen: set[int] = set()
+        for record in iter_rows(self.path, (self.column, *optional)):
+            values = record.values
+            kept = tuple(values[name] for name in self.keep)
+            own = values[self.id_column] if self.id_column else None
+            if self.of == "texts":
+                yield Item(str(record.row) if own is None else own, values[self.column], kept)
+                continue
+            name = values[self.column].strip()
+            if own is None:  # pictures with several captions stand in several rows
+                if (key := hash(name)) in seen:
+                    continue
+                seen.add(key)
+            yield _picture_item(name, self.root, self.path, record.row, kept, own)
+
+
+def _picture_item(
+    name: str, root: Path, file: str, row: int, kept: tuple[str, ...] = (), own: str | None = None
+) -> Item:
+    path = resolve_image_path(name, root, manifest=file, row=row) if name else None
+    picture = PictureFile(path, name) if path else "the path is empty"
+    return Item(name if own is None else own, name, kept, picture)
+
+
+def open_input(
+    path: str | Path,
+    *,
+    of: str = "auto",
+    column: str | None = None,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
+    root: str | Path | None = None,
+) -> Input:
+    """Look at an input before any work.
+
+    Args:
+        path: a table, a folder of pictures with all folders in it, or webdataset shards such as
+            ``shard-{000..012}.tar``.
+        of: "images" or "texts"; "auto" takes the pictures where there are any.
+        column: of a table: where they stand, ``image`` or ``text`` by default.
+        id_column: of a table; ``id`` where there is one.
+
+    Raises:
+        DataError: no such input, columns that a table lacks, options that do not fit.
+    """
+    text = str(path)
+    if of not in ("auto", "images", "texts"):
+        raise DataError(f"of={of!r} is unknown; choose images or texts")
+    if is_address(text):
+        raise DataError(f"{text!r} is an address or a command, and neither is ever opened: download the data")
+    is_table = Path(text).suffix.lower() in SUFFIXES and not Path(text).is_dir()
+    if not is_table and (column or id_column or keep or root):
+        raise DataError(f"{text} is no table: columns and --root have no meaning for it")
+    if is_table:
+        return _open_table(text, of, column, id_column, tuple(keep), root)
+    if text.lower().endswith(".tar"):
+        expand_shards(text)
+        return Input(text, "archives", "texts" if of == "texts" else "images")
+    if not Path(text).is_dir():
+        raise DataError(
+            f"{text}: no such input; give a table ({', '.join(SUFFIXES)}), a folder of pictures, or shards such as "
+            f"shard-{{000..012}}.tar (current folder: {Path.cwd()})"
+        )
+    if of == "texts":
+        raise DataError(f"{text} is a folder of pictures: give texts as a table with a column `text`")
+    return Input(text, "folder", "images")
+
+
+def _open_table(
+    path: str, of: str, column: str | None, id_column: str | None, keep: tuple[str, ...], root: str | Path | None
+) -> Input:
+    found = table_columns(Path(path))
+    kind: Kind = "texts" if of == "texts" or (of == "auto" and not column and "image" not in found) else "images"
+    wanted = column or SOURCE_COLUMN[kind]
+    if id_column is None and "id" in found:
+        id_column = "id"
+    needed = [wanted, *keep, *([id_column] if id_column else [])]
+    if missing := [name for name in needed if name not in found]:
+        raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {', '.join(found)}")
+    if taken := {"id", SOURCE_COLUMN[kind], "embedding"} & set(keep):
+        raise DataError(f"--keep {min(taken)}: that name is taken by a column of the embeddings; rename it in {path}")
+    base = Path(path).parent if root is None else Path(root)
+    if not base.is_dir():
+        raise DataError(f"--root {base}: no such folder")
+    return Input(path, "table", kind, wanted, id_column, keep, base.resolve())
+
+
+def table_columns(path: Path) -> list[str]:
+    """Names of the columns of a table; of JSON lines those of the first.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path.suffix.lower() == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return list(pq.read_schema(path).names)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: is not a readable Parquet file ({error})") from error
+    text = read_text(path)
+    if path.suffix.lower() != ".jsonl":
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [name.strip() for name in next((row for row in rows if row), [])]
+    first = next(line for line in text.split("\n") if line.strip())
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, row 1: is not JSON ({error}): give one object per line") from None
+    return list(map(str, record)) if isinstance(record, dict) else []
+
+
+def items_of(work: Work, of: Kind) -> tuple[Iterable[Item], str]:
+    """Items of a shard, and what is wrong with the webdataset shard that they come from, if anything."""
+    if work.archive is None:
+        return work.items or (), ""
+    path = Path(work.archive)
+    samples, damage = read_shard(path)
+    if of == "texts":
+        texts = ((stem, sample.text or str(sample.record.get("caption") or "")) for stem, sample in samples.items())
+        return [Item(stem, text.strip()) for stem, text in texts], damage
+    return [
+        Item(stem, one.picture.name if isinstance(one.picture, PictureFile) else stem, (), one.picture)
+        for stem, one in samples.items()
+    ], damage
+
+
+def encoded_picture(item: Item) -> Path | bytes:
+    """What the image tower is given.
+
+    Raises:
+        ImageError: there is no picture, or its bytes cannot be read.
+    """
+    picture = item.picture
+    if not isinstance(picture, PictureFile):
+        raise ImageError(item.source, str(picture))
+    if picture.offset is None:
+        return picture.path
+    if picture.length > 256 << 20:
+        raise ImageError(str(picture), f"has {picture.length >> 20} MB, which is too much for a picture")
+    try:
+        return picture.read_bytes()
+    except OSError as error:
+        raise ImageError(str(picture), f"cannot be read ({error.strerror or error})") from error

@@ -1,0 +1,152 @@
+"""Run a model that `trimtab export --format onnx` wrote, without Trimtab and without torch.
+
+    pip install onnxruntime tokenizers pillow numpy
+
+    from runtime import Encoder
+    encoder = Encoder("the/exported/folder")
+    encoder.encode_text(["红苹果"]) @ encoder.encode_image(["apple.jpg"]).T
+
+This file is copied into every exported folder as runtime.py and imports nothing else of Trimtab.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class Encoder:
+    """Pictures and texts to unit vectors in one space.
+
+    Args:
+        folder: what `trimtab export` wrote.
+        int8: take the quantised towers, if they were written.
+        threads: of onnxruntime; None takes its default.
+    """
+
+    def __init__(self, folder: str | Path, *, int8: bool = False, threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.about: dict[str, Any] = json.loads((self.folder / "export.json").read_text(encoding="utf-8"))
+        self.embedding_dim: int = self.about["embedding_dim"]
+        self.logit_scale: float = self.about["logit_scale"]
+        self._int8, self._threads = int8, threads
+        self._image = self._session(self.about["image"]["file"])
+        self._texts = [_TextTower(self, about) for about in self.about["texts"]]
+
+    def encode_image(self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 32) -> np.ndarray:
+        """(N, D) float32 of paths or opened pictures."""
+        parts = [np.zeros((0, self.embedding_dim), np.float32)]
+        for start in range(0, len(images), batch_size):
+            parts.append(self.encode_pixels(self.pixels(images[start : start + batch_size])))
+        return np.concatenate(parts)
+
+    def pixels(self, images: Sequence[str | Path | Image.Image]) -> np.ndarray:
+        """What the image tower takes, (N, 3, H, W)."""
+        return np.stack([preprocess(read(one), self.about["image"]) for one in images])
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, D) float32 of `pixels`."""
+        return np.asarray(self._image.run(None, {"pixel_values": pixels})[0])
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
+        """(N, D) float32; texts in Latin script may have a tower of their own."""
+        vectors = np.zeros((len(texts), self.embedding_dim), np.float32)
+        for tower in self._texts:
+            chosen = [at for at, text in enumerate(texts) if tower.reads(text)]
+            for start in range(0, len(chosen), batch_size):
+                some = chosen[start : start + batch_size]
+                vectors[some] = tower([texts[at] for at in some])
+        return vectors
+
+    def _session(self, file: str) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        path = self.folder / (file.replace(".onnx", "-int8.onnx") if self._int8 else file)
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class _TextTower:
+    def __init__(self, encoder: Encoder, about: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self.about = about
+        self.session = encoder._session(about["file"])
+        self.tokenizer: Any = Tokenizer.from_file(str(encoder.folder / about["tokenizer"]))
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(about["limit"])
+
+    def reads(self, text: str) -> bool:
+        return self.about["script"] == "all" or is_latin(text) == (self.about["script"] == "latin")
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        rows = [one.ids or [self.about["pad_id"]] for one in self._encode(texts)]
+        length = self.about["limit"] if self.about["pad_to_limit"] else max(map(len, rows))
+        ids = np.full((len(rows), length), self.about["pad_id"], np.int64)
+        mask = np.zeros_like(ids)
+        for at, row in enumerate(rows):
+            span = slice(length - len(row), length) if self.about["padding_side"] == "left" else slice(0, len(row))
+            ids[at, span], mask[at, span] = row, 1
+        given = {"input_ids": ids, "attention_mask": mask}
+        return np.asarray(self.session.run(None, {name: given[name] for name in self.about["inputs"]})[0])
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        return list(self.tokenizer.encode_batch([self.about["prefix"] + text for text in texts]))
+
+
+def read(image: str | Path | Image.Image) -> Image.Image:
+    """An upright, opaque RGB picture."""
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as opened:
+            return read(ImageOps.exif_transpose(opened))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
+    """Pixels (3, H, W) float32 as the image tower expects them."""
+    if (size := about["resize"]) is not None:
+        width, height = image.size
+        if "shortest_edge" in size:
+            short, long = size["shortest_edge"], int(size["shortest_edge"] * max(width, height) / min(width, height))
+            target = (short, long) if width <= height else (long, short)
+        else:
+            target = (size["width"], size["height"])
+        image = image.resize(target, about["resample"])
+    pixels = np.asarray(image, np.float32)
+    if (crop := about["crop"]) is not None:
+        pixels = _central(pixels, crop["height"], crop["width"])
+    pixels = pixels * np.float32(about["scale"])
+    if about["mean"] is not None:
+        pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32)
+
+
+def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle part; what lies outside of a smaller picture is black."""
+    rows, columns = pixels.shape[:2]
+    top, left = (rows - height) // 2, (columns - width) // 2
+    if top >= 0 and left >= 0:
+        return pixels[top : top + height, left : left + width]
+    whole = np.zeros((max(height, rows), max(width, columns), 3), np.float32)
+    up, across = -(-(whole.shape[0] - rows) // 2), -(-(whole.shape[1] - columns) // 2)
+    whole[up : up + rows, across : across + columns] = pixels
+    return whole[max(0, top + up) :, max(0, left + across) :][:height, :width]
+
+
+def is_latin(text: str) -> bool:
+    """Whether every letter is Latin; so is a text without letters."""
+    plain = unicodedata.normalize("NFKC", text)
+    return not any(one.isalpha() and not unicodedata.name(one, "LATIN").startswith("LATIN") for one in plain)

@@ -1,0 +1,174 @@
+"""Pictures to class names with probabilities: what `DualEncoder.classifier` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from trimtab.data.templates import check_template, fill_all
+from trimtab.errors import DataError
+from trimtab.towers.scripts import default_templates
+
+if TYPE_CHECKING:
+    from trimtab.data.images import ImageSource, SkippedImages
+    from trimtab.towers.dual_encoder import DualEncoder
+
+_TEXTS_AT_ONCE = 1 << 15
+
+
+class Prediction(NamedTuple):
+    """A class name and its probability among all classes of the classifier."""
+
+    label: str
+    score: float
+
+
+class Classifier:
+    """Classes as one unit vector each: the mean of their name in several templates.
+
+    Attributes:
+        model: encodes the pictures, and the names of classes.
+        templates: sentences with one ``{}`` each that names stand in.
+        logit_scale: multiplies cosines before the softmax: the base's own, or one that was fitted on validation.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        classes: Sequence[str],
+        *,
+        templates: Sequence[str] | None = None,
+        logit_scale: float | None = None,
+    ) -> None:
+        names = check_class_names(classes)
+        self.model = model
+        self.templates = tuple(default_templates(names)[1] if templates is None else templates)
+        for template in self.templates:
+            check_template(template)
+        self.logit_scale = model.logit_scale if logit_scale is None else logit_scale
+        # Replaced as one: a thread that predicts meanwhile sees the old classes or the new.
+        self._known: tuple[tuple[str, ...], Any] = (names, self._vectors(names))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model.name!r}, {len(self.classes)} classes)"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in the order of the columns of `scores`."""
+        return self._known[0]
+
+    @property
+    def last_skipped(self) -> SkippedImages:
+        """Images that the last call with ``on_error="skip"`` left out."""
+        return self.model.last_skipped
+
+    def scores(
+        self,
+        images: Iterable[ImageSource] | ImageSource | np.ndarray,
+        *,
+        batch_size: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> np.ndarray:
+        """Probability of each class for each image.
+
+        Args:
+            images: what `DualEncoder.encode_image` takes, or embeddings (N, D).
+            batch_size, on_error: see there; of skipped images there is no row.
+
+        Returns:
+            (N, C) float32, each row with the sum 1.
+
+        Raises:
+            ImageError: an image cannot be used and `on_error` is "raise".
+        """
+        return self._scores(images, self._known[1], batch_size, on_error)
+
+    def predict(
+        self,
+        images: Iterable[ImageSource] | ImageSource | np.ndarray,
+        *,
+        top_k: int = 5,
+        batch_size: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[list[Prediction]]:
+        """The most probable classes of each image, best first; arguments as for `scores`.
+
+        Args:
+            top_k: classes per image; all if there are fewer.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1")
+        names, known = self._known
+        scores = self._scores(images, known, batch_size, on_error)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (N, k)
+        return [
+            [Prediction(names[at], float(row[at])) for at in chosen] for row, chosen in zip(scores, best, strict=True)
+        ]
+
+    def add_classes(self, names: Sequence[str] | str) -> None:
+        """Append classes by name alone, without training.
+
+        Raises:
+            DataError: a name is empty, or stands twice or is there already.
+        """
+        added = check_class_names([names] if isinstance(names, str) else names, known=self.classes)
+        old_names, old = self._known
+        self._known = (old_names + added, self._appended(old, self._vectors(added)))
+
+    # For classifiers that know more of a class than its vector
+
+    def _vectors(self, names: Sequence[str]) -> Any:
+        return class_vectors(self.model, names, self.templates)
+
+    def _appended(self, known: Any, added: Any) -> Any:
+        return np.concatenate([known, added])
+
+    def _scores(self, images: Any, known: Any, batch_size: int, on_error: Literal["raise", "skip"]) -> np.ndarray:
+        if not self.model._are_embeddings(images):
+            images = self.model.encode_image(images, batch_size=batch_size, on_error=on_error)
+        return softmax(self.logit_scale * (np.asarray(images, np.float32) @ known.T))
+
+
+def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where: str = "") -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Args:
+        known: names that are taken already.
+        where: the file that they stand in, for messages.
+
+    Raises:
+        DataError: there is none, or one is empty, no text, or stands twice.
+    """
+    if isinstance(names, str):
+        raise DataError(f"class names must be a list of texts, not one text {names!r:.60}")
+    start = f"{where}: " if where else ""
+    if not len(names):
+        raise DataError(f"{start}there are no class names")
+    taken = set(known)
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{start}class {index} has no name ({name!r:.60}): every class needs one")
+        if name in taken:
+            raise DataError(f"{start}class name {name!r} stands twice: names must differ; remove or rename one")
+        taken.add(name)
+    return tuple(names)
+
+
+def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    """One unit vector per class, (C, D): each filled template normalised, their mean normalised again."""
+    parts = []
+    size = max(1, _TEXTS_AT_ONCE // len(templates))
+    for start in range(0, len(names), size):
+        some = names[start : start + size]
+        vectors = model.encode_text(fill_all(templates, some))
+        mean = vectors.reshape(len(some), len(templates), -1).mean(axis=1)
+        parts.append(mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12))
+    return np.concatenate(parts)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (N, C) float32 of logits."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf), dtype=np.float64)
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)

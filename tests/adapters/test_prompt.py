@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tiny_towers import BUILDERS, inputs_of
+from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, best_classes, extended
+from trimtab.config import DomainPartConfig, GeneralConfig, InstanceConfig, PromptConfig
+from trimtab.errors import RecipeError
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.hf import load_base
+from trimtab.towers.prefix_reuse import can_reuse
+from trimtab.towers.prompting import PromptTower, image_tokens
+
+NAMES = ["cat", "red car", "tea", "dog"]
+INIT = "photo of a"
+FULL = PromptConfig(GeneralConfig(INIT), InstanceConfig(width=8, heads=2), DomainPartConfig(tokens=1))
+KINDS = {
+    "general": PromptConfig(GeneralConfig(INIT), None, DomainPartConfig(0, residual=False, patches=False)),
+    "attention": FULL,
+    "late attention": PromptConfig(GeneralConfig(INIT), InstanceConfig(width=8, heads=2, layer=1), DomainPartConfig()),
+    "meta": PromptConfig(GeneralConfig(INIT), InstanceConfig("meta"), DomainPartConfig(0, residual=False)),
+    "few refined": PromptConfig(GeneralConfig(INIT), InstanceConfig(width=8, heads=2, top_k=2), DomainPartConfig()),
+}
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
+    bases: dict[str, DualEncoder] = {}
+
+    def load(name: str) -> DualEncoder:
+        if name not in bases:
+            bases[name] = load_base(BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
+        return bases[name]
+
+    return load
+
+
+@torch.no_grad()
+def seen(base: DualEncoder, pictures: list[Image.Image]) -> Pictures:
+    found = image_tokens(base, inputs_of(base, "image", pictures))
+    return Pictures(torch.nn.functional.normalize(found.features, dim=-1), found.tokens, found.mask)
+
+
+def prompted(base: DualEncoder, config: PromptConfig, pictures: Pictures, *, moved: float = 0) -> PromptedClasses:
+    assert pictures.tokens is not None
+    tower = PromptTower(base)
+    prompt = StructuredPrompt(config, tower, patch_width=pictures.tokens.shape[2], classes=len(NAMES), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter.add_(moved * torch.randn(parameter.shape, generator=generator))
+    return PromptedClasses(tower, prompt, NAMES)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["clip", "siglip2", "flava", "starter"])
+@torch.no_grad()
+def test_it_starts_as_the_general_part_alone(kind: str, name: str, base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of(name)
+    images = seen(base, pictures)
+    classes = prompted(base, KINDS[kind], images)
+    alone = prompted(base, KINDS["general"], images)
+    if classes.prompt.class_tokens is not None:
+        pytest.skip("class-specific tokens are tokens of their own")
+    start = images.embeddings @ alone.embeddings().T
+    close(classes.scores(images, classes.embeddings()), start)
+    expected = base.token_features(base.text_inputs([f"{INIT} {one}" for one in NAMES]))
+    close(alone.embeddings(), torch.nn.functional.normalize(expected, dim=-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["clip", "siglip2", "starter"])
+@torch.no_grad()
+def test_each_picture_is_independent_of_its_batch(
+    kind: str, name: str, base_of: Any, pictures: list[Image.Image]
+) -> None:
+    base = base_of(name)
+    classes = prompted(base, KINDS[kind], seen(base, pictures), moved=0.3)
+    embeddings = classes.embeddings()
+    together = classes.scores(seen(base, pictures), embeddings)
+    alone = torch.cat([classes.scores(seen(base, [one]), embeddings) for one in pictures])
+    close(together, alone)
+    shuffled = classes.scores(seen(base, pictures[::-1]), embeddings).flip(0)
+    close(together, shuffled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["clip", "starter"])
+def test_gradients_reach_every_part_and_nothing_else(
+    kind: str, name: str, base_of: Any, pictures: list[Image.Image]
+) -> None:
+    base = base_of(name)
+    images = seen(base, pictures)
+    classes = prompted(base, KINDS[kind], images, moved=0.1)
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    scores = classes.scores(images, classes.embeddings(), labels)
+    torch.nn.functional.cross_entropy(20 * scores, labels).backward()
+    for part, parameter in classes.prompt.named_parameters():
+        assert parameter.grad is not None, part
+        assert parameter.grad.abs().max() > 0 or part == "instance.key.bias", part  # a softmax cancels it
+    assert all(parameter.grad is None for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "starter"])
+@torch.no_grad()
+def test_refined_classes_are_scored_as_all_are(name: str, base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of(name)
+    images = seen(base, pictures)
+    every = prompted(base, FULL, images, moved=0.3)
+    chosen = torch.tensor([[0, 2], [3, 1], [2, 0], [1, 2], [3, 0]])
+    close(
+        every.of_pictures(images, chosen),
+        every.of_pictures(images).gather(1, chosen[:, :, None].expand(-1, -1, base.embedding_dim)),
+    )
+    assert can_reuse(every.tower) == (name == "clip")
+
+
+@torch.no_grad()
+def test_instance_tokens_differ_between_pictures_once_trained(base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of("clip")
+    images = seen(base, pictures)
+    classes = prompted(base, FULL, images, moved=0.3)
+    own = classes.of_pictures(images)
+    assert (own[0] - own[1]).abs().max() > 1e-2
+    instance: Any = classes.prompt.instance
+    weights = instance.attention(images)
+    close(weights.sum(dim=2), torch.ones(5, 2))
+
+
+@torch.no_grad()
+def test_padding_is_not_looked_at(base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of("siglip2")
+    images = seen(base, pictures)
+    assert images.mask is not None
+    assert images.tokens is not None
+    classes = prompted(base, FULL, images, moved=0.3)
+    before = classes.scores(images, classes.embeddings())
+    images.tokens[~images.mask] = 1e3
+    close(classes.scores(images, classes.embeddings()), before)
+    instance: Any = classes.prompt.instance
+    assert instance.attention(images)[~images.mask[:, None].expand(-1, 2, -1)].max() == 0
+
+
+@torch.no_grad()
+def test_untrained_queries_see_the_mean_of_all_patches(base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of("clip")
+    images = seen(base, pictures)
+    assert images.tokens is not None
+    pooled = prompted(base, FULL, images).prompt.pooled(images)
+    close(pooled, torch.nn.functional.normalize(images.tokens.mean(dim=1), dim=-1))
+
+
+def test_a_longer_context_starts_at_random_before_the_template(base_of: Any) -> None:
+    base = base_of("clip")
+    tower = PromptTower(base)
+
+    def general(**options: Any) -> Tensor:
+        config = PromptConfig(GeneralConfig(**options), None, DomainPartConfig())
+        return StructuredPrompt(config, tower, patch_width=16, classes=2, seed=3).general
+
+    start = tower.embedded(INIT)
+    close(general(init=INIT), start)
+    longer = general(init=INIT, tokens=len(start) + 2)
+    close(longer[2:], start)
+    assert longer[:2].abs().max() < 0.2
+    assert torch.equal(longer, general(init=INIT, tokens=len(start) + 2))  # the seed decides
+    assert general(init=None, tokens=5).shape == (5, 16)
+    with pytest.raises(RecipeError, match=r"general\.tokens=1, but init='photo of a' has"):
+        general(init=INIT, tokens=1)
+
+
+@torch.no_grad()
+def test_unseen_classes_have_their_name_alone(base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of("clip")
+    images = seen(base, pictures)
+    classes = prompted(base, FULL, images, moved=0.3)
+    names = ["dog", "bear", "cat"]
+    other = PromptedClasses(classes.tower, extended(classes.prompt, [3, None, 0]), names)
+    assert other.prompt.residual is not None
+    assert classes.prompt.residual is not None
+    close(other.prompt.residual[[0, 2]], classes.prompt.residual[[3, 0]])
+    assert other.prompt.residual[1].abs().max() == 0
+    assert other.prompt.class_tokens is not None
+    assert classes.prompt.class_tokens is not None
+    close(other.prompt.class_tokens[1], classes.prompt.class_tokens.mean(dim=0))
+    scores = classes.scores(images, classes.embeddings())
+    close(other.scores(images, other.embeddings())[:, [0, 2]], scores[:, [3, 0]])
+    assert len(classes.prompt.residual) == 4  # it is as it was
+
+
+def test_best_classes_have_the_true_one() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.4, 0.1, 0.2, 0.3]])
+    assert best_classes(scores, 2).tolist() == [[1, 2], [0, 3]]
+    assert {frozenset(row) for row in best_classes(scores, 2, torch.tensor([0, 0])).tolist()} == {
+        frozenset({0, 1}), frozenset({0, 3})
+    }  # fmt: skip
+
+
+def test_pictures_without_patches_are_refused(base_of: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    base = base_of("clip")
+    images = seen(base, pictures)
+    classes = prompted(base, FULL, images)
+    with pytest.raises(ValueError, match="reads patch tokens"):
+        classes.scores(Pictures(images.embeddings), classes.embeddings())

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiny_pairs import picture_bytes, save_pictures, write_shard, write_table
+from trimtab.data.labelled import base_and_new, load_labelled
+from trimtab.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str
+    image: str = "image"
+    label: str = "label"
+    root: str | None = None
+
+
+def table(folder: Path, labels: list[Any], name: str = "items.csv") -> list[Source]:
+    save_pictures(folder, [f"{at}.png" for at in range(len(labels))])
+    rows = [(f"{at}.png", label) for at, label in enumerate(labels)]
+    return [Source(str(write_table(folder / name, rows, columns=("image", "label"))))]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_tables_of_every_format(tmp_path: Path, suffix: str) -> None:
+    found = load_labelled(table(tmp_path, ["red pear", "apple", "red pear"], f"items{suffix}"))
+    assert found.classes == ("apple", "red pear")
+    assert found.labels.tolist() == [1, 0, 1]
+    assert [image.name for image in found.images] == ["0.png", "1.png", "2.png"]
+    assert found.counts.tolist() == [1, 2]
+
+
+def test_class_folders_and_shards(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "folder", ["fruit/green-apple/1.png", "fruit/pear/2.png"])
+    found = load_labelled([Source(str(tmp_path / "folder"))])
+    assert (found.classes, found.labels.tolist()) == (("green apple", "pear"), [0, 1])
+    members = {
+        "0.png": picture_bytes(1),
+        "0.json": '{"label": "pear"}',
+        "1.png": picture_bytes(2),
+        "1.json": '{"label": "fig"}',
+    }
+    write_shard(tmp_path / "some.tar", members)
+    assert load_labelled([Source(str(tmp_path / "some.tar"))]).classes == ("fig", "pear")
+
+
+def test_a_file_gives_classes_and_their_order(tmp_path: Path) -> None:
+    names = tmp_path / "classes.txt"
+    names.write_text("pear\napple\n")
+    found = load_labelled(table(tmp_path, ["apple", "pear"]), names)
+    assert (found.classes, found.labels.tolist()) == (("pear", "apple"), [1, 0])
+
+
+def test_numbers_stand_for_the_classes_of_the_file(tmp_path: Path) -> None:
+    assert load_labelled(table(tmp_path, [0, 2, 1]), ["pear", "apple", "fig"]).labels.tolist() == [0, 2, 1]
+    # Without a file they are names.
+    assert load_labelled(table(tmp_path, [10, 2])).classes == ("10", "2")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        ([1, 2, 3], ["pear", "apple", "fig"], r"row 4: label 3, but .* 0 to 2; .* from 1 to 3: they are off by one"),
+        ([0, 7], ["pear", "apple"], r"label 7, .* mend the labels, or add the classes"),
+        (["pear", "aple", "aple"], ["pear", "apple"], r"'aple' \(.*csv, row 3; 2 pictures, do you mean 'apple'\?\)"),
+        (["pear", 1], ["pear", "apple"], r"'1' \(.*row 3"),
+        (["pear", "pear"], ["pear", "apple", "fig"], r"2 of 3 classes have no picture: apple, fig\. Add pictures"),
+        (["pear", "pear"], None, r"only the class 'pear', and telling classes apart takes two"),
+        (["pear", " "], None, r"row 3: the picture has no label"),
+        (["pear", "apple"], ["pear"], r"only the class 'pear'"),
+    ],
+)  # fmt: skip
+def test_bad_labels(tmp_path: Path, labels: list[Any], classes: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_labelled(table(tmp_path, labels), classes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pear\n\napple\n", "line 2 is blank"),
+        ("pear\napple\npear\n", r"'pear' stands on line 1 and on line 3"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_class_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_labelled(table(tmp_path, ["pear", "apple"]), tmp_path / "classes.txt")
+
+
+def test_a_picture_has_one_class(tmp_path: Path) -> None:
+    save_pictures(tmp_path, ["0.png", "1.png"])
+    rows = [("0.png", "pear"), ("1.png", "apple"), ("0.png", "apple"), ("1.png", "apple")]
+    source = Source(str(write_table(tmp_path / "items.csv", rows, columns=("image", "label"))))
+    with pytest.raises(DataError, match=r"row 4: .*0\.png is of class 'apple' here and 'pear' in .*row 2"):
+        load_labelled([source])
+
+
+def test_unusable_pictures_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = table(tmp_path, ["pear", "apple", "pear", "apple", "pear", "pear"])
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    with caplog.at_level(logging.WARNING):
+        found = load_labelled(sources)
+    assert (len(found), found.counts.tolist()) == (4, [2, 2])
+    assert [one.row for one in found.dropped] == [2, 6]
+    assert "2 of 6 pictures cannot be used" in caplog.text
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").unlink()
+    with pytest.raises(DataError, match=r"4 of 6 pictures cannot be used.* More than half is too much"):
+        load_labelled(sources)
+
+
+def test_validation_may_lack_classes(tmp_path: Path) -> None:
+    found = load_labelled(table(tmp_path, ["pear"]), ["apple", "pear"], every_class=False)
+    assert found.counts.tolist() == [0, 1]
+
+
+def test_some_classes_alone(tmp_path: Path) -> None:
+    found = load_labelled(table(tmp_path, ["a", "b", "c", "b"]))
+    some = found.only(np.array([2, 1]))
+    assert (some.classes, some.labels.tolist()) == (("c", "b"), [1, 0, 1])
+    assert found.digest != some.digest
+
+
+@given(st.integers(2, 500))
+def test_base_and_new_are_all_classes(count: int) -> None:
+    base, new = base_and_new(count)
+    assert [*base, *new] == list(range(count))
+    assert 0 <= len(base) - len(new) <= 1

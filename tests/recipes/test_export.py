@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiny_links import save_language, save_tiny_domain, save_tiny_prompt
+from trimtab.adapters.adapted import load, load_adapted
+from trimtab.adapters.composing import load_composed
+from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.recipes import export as module
+from trimtab.recipes.export import export
+from trimtab.towers.text_encoder import TextEncoder
+
+
+@pytest.fixture
+def sample(tmp_path: Path, pictures: list[Image.Image]) -> Path:
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    rows = [("image", "text"), ("bad.png", "a dog")]
+    for at, picture in enumerate(pictures):
+        picture.save(folder / f"{at}.png")
+        rows.append((f"{at}.png", ["a cat", "一只猫", "two apples", "the moon", "a black bear"][at]))
+    (folder / "bad.png").write_bytes(b"no picture")
+    with (folder / "sample.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return folder / "sample.csv"
+
+
+def test_int8_is_measured_on_a_sample(
+    tiny_base: Callable[[str], Any], sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SECONDS", 0.01)
+    outcome = export(tiny_base("clip"), tmp_path / "out", int8=True, sample=sample)
+    about = json.loads((tmp_path / "out/export.json").read_text())
+    assert about["parity"]["pictures"] > 5  # those of the sample too
+    assert about["int8"] == outcome["int8"]
+    assert about["int8"]["image_cosine_min"] > 0.9
+    assert set(about["int8"]["mR"]) == {"float32", "int8"}
+    assert about["int8"]["texts_per_second"]["int8"] > 0
+    assert "image-int8.onnx" in outcome["files"]
+
+
+def test_a_plain_model_is_a_transformers_folder(
+    tiny_base: Callable[[str], Any], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    model = tiny_base("clip")
+    outcome = export(model, tmp_path / "out", format="merged")
+    assert outcome["load_with"].startswith("transformers.CLIPModel.from_pretrained")
+    assert type(AutoModel.from_pretrained(tmp_path / "out")).__name__ == "CLIPModel"
+    assert np.array_equal(load(tmp_path / "out", device="cpu").encode_image(pictures), model.encode_image(pictures))
+    with pytest.raises(ModelError, match="other files"):
+        export(model, tmp_path / "out", format="merged")
+
+
+def test_what_weights_cannot_hold_is_refused_with_the_reason(
+    tiny_base: Callable[[str], Any], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny_base("clip")
+    student = TextEncoder.load(tiny_folder("bert"), device="cpu")
+    domain = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
+    language = load_adapted(save_language(tmp_path / "zh", base, student), base=base)
+    prompt = load_adapted(save_tiny_prompt(tmp_path / "prompt", base), base=base)
+    both = load_composed([tmp_path / "shop", tmp_path / "zh"], base=base)
+    cases = [(domain, "GELU.*method=lora"), (language, "another encoder"), (prompt, "prompts are inputs")]
+    for model, words in [*cases, (both, "GELU|another encoder")]:
+        with pytest.raises(ModelError, match=rf"(?s)cannot be merged.*({words}).*") as caught:
+            export(model, tmp_path / "out", format="merged")
+        assert "--format onnx" in str(caught.value)
+    domain.alpha = 0
+    export(domain, tmp_path / "base", format="merged")
+    domain.alpha = 1
+
+
+def test_towers_of_our_own_are_refused(tmp_path: Path) -> None:
+    from tiny_starter import build_starter
+
+    with pytest.raises(ModelError, match="kinds that transformers does not have"):
+        export(build_starter(tmp_path / "starter"), tmp_path / "out", format="merged")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"format": "tflite"}, DataError, "onnx or merged"),
+        ({"format": "merged", "int8": True}, TrimtabError, "belong to the format onnx"),
+        ({"sample": "gone.csv"}, DataError, "no such file"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        export("no-such-model", tmp_path / "out", **options)

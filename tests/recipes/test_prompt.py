@@ -1,0 +1,223 @@
+"""The prompt link end to end on tiny models: what a run learns, writes, refuses, and how it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import trimtab
+from tiny_language import merged
+from tiny_prompt import NAMES, picture, toy_mapping, write_labelled
+from trimtab.config import recipe_from_mapping
+from trimtab.errors import DataError, ModelError, RecipeError
+from trimtab.recipes import prompt as prompt_recipe
+from trimtab.recipes.adapt import adapt
+from trimtab.tasks.prompt import PromptTask
+from trimtab.towers.prompting import _no_patches
+
+FAMILY = "vision-text-dual-encoder"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are then added up in the same order here and in the processes started here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def places(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Base and training pictures."""
+    return tiny_folder(FAMILY), write_labelled(tmp_path_factory.mktemp("toy"), 40)
+
+
+@pytest.fixture(scope="module")
+def finished(places: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that nothing disturbed, with a test set."""
+    folder = tmp_path_factory.mktemp("finished")
+    test = write_labelled(folder / "test", 20, first=100)
+    mapping = merged(toy_mapping(*places, folder / "out"), {"data": {"test": str(test)}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_CACHE", str(folder / "cache"))
+        outcome = adapt(recipe_from_mapping(mapping, "toy"))
+    assert outcome is not None
+    return {"mapping": mapping, "out": folder / "out", "outcome": outcome, "test": test}
+
+
+@pytest.fixture
+def toy(places: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Write the toy recipe with changes, its output in `tmp_path`; returns the YAML file."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(merged(toy_mapping(*places, tmp_path / "out"), changes)), encoding="utf-8")
+        return path
+
+    return write
+
+
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(prompt_recipe, "load", refuse)
+
+
+def test_it_learns_and_says_what_it_did(finished: dict[str, Any]) -> None:
+    outcome = finished["outcome"]
+    assert outcome["test"]["top1"] > max(60, outcome["test"]["zero_shot"])
+    assert (outcome["classes"], outcome["steps"], outcome["method"]) == (4, 24, "structured")
+    assert outcome["pictures"] == {"train": 16, "validation": 16, "test": 20}
+    described = json.loads((finished["out"] / "adapter.json").read_text())
+    assert described["link"] == "prompt"
+    assert described["config"]["classes"] == sorted(NAMES)
+    assert described["data"]["pictures"]["train"] == 16
+    assert described["metrics"]["test top1"] == outcome["test"]["top1"]
+    assert "classifier.add_classes" in (finished["out"] / "README.md").read_text()
+
+
+def test_the_folder_classifies_as_it_was_measured(finished: dict[str, Any]) -> None:
+    model = trimtab.load(finished["out"], device="cpu")
+    pictures = [finished["test"].parent / f"{number:03d}.png" for number in range(100, 120)]
+    scores = model.classifier().scores(pictures, batch_size=7)
+    labels = [sorted(NAMES).index(NAMES[number % 4]) for number in range(100, 120)]
+    assert 100 * np.mean(scores.argmax(axis=1) == labels) == pytest.approx(finished["outcome"]["test"]["top1"])
+    loss = -np.log(scores[np.arange(20), labels]).mean()
+    assert loss == pytest.approx(finished["outcome"]["test"]["loss"], abs=2e-2)  # features are cached in fp16
+    assert model.classifier().predict([picture(0)])[0][0].label == "red"
+
+
+def test_images_and_texts_are_encoded_as_by_the_base(finished: dict[str, Any], places: tuple[Path, Path]) -> None:
+    model, base = trimtab.load(finished["out"], device="cpu"), trimtab.load(places[0], device="cpu")
+    np.testing.assert_array_equal(model.encode_image([picture(1)]), base.encode_image([picture(1)]))
+    np.testing.assert_array_equal(model.encode_text(["a red car"]), base.encode_text(["a red car"]))
+    assert model.fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop"])
+def test_coop_and_cocoop_are_recipes_of_the_same_code(method: str, toy: Callable[..., Path]) -> None:
+    outcome = adapt(toy(method=method))
+    assert outcome is not None
+    tensors = load_file(Path(outcome["folder"]) / "adapter.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"general"} | ({"instance"} if method == "cocoop" else set())
+    assert {key for record in outcome["history"] if record["kind"] == "train" for key in record} >= {"cross_entropy"}
+    assert not any("template" in record for record in outcome["history"])
+    classifier = trimtab.load(outcome["folder"], device="cpu").classifier()
+    assert classifier.scores([picture(0), picture(1)]).shape == (2, 4)
+
+
+def test_killed_and_started_again_it_ends_the_same(toy: Callable[..., Path], tmp_path: Path) -> None:
+    path = toy(training={"checkpoint_every": 2})
+    command = [sys.executable, str(ROOT / "tests/tiny_prompt.py"), str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+    killed = subprocess.run([*command, "13", "SIGKILL"], env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    outcome = adapt(path)
+    assert outcome is not None
+    assert outcome["steps"] == 24
+    whole = adapt(toy(out=str(tmp_path / "whole"), training={"checkpoint_every": 2}))
+    assert whole is not None
+    mine, theirs = (load_file(Path(one["folder"]) / "adapter.safetensors") for one in (outcome, whole))
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_dry_run_says_what_it_would_do(
+    toy: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(PromptTask, "step", None)
+    assert adapt(toy(), dry_run=True) is None
+    said = capsys.readouterr().out
+    for part in ("link: prompt", "16 for train, 16 for validation; 4 classes", "trained (", "to encode once, then 24"):
+        assert part in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_may_stand_on_an_adapted_domain(toy: Callable[..., Path], places: Any, tmp_path: Path) -> None:
+    from trimtab.adapters.domain import DomainAdapters, save_domain
+    from trimtab.config import DomainAdapterConfig
+
+    base = trimtab.load(places[0], device="cpu")
+    groups = [DomainAdapterConfig("image", width=4), DomainAdapterConfig("text", width=4)]
+    adapters = DomainAdapters(base, groups)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    domain = save_domain(tmp_path / "domain", adapters, base=base)
+    outcome = adapt(toy(base=str(domain)))
+    assert outcome is not None
+    model = trimtab.load(outcome["folder"], device="cpu")
+    assert model.fingerprint == trimtab.load(domain, device="cpu").fingerprint != base.fingerprint
+    plain = base.encode_image([picture(0)])
+    assert np.abs(model.encode_image([picture(0)]) - plain).max() > 1e-3
+    scores = model.classifier().scores([picture(number) for number in range(8)])
+    assert np.mean(scores.argmax(1) == [sorted(NAMES).index(NAMES[number % 4]) for number in range(8)]) > 0.5
+    with pytest.raises(ModelError, match="was trained on the base"):
+        trimtab.load(outcome["folder"], base=base)
+
+
+def test_mistakes_are_refused_before_a_model_is_loaded(
+    toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_model(monkeypatch)
+    items = write_labelled(tmp_path / "few", 8)
+    with pytest.raises(DataError, match=r"16 shots are asked for, but 4 of 4 classes have fewer"):
+        adapt(toy(data={"train": str(items), "shots": 16}))
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red\nyellow\nblue\ngreen\nblack\n")
+    with pytest.raises(DataError, match=r"1 of 5 classes have no picture: black"):
+        adapt(toy(data={"classes": str(classes)}))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    with pytest.raises(RecipeError, match="holds other files"):
+        adapt(toy(out=str(tmp_path / "taken")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": {"instance": {"layer": 9}}}, r"instance\.layer=9, but the text tower .* has the layers 0 to 1"),
+        (
+            {"prompt": {"instance": {"tokens": 9}}},
+            r"instance\.tokens=9 shift as many context tokens, but general has 3",
+        ),
+        ({"prompt": {"instance": {"width": None, "heads": 3}}}, r"instance\.heads=3 does not divide the width 16"),
+        ({"prompt": {"general": {"tokens": 2}}}, r"general\.tokens=2, but init='photo of a' has 3 tokens"),
+    ],
+)
+def test_parts_that_do_not_go_together(toy: Callable[..., Path], changes: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        adapt(toy(**changes))
+
+
+def test_a_tower_without_patches_takes_no_instance_prompts(
+    toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise _no_patches(type("Base", (), {"name": "a pooled net"})(), "it gives nothing else")
+
+    monkeypatch.setattr("trimtab.recipes.prompt_features.image_tokens", refuse)
+    with pytest.raises(RecipeError, match=r"a pooled net has no patch tokens .*set prompt\.instance to null"):
+        adapt(toy())
+    assert adapt(toy(prompt={"instance": None, "domain": {"patches": False}}))

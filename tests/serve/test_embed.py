@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.serve import embed as module
+from trimtab.serve.embed import embed
+from trimtab.serve.store import Embeddings
+
+
+@pytest.fixture
+def model(tiny_base: Callable[[str], Any]) -> Any:
+    return tiny_base("clip")
+
+
+@pytest.fixture
+def photos(tmp_path: Path, pictures: list[Image.Image]) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    for at in range(10):
+        pictures[at % 5].rotate(at).save(folder / ("inner" if at % 2 else "") / f"图{at}.png")
+    return folder
+
+
+def read(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
+    parts = list(Embeddings.open(folder).blocks())
+    return [row for table, _ in parts for row in table.to_pylist()], np.concatenate([one for _, one in parts])
+
+
+def write_csv(path: Path, header: list[str], rows: list[tuple[str, ...]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return path
+
+
+# Inputs
+
+
+def test_a_folder_of_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
+    outcome = embed(photos, model, tmp_path / "e", shard_size=4)
+    assert (outcome["count"], outcome["skipped"], outcome["shards"], outcome["of"]) == (10, 0, 3, "images")
+    rows, vectors = read(tmp_path / "e")
+    assert rows[0] == {"id": "图0.png", "image": "图0.png"}
+    assert rows[-1]["id"] == "inner/图9.png"
+    expected = model.encode_image([photos / row["image"] for row in rows])
+    assert np.allclose(vectors, expected, atol=1e-6)
+    about = json.loads((tmp_path / "e/embeddings.json").read_text())
+    assert about["model"]["fingerprint"] == model.fingerprint
+    assert about["input"]["root"] == str(photos)
+    assert not (tmp_path / "e/skipped.csv").exists()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_table_of_pictures(model: Any, photos: Path, tmp_path: Path, suffix: str) -> None:
+    names = ["图0.png", "图2.png", "图0.png"]
+    path = photos / f"table.{suffix}"
+    if suffix == "csv":
+        write_csv(path, ["image", "text"], [(name, "一只猫") for name in names])
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps({"image": name, "text": "一只猫"}) + "\n" for name in names))
+    else:
+        pq.write_table(pa.table({"image": names, "text": ["一只猫"] * 3}), path)
+    embed(path, model, tmp_path / "e", keep=("text",))
+    rows, _ = read(tmp_path / "e")  # a picture with two captions is one picture
+    assert rows == [{"id": name, "image": name, "text": "一只猫"} for name in names[:2]]
+
+
+def test_a_table_with_ids_and_another_root(model: Any, photos: Path, tmp_path: Path) -> None:
+    rows = [("a", "图0.png"), ("b", "图0.png")]
+    path = write_csv(tmp_path / "table.tsv".replace("tsv", "csv"), ["sku", "photo"], rows)
+    embed(path, model, tmp_path / "e", of="images", column="photo", id_column="sku", root=photos)
+    assert [row["id"] for row in read(tmp_path / "e")[0]] == ["a", "b"]
+
+
+def test_texts(model: Any, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", ["id", "text"], [("x", "a cat"), ("y", " "), ("z", "a dog")])
+    outcome = embed(path, model, tmp_path / "e")
+    assert outcome["of"] == "texts"
+    assert outcome["skipped_items"] == [{"id": "y", "source": " ", "reason": "is empty"}]
+    rows, vectors = read(tmp_path / "e")
+    assert [row["id"] for row in rows] == ["x", "z"]
+    assert np.allclose(vectors, model.encode_text(["a cat", "a dog"]), atol=1e-6)
+
+
+def test_texts_of_a_table_with_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
+    path = write_csv(photos / "t.csv", ["image", "text"], [("图0.png", "a cat")])
+    assert embed(path, model, tmp_path / "e", of="texts")["of"] == "texts"
+    assert read(tmp_path / "e")[0] == [{"id": "2", "text": "a cat"}]  # the line
+
+
+def pack(folder: Path, name: str, pictures: list[Image.Image], extra: dict[str, bytes] | None = None) -> Path:
+    import io
+
+    with tarfile.open(folder / name, "w") as archive:
+        members = dict(extra or {})
+        for at, picture in enumerate(pictures):
+            stream = io.BytesIO()
+            picture.save(stream, "png")
+            members[f"{at:03d}.png"] = stream.getvalue()
+            members[f"{at:03d}.txt"] = f"caption {at}".encode()
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return folder / name
+
+
+def test_webdataset_shards(model: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    pack(tmp_path, "s-0.tar", pictures[:3])
+    pack(tmp_path, "s-1.tar", pictures[3:], {"bad.jpg": b"no picture", "lone.txt": b"no picture beside it"})
+    outcome = embed(f"{tmp_path}/s-{{0..1}}.tar", model, tmp_path / "e")
+    assert (outcome["count"], outcome["skipped"], outcome["shards"]) == (5, 2, 2)
+    rows, vectors = read(tmp_path / "e")
+    assert rows[3] == {"id": "000", "image": "s-1.tar/000.png"}
+    assert np.allclose(vectors, model.encode_image(pictures), atol=1e-6)
+    reasons = {one["id"]: one["reason"] for one in outcome["skipped_items"]}
+    assert "no picture" in reasons["lone"]
+    assert "not an image" in reasons["bad"]
+    embed(f"{tmp_path}/s-{{0..1}}.tar", model, tmp_path / "t", of="texts")
+    assert [row["text"] for row in read(tmp_path / "t")[0][:3]] == ["caption 0", "caption 1", "caption 2"]
+
+
+def test_a_shard_that_is_cut_off_gives_what_it_has(model: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    path = pack(tmp_path, "s.tar", pictures)
+    path.write_bytes(path.read_bytes()[:-12_000])
+    outcome = embed(path, model, tmp_path / "e")
+    assert 0 < outcome["count"] < 5
+    assert "what follows is lost" in outcome["skipped_items"][-1]["reason"]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=4))
+def test_texts_of_every_plane_come_back(model: Any, tmp_path: Path, texts: list[str]) -> None:
+    for name in ("e", "t.jsonl"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for format in ("parquet", "npy"):
+        embed(tmp_path / "t.jsonl", model, tmp_path / "e" / format, format=format)
+        assert [row["text"] for row in read(tmp_path / "e" / format)[0]] == [text for text in texts if text.strip()]
+
+
+# What cannot be used
+
+
+def test_unreadable_pictures_are_listed(model: Any, photos: Path, tmp_path: Path) -> None:
+    (photos / "a.jpg").write_bytes(b"")
+    (photos / "b.jpg").write_bytes(b"<html>")
+    path = write_csv(photos / "t.csv", ["image"], [("a.jpg",), ("图0.png",), ("b.jpg",), ("gone.png",), ("",)])
+    outcome = embed(path, model, tmp_path / "e", shard_size=2)
+    assert (outcome["count"], outcome["skipped"]) == (1, 4)
+    with (tmp_path / "e/skipped.csv").open(encoding="utf-8") as stream:
+        listed = list(csv.DictReader(stream))
+    assert [one["id"] for one in listed] == ["a.jpg", "b.jpg", "gone.png", ""]
+    assert "empty" in listed[0]["reason"]
+    assert "web page" in listed[1]["reason"]
+    assert "no such file" in listed[2]["reason"]
+
+
+def test_bad_rows_show_before_the_model_is_loaded(photos: Path, tmp_path: Path) -> None:
+    path = write_csv(photos / "t.csv", ["image"], [("图0.png",), ("../secret.png",)])
+    with pytest.raises(DataError, match=r"row 3.*outside"):
+        embed(path, "no-such-model", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("input", "options", "words"),
+    [
+        ("gone.csv", {}, "no such file"),
+        ("gone", {}, "no such input"),
+        ("https://example.org/a.csv", {}, "neither is ever opened"),
+        ("t.csv", {"column": "foto"}, "no column 'foto'; columns found: image, id"),
+        ("t.csv", {"id_column": "sku"}, "no column 'sku'"),
+        ("t.csv", {"keep": ("image",)}, "taken"),
+        ("t.csv", {"root": "gone"}, "no such folder"),
+        ("t.csv", {"of": "sounds"}, "images or texts"),
+        (".", {"column": "image"}, "no table"),
+        (".", {"of": "texts"}, "folder of pictures"),
+        ("t.csv", {"shard_size": 0}, "at least 1"),
+        ("t.csv", {"part": (3, 2)}, "first of four"),
+        ("t.csv", {"format": "csv"}, "parquet or npy"),
+        ("t.csv", {"dtype": "int8"}, "float32 or float16"),
+        ("t.csv", {"engine": "spark"}, "local or ray"),
+        ("empty", {}, "holds no images"),
+    ],
+)
+def test_inputs_and_options_that_do_not_fit(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, input: str, options: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(photos)
+    (photos / "empty").mkdir()
+    write_csv(photos / "t.csv", ["image", "id"], [("图0.png", "1")])
+    with pytest.raises(TrimtabError, match=words):
+        embed(input, "no-such-model", tmp_path / "e", **options)
+
+
+def test_an_unknown_model(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="unknown model"):
+        embed(photos, "./no-such-model", tmp_path / "e")
+
+
+# Going on
+
+
+def test_finished_shards_are_not_repeated(model: Any, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    first = embed(photos, model, tmp_path / "e", shard_size=4)
+    made: list[int] = []
+    original = module.make_shard
+    monkeypatch.setattr(module, "make_shard", lambda *a: (made.append(a[2].number), original(*a))[1])
+    (tmp_path / "e/shard-00001.parquet").unlink()
+    assert embed(photos, model, tmp_path / "e", shard_size=4) == first
+    assert made == [1]
+    shutil.copy(photos / "图0.png", photos / "龥.png")  # an input that grew: the others stay
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["count"] == 11
+    assert made[1:] == [1, 2]  # from where the order changed
+    assert len(read(tmp_path / "e")[1]) == 11
+    shutil.rmtree(photos / "inner")
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["count"] == 6
+    assert len(read(tmp_path / "e")[1]) == 6
+
+
+def test_a_killed_run_goes_on(tiny_folder: Callable[[str], Path], photos: Path, tmp_path: Path, model: Any) -> None:
+    code = (
+        "import os, signal\n"
+        "from trimtab.serve import embed as m\n"
+        "original = m.write_shard\n"
+        "def stop(folder, number, *a, **k):\n"
+        "    if number == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(folder, number, *a, **k)\n"
+        "m.write_shard = stop\n"
+        f"m.embed({str(photos)!r}, {str(tiny_folder('clip'))!r}, {str(tmp_path / 'e')!r}, shard_size=3)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    with pytest.raises(DataError, match="not finished"):
+        Embeddings.open(tmp_path / "e")
+    before = (tmp_path / "e/shard-00001.parquet").stat().st_mtime_ns
+    assert embed(photos, model, tmp_path / "e", shard_size=3)["count"] == 10
+    assert (tmp_path / "e/shard-00001.parquet").stat().st_mtime_ns == before
+    embed(photos, model, tmp_path / "whole", shard_size=3)
+    assert np.array_equal(read(tmp_path / "e")[1], read(tmp_path / "whole")[1])
+
+
+def test_parts_make_a_whole(model: Any, photos: Path, tmp_path: Path) -> None:
+    first = embed(photos, model, tmp_path / "e", shard_size=2, part=(1, 2))
+    assert (first["shards"], first["unfinished_shards"]) == (5, 2)
+    with pytest.raises(DataError, match="not finished"):
+        Embeddings.open(tmp_path / "e")
+    assert embed(photos, model, tmp_path / "e", shard_size=2, part=(2, 2))["unfinished_shards"] == 0
+    assert len(read(tmp_path / "e")[1]) == 10
+
+
+def test_another_job_is_refused(model: Any, tiny_base: Any, photos: Path, tmp_path: Path) -> None:
+    embed(photos, model, tmp_path / "e", shard_size=4)
+    with pytest.raises(DataError, match=r"another job \(shard_size differ"):
+        embed(photos, model, tmp_path / "e", shard_size=5)
+    with pytest.raises(DataError, match=r"another job \(model differ"):
+        embed(photos, tiny_base("siglip"), tmp_path / "e", shard_size=4)
+    with pytest.raises(DataError, match="other files"):
+        embed(photos, model, photos)
+    (tmp_path / "e/plan.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        embed(photos, model, tmp_path / "e", shard_size=4)
+
+
+def test_two_at_once_are_refused(model: Any, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def again(*_: Any) -> None:
+        embed(photos, model, tmp_path / "e")
+
+    monkeypatch.setattr(module, "make_shard", again)
+    with pytest.raises(DataError, match="another process"):
+        embed(photos, model, tmp_path / "e")
+
+
+def test_a_full_disk_keeps_finished_shards(model: Any, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    original = pq.write_table
+
+    def full(table: Any, where: Any, **options: Any) -> None:
+        if "shard-00001" in str(where):
+            raise OSError(errno.ENOSPC, "no space")
+        original(table, where, **options)
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(TrimtabError, match="disk is full"):
+        embed(photos, model, tmp_path / "e", shard_size=4)
+    monkeypatch.undo()
+    names = sorted(path.name for path in (tmp_path / "e").iterdir() if path.name.startswith("shard"))
+    assert names == ["shard-00000.json", "shard-00000.parquet"]
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["count"] == 10
+
+
+def test_progress_counts_items(model: Any, photos: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    embed(photos, model, tmp_path / "e", shard_size=4, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_halves(model: Any, photos: Path, tmp_path: Path) -> None:
+    embed(photos, model, tmp_path / "e", dtype="float16")
+    schema = pq.read_schema(tmp_path / "e/shard-00000.parquet")
+    assert schema.field("embedding").type == pa.list_(pa.float16(), model.embedding_dim)
+    assert read(tmp_path / "e")[1].dtype == np.float32

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
+from trimtab.adapters.adapted import load_adapted
+from trimtab.adapters.composing import load_composed
+from trimtab.errors import ModelError, TrimtabError
+from trimtab.serve import export as module
+from trimtab.serve.export import export_onnx, quantise
+from trimtab.serve.onnx_runtime import Encoder, is_latin
+from trimtab.towers import scripts
+from trimtab.towers.text_encoder import TextEncoder
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+TEXTS = ["a cat", "一只猫的照片", "a photo of a small red car on the road", "猫", "", "mixed 猫 text", "字" * 60]
+
+
+def check(model: Any, folder: Path, pictures: list[Image.Image]) -> Encoder:
+    encoder = Encoder(folder, threads=1)
+    assert np.allclose(encoder.encode_image(pictures), model.encode_image(pictures), atol=1e-5)
+    assert np.allclose(encoder.encode_text(TEXTS), model.encode_text(TEXTS), atol=1e-5)
+    for text in TEXTS:
+        assert np.allclose(encoder.encode_text([text]), model.encode_text([text]), atol=1e-5)
+    return encoder
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "chinese_clip", "altclip", "vision-text-dual-encoder", "flava"])
+def test_families(tiny_base: Callable[[str], Any], family: str, pictures: list[Image.Image], tmp_path: Path) -> None:
+    model = tiny_base(family)
+    about = export_onnx(model, tmp_path / "out")
+    assert about["parity"]["image"] < 1e-5
+    assert about["parity"]["text"] < 1e-5
+    check(model, tmp_path / "out", pictures)
+
+
+def test_varying_sizes_are_refused(tiny_base: Callable[[str], Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="varying sizes"):
+        export_onnx(tiny_base("siglip2"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def composed(tiny_base: Any, tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place, base = tmp_path_factory.mktemp("links"), tiny_base("clip")
+    student = TextEncoder.load(tiny_folder("bert"), device="cpu")
+    domain = save_tiny_domain(place / "shop", base)
+    parts = [domain, save_language(place / "zh", base, student)]
+    parts.append(save_tiny_prompt(place / "prompt", load_adapted(domain, base=base)))
+    return load_composed(parts, base=base)
+
+
+def test_all_links_are_inside(composed: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    about = export_onnx(composed, tmp_path / "out")
+    assert [one["script"] for one in about["texts"]] == ["latin", "other"]
+    assert about["fingerprint"] == composed.fingerprint
+    encoder = check(composed, tmp_path / "out", pictures)
+    classes = json.loads((tmp_path / "out/classes.json").read_text())
+    logits = classes["scale"] * encoder.encode_image(pictures) @ np.load(tmp_path / "out/classes.npy").T
+    expected = composed.classifier().scores(pictures)
+    found = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert classes["classes"] == list(CLASSES)
+    assert np.allclose(found, expected, atol=1e-4)
+    base = composed.base.encode_image(pictures)
+    assert not np.allclose(encoder.encode_image(pictures), base, atol=1e-3)
+
+
+def test_english_through_the_adapter(
+    tiny_base: Any, tiny_folder: Any, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    student = TextEncoder.load(tiny_folder("bert"), device="cpu", prefix="a photo of ")
+    folder = save_language(tmp_path / "zh", tiny_base("clip"), student, english="adapter")
+    model = load_adapted(folder, base=tiny_base("clip"), student=student)
+    assert [one["script"] for one in export_onnx(model, tmp_path / "out")["texts"]] == ["all"]
+    check(model, tmp_path / "out", pictures)
+
+
+def test_the_loader_needs_neither_torch_nor_trimtab(
+    tiny_base: Any, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    model = tiny_base("clip")
+    export_onnx(model, tmp_path / "out")
+    picture = pictures[0].convert("RGBA")
+    picture.putalpha(90)
+    picture.save(tmp_path / "a.png")
+    code = (
+        "import sys; from runtime import Encoder; import numpy as np\n"
+        "e = Encoder('.'); t = e.encode_text(['a cat']); i = e.encode_image(['../a.png'])\n"
+        "assert not {'torch', 'transformers', 'trimtab'} & set(sys.modules), sys.modules.keys()\n"
+        "print(*np.concatenate([t, i]).ravel())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True, check=True
+    )
+    found = np.array(done.stdout.split(), float).reshape(2, -1)
+    wanted = np.concatenate([model.encode_text("a cat"), model.encode_image(tmp_path / "a.png")])
+    assert np.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "猫", "Ünï ①", "ｆｕｌｌ", "", "123!", "mixed 猫", "日本", "ж", "𝒜", "\U0001f600"]
+)
+def test_scripts_are_told_alike(text: str) -> None:
+    assert is_latin(text) == scripts.is_latin(text)
+
+
+def test_a_difference_fails_the_export(tiny_base: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="differs from PyTorch's by"):
+        export_onnx(tiny_base("clip"), tmp_path / "out", tolerance=1e-12)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_other_things_are_left_alone(tiny_base: Any, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ModelError, match="something else"):
+        export_onnx(tiny_base("clip"), tmp_path)
+
+
+def test_without_the_extra(tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(TrimtabError, match=r"trimtab\[onnx\]"):
+        export_onnx(tiny_base("clip"), tmp_path / "out")
+
+
+def test_int8(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    model = tiny_base("clip")
+    export_onnx(model, tmp_path / "out")
+    assert quantise(tmp_path / "out") == ["image-int8.onnx", "text-int8.onnx"]
+    small = Encoder(tmp_path / "out", int8=True)
+    cosines = (small.encode_image(pictures) * model.encode_image(pictures)).sum(axis=1)
+    assert cosines.min() > 0.9
+    assert cosines.max() < 1 - 1e-7
+
+
+def test_made_pictures_have_several_shapes() -> None:
+    assert len({one.size for one in module.made_pictures()}) >= 4

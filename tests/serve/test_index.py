@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_vectors import MODEL, made, write_embeddings
+from trimtab.errors import DataError, ModelError
+from trimtab.serve.index import Index
+from trimtab.serve.indexing import build_index, choose_kind
+
+pytest.importorskip("faiss")
+
+VECTORS = made(1500)
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_embeddings(tmp_path_factory.mktemp("vectors") / "e", VECTORS, shard_size=400)
+
+
+@pytest.fixture(scope="module")
+def folders(embeddings: Path) -> dict[str, Path]:
+    made: dict[str, Path] = {}
+    for kind in ("flat", "hnsw", "ivfpq"):
+        made[kind] = embeddings.parent / kind
+        build_index(embeddings, made[kind], kind=kind)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_it_finds_what_comparing_with_all_finds(folders: dict[str, Path], kind: str) -> None:
+    index = Index.open(folders[kind])
+    assert (len(index), index.dim, index.kind, index.of) == (1500, 16, kind, "images")
+    assert index.model_fingerprint == MODEL.fingerprint
+    queries = made(50, seed=1)
+    cosines = queries @ VECTORS.T
+    best = np.argsort(-cosines, axis=1)[:, :10]
+    hits = index.search(queries, 10)
+    shares = [len({f"图{row}" for row in rows} & set(ids)) / 10 for rows, ids in zip(best, hits.ids, strict=True)]
+    assert np.mean(shares) >= (1 if kind == "flat" else 0.9)
+    for row, (ids, scores, items) in enumerate(zip(*hits, strict=True)):
+        assert scores == sorted(scores, reverse=True)
+        assert [item["id"] for item in items] == ids
+        assert items[0]["image"] == f"{ids[0]}.jpg"
+        expected = [cosines[row, int(one[1:])] for one in ids]
+        assert np.allclose(scores, expected, atol=2e-3)  # ivfpq keeps halves
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_recall_is_measured_and_written(folders: dict[str, Path], kind: str) -> None:
+    recall = json.loads((folders[kind] / "index.json").read_text())["recall"]
+    assert recall["at"] == 10
+    assert recall["queries"] == 200
+    assert recall["recall"] >= 0.95
+    assert ("tried" in recall) == (kind != "flat")
+
+
+def test_one_vector_and_more_than_there_are(embeddings: Path, tmp_path: Path) -> None:
+    small = write_embeddings(tmp_path / "e", VECTORS[:3])
+    build_index(small, tmp_path / "i")
+    hits = Index.open(tmp_path / "i").search(VECTORS[1] * 7, k=50)
+    assert hits.ids[0][0] == "图1"
+    assert len(hits.ids[0]) == 3
+    assert hits.scores[0][0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_floats_are_taken(folders: dict[str, Path], dtype: Any) -> None:
+    assert Index.open(folders["flat"]).search(VECTORS[:2].astype(dtype), 1).ids == [["图0"], ["图1"]]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (np.ones((2, 16), np.int64), "not floats"),
+        (np.array([["a"] * 16]), "not floats"),
+        (np.ones((2, 15), np.float32), "16 dimensions"),
+        (np.full((1, 16), np.nan, np.float32), "NaN"),
+        (np.zeros((1, 16), np.float32), "all zero"),
+        (np.ones((1, 1, 16), np.float32), "shape"),
+    ],
+)
+def test_wrong_queries_are_refused(folders: dict[str, Path], vectors: np.ndarray, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Index.open(folders["flat"]).search(vectors)
+
+
+def test_another_model_is_refused(folders: dict[str, Path]) -> None:
+    index = Index.open(folders["flat"])
+    same_pictures = SimpleNamespace(name="a", fingerprint="a" * 64, image_fingerprint=MODEL.image_fingerprint)
+    index.check_model(same_pictures)  # type: ignore[arg-type]
+    other = SimpleNamespace(name="b", fingerprint="b" * 64, image_fingerprint="b" * 64)
+    with pytest.raises(ModelError, match=r"'tiny'.*another model"):
+        index.check_model(other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "items.arrow", "vectors.f16"])
+@pytest.mark.parametrize("damage", ["missing", "short", "changed"])
+def test_missing_and_damaged_files_are_named(folders: dict[str, Path], tmp_path: Path, name: str, damage: str) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(folders["ivfpq"], tmp_path / "i"))
+    data = bytearray((folder / name).read_bytes())
+    if damage == "missing":
+        (folder / name).unlink()
+    elif damage == "short":
+        (folder / name).write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 255
+        (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name}.*(missing|cut short|damaged)"):
+        Index.open(folder)
+
+
+def test_a_description_is_checked(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no index\.json"):
+        Index.open(tmp_path)
+    about = json.loads((folders["flat"] / "index.json").read_text())
+    for change, words in (({"schema_version": 2}, "upgrade"), ({"model": None}, "damaged"), ({"files": 3}, "damaged")):
+        (tmp_path / "index.json").write_text(json.dumps({**about, **change}))
+        with pytest.raises(DataError, match=words):
+            Index.open(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        Index.open(tmp_path)
+
+
+# Making one
+
+
+def test_kinds_follow_the_size() -> None:
+    assert [choose_kind(count) for count in (1, 50_000, 50_001, 2_000_001)] == ["flat", "flat", "hnsw", "ivfpq"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_formats_are_alike(tmp_path: Path, format: str) -> None:
+    folder = write_embeddings(tmp_path / "e", VECTORS[:250].astype(np.float16), format=format, dtype="float16")
+    build_index(folder, tmp_path / "i")
+    assert Index.open(tmp_path / "i").search(VECTORS[249], 1).ids == [["图249"]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", "shard-00001.parquet of 3 is missing"),
+        ("changed", "checksum differs"),
+        ("none", "no embeddings.json"),
+    ],
+)
+def test_embeddings_that_are_not_whole(tmp_path: Path, damage: str, words: str) -> None:
+    folder = write_embeddings(tmp_path / "e", VECTORS[:250])
+    path = folder / "shard-00001.parquet"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "changed":
+        path.write_bytes(path.read_bytes()[:-9] + b"123456789")
+    else:
+        folder = tmp_path
+    with pytest.raises(DataError, match=words):
+        build_index(folder, tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+
+
+def test_vectors_of_another_type_are_refused(tmp_path: Path) -> None:
+    folder = write_embeddings(tmp_path / "e", (VECTORS[:9] * 9).astype(np.int32))
+    with pytest.raises(DataError, match="holds int32"):
+        build_index(folder, tmp_path / "i")
+    bad = VECTORS[:9].copy()
+    bad[3, 3] = np.nan
+    with pytest.raises(DataError, match="NaN"):
+        build_index(write_embeddings(tmp_path / "f", bad), tmp_path / "i")
+
+
+def test_folders_of_other_things_are_left_alone(embeddings: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(DataError, match="something else"):
+        build_index(embeddings, tmp_path)
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+    build_index(embeddings, tmp_path / "i")
+    build_index(embeddings, tmp_path / "i", kind="hnsw")  # an index is replaced
+    assert Index.open(tmp_path / "i").kind == "hnsw"
+
+
+def test_recall_of_given_queries(embeddings: Path, tmp_path: Path) -> None:
+    queries = write_embeddings(tmp_path / "q", made(60, seed=3))
+    about = build_index(embeddings, tmp_path / "i", kind="hnsw", queries=queries)
+    assert about["recall"]["queries_of"] == "queries"
+    assert about["recall"]["queries"] == 60
+    with pytest.raises(DataError, match="16"):
+        build_index(embeddings, tmp_path / "i", queries=write_embeddings(tmp_path / "r", made(9, 8)))
+
+
+@pytest.mark.parametrize(("options", "words"), [({"kind": "ivf"}, "flat, hnsw, ivfpq"), ({"recall": 0.0}, "above 0")])
+def test_impossible_options(embeddings: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        build_index(embeddings, tmp_path / "i", **options)
+
+
+def test_too_few_for_codes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="too few to train"):
+        build_index(write_embeddings(tmp_path / "e", VECTORS[:20]), tmp_path / "i", kind="ivfpq")
