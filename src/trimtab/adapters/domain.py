@@ -438,8 +438,8 @@ def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
         raise ModelError(f"{where} has a logit_scale that is no number above 0: copy the folder again")
     gate = _load_gate(tensors, base, where)
     load_into(adapters, replace(described, tensors=tensors))
-    scale = None if scale is None else float(scale)
-    return DomainAdapted(base, adapters, gate=gate, logit_scale=scale, name=name, folder=folder)
+    number = None if scale is None else float(scale)
+    return DomainAdapted(base, adapters, gate=gate, logit_scale=number, name=name, folder=folder)
 
 
 def _load_gate(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> DomainGate | None:

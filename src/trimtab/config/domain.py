@@ -306,8 +306,8 @@ class DomainRecipe:
         adapts_texts = self.method == "adapter" and any(one.tower == "text" for one in self.adapters)
         if self.gate.kind != "none" and adapts_texts:
             raise RecipeError(
-                f"gate={self.gate.kind} needs a frozen text tower, as captions must fit adapted pictures and those that "
-                "are left to the base alike: take the groups with tower=text out of adapters, or set gate=none"
+                f"gate={self.gate.kind} needs a frozen text tower, as captions must fit adapted pictures and those "
+                "that are left to the base alike: take the groups with tower=text out of adapters, or set gate=none"
             )
         if self.training.batch_size < 2:
             raise RecipeError(f"training.batch_size={self.training.batch_size} must be at least 2: pairs are compared")
