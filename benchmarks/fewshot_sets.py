@@ -105,9 +105,9 @@ def grocery_coarse(work: Path, photos: Path | None) -> PhotoSet:
 
 
 def fashion(work: Path, photos: Path | None = None) -> PhotoSet:
-    """Fashion-MNIST: 100 pictures of each class to draw shots from, 20 to choose by, and 2,500 of its test split, every class alike."""
+    """Fashion-MNIST: of each class 100 pictures to draw shots from, 20 to choose by, and 250 of its test split."""
     folder = work / "fashion"
-    files = write_fashion(folder, train=1000, validation=200, test=2500, column="label")
+    files = write_fashion(folder, train=1000, validation=200, test=2500)
     return PhotoSet(files.train, files.validation, files.test, files.classes, folder)
 
 

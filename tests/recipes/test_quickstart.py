@@ -15,7 +15,7 @@ from trimtab.config import recipe_from_mapping
 from trimtab.data.fashion import FashionFiles
 from trimtab.data.pictures import Captioned
 from trimtab.recipes import quickstart as module
-from trimtab.recipes import quickstart_language
+from trimtab.recipes import quickstart_language, quickstart_prompt
 from trimtab.recipes.quickstart_domain import domain_sentence
 
 CLASSES = ("bag", "coat", "dress")
@@ -28,12 +28,12 @@ def write_clothes(folder: Path) -> FashionFiles:
     grey = 0
     for path, count in ((files.train, 12), (files.validation, 6), (files.test, 6)):
         (folder / path.stem).mkdir(parents=True)
-        lines = ["image,label" if path == files.test else "image,text"]
+        lines = ["image,label" if path == files.test else "image,text,label"]
         for number in range(count):
             name, grey = CLASSES[number % 3], grey + 9
             image = f"{path.stem}/{number}.png"
             Image.new("L", (28, 28), grey).save(folder / image)
-            lines.append(f"{image},{name if path == files.test else f'a photo of a {name}'}")
+            lines.append(f"{image},{name}" if path == files.test else f"{image},a photo of a {name},{name}")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     files.classes.write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
     return files
@@ -74,6 +74,16 @@ def _replace_everything_big(
                 "training": {"epochs": 2, "batch_size": 3, "log_every": 1},
             }
             return recipe_from_mapping(domain, "test", overrides)
+        if Path(path).name == "prompt-fewshot.yaml":
+            prompt = {
+                "link": "prompt",
+                "base": str(tiny_folder("clip")),
+                "data": {"train": ["nowhere.csv"]},
+                "prompt": {"instance": {"width": 8, "heads": 2}},
+                "steps": 4,
+                "training": {"epochs": 2, "batch_size": 6, "log_every": 1, "trackers": []},
+            }
+            return recipe_from_mapping(prompt, "test", overrides)
         mapping = {
             "link": "language",
             "base": str(tiny_folder("clip")),
@@ -88,6 +98,7 @@ def _replace_everything_big(
         yield from items
 
     monkeypatch.setattr(module, "load_recipe", recipe)
+    monkeypatch.setattr(quickstart_prompt, "SHOTS", (1, 2))
     monkeypatch.setattr(module, "fetch", lambda key: tmp_path)
     monkeypatch.setattr(module, "write_fashion", write_clothes)
     monkeypatch.setattr(quickstart_language, "tuxpaint_photos", lambda locale: items)
@@ -140,6 +151,21 @@ def test_the_domain_part_has_its_rows(out: Path) -> None:
     for alpha, row in ((0.0, "base"), (1.0, "adapter_hard")):
         assert points[alpha]["domain"] == found[row, "fashion", "top1"]
         assert points[alpha]["general"] == pytest.approx(found[row, "general", "score"])
+
+
+def test_the_prompt_part_has_its_rows_and_its_folder(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    rows = results["prompt"]["rows"]
+    assert {row["row"] for row in rows} == set(quickstart_prompt.COMPARED)
+    assert {(row["dataset"], row["metric"], row["seed"]) for row in rows} == {("fashion", "top1", 1)}
+    assert {row["shots"] for row in rows} == {1, 2}
+    assert all(0 <= row["value"] <= 100 for row in rows)
+    assert {path.name for path in (out / "prompt").iterdir()} == {"adapter.safetensors", "adapter.json", "README.md"}
+    assert results["seconds"]["prompt"] == results["prompt"]["seconds"]["all"]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "Few pictures: clothes from a few pictures" in text
+    assert text.index("The dial alpha") < text.index("Few pictures") < text.index("Make it again")
+    assert "learns prompts that name" in text
 
 
 def _is_english_mr(row: dict[str, Any]) -> bool:

@@ -46,7 +46,7 @@ class FashionPictures:
 
 @dataclass(frozen=True)
 class FashionFiles:
-    """Manifests with the columns image and text, or image and label (always of test), and the class names."""
+    """Manifests with the columns image, text and label (training, validation) or image and label (test)."""
 
     train: Path
     validation: Path
@@ -99,13 +99,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 
 def write_fashion(
-    folder: str | Path,
-    *,
-    train: int = 1500,
-    validation: int = 300,
-    test: int = 1000,
-    seed: int = 0,
-    column: Literal["text", "label"] = "text",
+    folder: str | Path, *, train: int = 1500, validation: int = 300, test: int = 1000, seed: int = 0
 ) -> FashionFiles:
     """Write a subset as PNG files with manifests; the same arguments write the same bytes.
 
@@ -115,7 +109,6 @@ def write_fashion(
     Args:
         folder: gets `train/`, `validation/`, `test/`, a manifest of each and `classes.txt`.
         train, validation, test: numbers of pictures.
-        column: captions for training and validation, or bare class names.
 
     Raises:
         DataError: as `read_fashion`, or a class has fewer pictures than asked for.
@@ -137,11 +130,12 @@ def write_fashion(
             # pictures, and of 18% as they are.
             Image.fromarray(255 - pictures.pixels[number]).save(folder / image)
         names = [CLASSES[label] for label in pictures.labels[chosen]]
-        if name == "test" or column == "label":
-            _write_manifest(folder / f"{name}.csv", ("image", "label"), zip(images, names, strict=True))
-        else:
+        if name == "test":
+            _write_manifest(files.test, ("image", "label"), zip(images, names, strict=True))
+        else:  # for the domain link and for the prompt link
             captions = [fill(CAPTION, one) for one in names]
-            _write_manifest(folder / f"{name}.csv", ("image", "text"), zip(images, captions, strict=True))
+            rows = zip(images, captions, names, strict=True)
+            _write_manifest(folder / f"{name}.csv", ("image", "text", "label"), rows)
     write_text(files.classes, "".join(f"{name}\n" for name in CLASSES))
     return files
 
@@ -162,7 +156,7 @@ def _choose(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[list[in
     return [sorted(subset) for subset in subsets]
 
 
-def _write_manifest(path: Path, columns: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
+def _write_manifest(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)

@@ -114,10 +114,16 @@ def _ranked(part: LabelledPictures, seed: int, stream: str) -> list[np.ndarray]:
     return [order[part.labels[order] == label] for label in range(len(part.classes))]
 
 
-@functools.lru_cache(maxsize=1 << 17)
 def _content(image: PictureFile) -> str:
-    """What changes with a picture's bytes; read once in a run."""
+    """What changes with a picture's bytes."""
     try:
-        return image.digest()
+        status = image.path.stat()
+        return _digest(image, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise DataError(f"{image}: cannot be read any more ({error.strerror}): start again") from error
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _digest(image: PictureFile, size: int, changed: int) -> str:
+    """Read once for all draws, and again when the file has changed."""
+    return image.digest()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import trimtab
+from trimtab.adapters.adapted import load
 from trimtab.config import LabelSource, PromptRecipe, to_mapping
 from trimtab.data.labelled import LabelledPictures, load_labelled
 from trimtab.data.shards import PictureFile
@@ -33,7 +34,6 @@ from trimtab.precision import tune_allocator
 from trimtab.recipes.fewshot_methods import METHODS, PROMPT_METHODS, Episode, Split, right
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
 from trimtab.training.trackers import progress_reporter
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
         for shots in plan.shots
         for seed in plan.seeds
     }
-    base = load_base(recipe.base)
+    base = load(recipe.base)
     dataset = plan.dataset or dataset_name(recipe)
     known = {run["key"]: run for run in read_runs(out) if "key" in run}
     keys = {
@@ -168,7 +168,9 @@ class Pictures:
         base: DualEncoder,
     ) -> None:
         self.recipe, self.data, self.base = recipe, data, base
-        self.tokens = any(method in PROMPT_METHODS for method in plan.methods) and _reads_patches(recipe)
+        self.tokens = (
+            any(method in PROMPT_METHODS for method in plan.methods) and recipe.resolved().prompt.reads_patches
+        )
         self._learnt = _once(draw.train for draw in draws.values())
         self._held = _once(draw.validation for draw in draws.values())
 
@@ -309,11 +311,6 @@ def append_run(path: Path, run: Run) -> None:
         with path.open("ab", buffering=0) as stream:
             stream.write(line.encode())
             os.fsync(stream.fileno())
-
-
-def _reads_patches(recipe: PromptRecipe) -> bool:
-    instance = recipe.resolved().prompt.instance
-    return instance is not None and instance.kind == "attention"
 
 
 def _once(parts: Iterator[LabelledPictures] | Any) -> dict[PictureFile, int]:

@@ -2,8 +2,8 @@
 
 Low-rank updates of queries, keys and values of every attention layer, by the `peft` library, on a copy of the base.
 What lies below the first updated layer of the image tower is still frozen and cached; what lies above is run in every
-step, and so are all class texts. That makes it the dearest method here by far, so its steps are few: `STEPS`, where the paper
-takes 500 per shot.
+step, and so are all class texts. That makes it the dearest method here by far, so its steps are few: `STEPS`, where the
+paper takes 500 per shot.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def learned(change: Callable[[PromptRecipe], PromptRecipe]) -> Method:
         )
         recipe = change(episode.recipe)
         fitted = fit_prompt(episode.base, recipe, train, held, episode.classes, episode.seed)
-        by_embedding = fitted.prompt.instance is None
+        by_embedding = fitted.prompt.instance is None and not fitted.prompt.config.reads_patches
 
         def logits(pictures: Split) -> Tensor:
             return torch.from_numpy(

@@ -5,7 +5,6 @@ One object can serve many runs: `PictureFeatures.take` gives the same features f
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from trimtab.data.shards import PictureFile
 from trimtab.data.views import make_view
 from trimtab.errors import DataError
 from trimtab.files import cache_home
-from trimtab.precision import fast_inference, has_fast_bf16, slow_in_bf16
+from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import image_tokens
 
@@ -96,8 +95,7 @@ class PictureFeatures:
             DataError: a picture cannot be decoded any more.
         """
         base = self.base
-        slow = slow_in_bf16(base.model, base.device)
-        precision = "fp32" if slow or not has_fast_bf16(base.device) else "bf16"
+        precision = "bf16" if has_fast_bf16(base.device) else "fp32"
         tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
         parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
         keys = [f"{picture.digest()} {picture.name}" for picture in self._files]
@@ -107,7 +105,7 @@ class PictureFeatures:
 
             def compute(some: list[str], view: int = view) -> np.ndarray:
                 batches = [some[start : start + _BATCH] for start in range(0, len(some), _BATCH)]
-                with contextlib.nullcontext() if slow else fast_inference(base.device):
+                with fast_inference(base.device):
                     return np.concatenate([self._encode([place[key] for key in batch], view) for batch in batches])
 
             where = cache_home() / "features" if folder is None else folder

@@ -1,6 +1,6 @@
-"""The main job: `starter` learns Chinese from text alone, then a domain from a few pictures, both measured.
+"""The main job: `starter` learns Chinese from text alone, a domain, and classes from a few pictures; all measured.
 
-Each part has a module beside this one: `quickstart_language` and `quickstart_domain`.
+Each part has a module beside this one: `quickstart_language`, `quickstart_domain` and `quickstart_prompt`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import trimtab
 from trimtab.adapters.adapted import load_adapted
-from trimtab.config import DomainRecipe, LanguageRecipe, PairSource, load_recipe, to_mapping, to_yaml
+from trimtab.config import DomainRecipe, LanguageRecipe, PairSource, PromptRecipe, load_recipe, to_mapping, to_yaml
 from trimtab.data.fashion import FashionFiles, write_fashion
 from trimtab.data.packages import PACKAGES, fetch
 from trimtab.errors import RecipeError
@@ -34,6 +34,7 @@ from trimtab.recipes.quickstart_language import (
     language_tiles,
     test_sets,
 )
+from trimtab.recipes.quickstart_prompt import learn_prompts, prompt_recipe, prompt_section, prompt_sentence
 from trimtab.towers.hf import pick_device
 
 NEEDED = (
@@ -46,8 +47,8 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
     """Fetch, train the Chinese link and the domain link, evaluate, write results and report.
 
     Args:
-        out: gets `pictures/`, `language-zh/`, `domain/`, `domain-uniform/`, `results.json`, `report.md` and
-            `report.html`.
+        out: gets `pictures/`, `language-zh/`, `domain/`, `domain-uniform/`, `prompt/`, `results.json`, `report.md`
+            and `report.html`.
 
     Returns:
         The headline figures.
@@ -68,12 +69,16 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
     general = [GeneralSet(test.name, test.english) for test in sets]
     clothes = domain_recipe(out, files)
     domain = learn_domain(clothes, files, model.base, general, pictures)
+    few = few_shot_recipe(out, files)
+    prompts = learn_prompts(few)
     results |= {
         "domain": domain.results,
+        "prompt": prompts.results,
         "seconds": {
             **outcome["seconds"],
             "fetching": fetched - started,
             "domain": domain.results["seconds"]["all"],
+            "prompt": prompts.results["seconds"]["all"],
             "all": time.monotonic() - started,
         },
         "validation": outcome["validation"],
@@ -89,12 +94,13 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
     sections = [
         *language_sections(results, outcome["history"], sets, pictures, model),
         domain_section(domain, clothes, DATASETS),
+        prompt_section(prompts, few),
     ]
-    report = make_report(results, sections, recipe)
+    report = make_report(results, sections, recipe, prompt_sentence(prompts))
     html, _ = write_report(out, report)
     return {
         "verdict": report.verdict,
-        "adapted folders": [recipe.out, clothes.out],
+        "adapted folders": [recipe.out, clothes.out, few.out],
         "results": str(out / "results.json"),
         "report": str(html),
     }
@@ -120,6 +126,13 @@ def domain_recipe(out: Path, files: FashionFiles) -> DomainRecipe:
     return replace(recipe, data=replace(recipe.data, train=train, validation=validation))
 
 
+def few_shot_recipe(out: Path, files: FashionFiles) -> PromptRecipe:
+    """`recipes/prompt-fewshot.yaml`, reading `files` and writing into `out`."""
+    recipe = load_recipe(recipe_file("prompt-fewshot.yaml"), [])
+    assert isinstance(recipe, PromptRecipe)
+    return prompt_recipe(recipe, out, files)
+
+
 def recipe_file(name: str) -> Path:
     """A recipe that comes with trimtab, from the repository or from the installed package."""
     places = [Path(__file__).parents[3] / "recipes" / name, Path(__file__).parent / "yaml" / name]
@@ -129,7 +142,9 @@ def recipe_file(name: str) -> Path:
     raise RecipeError(f"recipe {name} is not in this installation: install trimtab again")
 
 
-def make_report(results: Mapping[str, Any], sections: Sequence[Block], recipe: LanguageRecipe) -> Report:
+def make_report(
+    results: Mapping[str, Any], sections: Sequence[Block], recipe: LanguageRecipe, last: str = ""
+) -> Report:
     """The page that a newcomer sees at the end."""
     again = reproducibility(
         {
@@ -144,7 +159,7 @@ def make_report(results: Mapping[str, Any], sections: Sequence[Block], recipe: L
     )
     return Report(
         "A frozen English model learns Chinese, then a domain",
-        f"{language_sentence(results['language']['rows'])} {domain_sentence(results['domain'])}",
+        f"{language_sentence(results['language']['rows'])} {domain_sentence(results['domain'])} {last}".strip(),
         language_tiles(results),
         [*sections, again],
         context="trimtab quickstart",

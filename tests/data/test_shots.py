@@ -1,0 +1,131 @@
+"""Few-shot draws: nested, the same in any order and place, and apart from validation."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.data.labelled import LabelledPictures
+from trimtab.data.shards import PictureFile
+from trimtab.data.shots import Shots, apart, draw_shots, take_share
+from trimtab.errors import DataError
+
+CLASSES = ("cat", "dog", "bird")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files, no two alike."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in [*(f"{at}.png" for at in range(100)), *(f"v{at}.png" for at in range(15))]:
+        (folder / name).write_text(name)
+    return folder
+
+
+def pictures(
+    folder: Path, counts: tuple[int, ...], *, prefix: str = "", order: np.ndarray | None = None
+) -> LabelledPictures:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    images = [PictureFile(folder / f"{prefix}{at}.png", f"{prefix}{at}.png") for at in range(len(labels))]
+    order = np.arange(len(labels)) if order is None else order
+    return LabelledPictures(tuple(images[at] for at in order), labels[order], CLASSES[: len(counts)])
+
+
+def names(part: LabelledPictures) -> set[str]:
+    return {image.name for image in part.images}
+
+
+def drawn(found: Shots) -> tuple[set[str], set[str]]:
+    return names(found.train), names(found.validation)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.tuples(*[st.integers(9, 14)] * 3),
+    shots=st.integers(1, 4),
+    more=st.integers(0, 1),
+    seed=st.integers(0, 5),
+    shuffle=st.integers(0, 9),
+    given_validation=st.booleans(),
+)
+def test_draws_are_nested_balanced_apart_and_independent_of_order(
+    folder: Path, counts: tuple[int, ...], shots: int, more: int, seed: int, shuffle: int, given_validation: bool
+) -> None:
+    data = pictures(folder, counts)
+    held = pictures(folder, (5, 5, 5), prefix="v") if given_validation else None
+    found = draw_shots(data, held, shots, seed)
+    assert np.bincount(found.train.labels).tolist() == [shots] * 3
+    assert np.bincount(found.validation.labels).tolist() == [min(shots, 4)] * 3
+    assert not names(found.train) & names(found.validation)
+    assert names(found.train) <= names(draw_shots(data, held, shots + more, seed).train)
+    other = pictures(folder, counts, order=np.random.default_rng(shuffle).permutation(sum(counts)))
+    assert drawn(draw_shots(other, held, shots, seed)) == drawn(found)
+
+
+def test_another_seed_draws_other_pictures(folder: Path) -> None:
+    data = pictures(folder, (50, 50))
+    assert drawn(draw_shots(data, None, 4, 1)) != drawn(draw_shots(data, None, 4, 2))
+
+
+def test_a_class_with_fewer_pictures_is_named_or_taken_whole(folder: Path) -> None:
+    data = pictures(folder, (9, 3, 9))
+    with pytest.raises(DataError, match=r"1 of 3 classes have fewer training pictures: 'dog' \(3\).*allow_fewer"):
+        draw_shots(data, None, 4, 0)
+    found = draw_shots(data, None, 4, 0, allow_fewer=True)
+    assert np.bincount(found.train.labels).tolist() == [4, 3, 4]
+    assert np.bincount(found.validation.labels, minlength=3).tolist() == [4, 0, 4]
+
+
+def test_without_a_picture_left_validation_is_asked_for(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"none is left to choose by: give data\.validation"):
+        draw_shots(pictures(folder, (4, 4)), None, 4, 0)
+    assert len(draw_shots(pictures(folder, (4, 4)), pictures(folder, (1, 1), prefix="v"), 4, 0).validation) == 2
+
+
+def test_all_pictures_and_shares_of_them(folder: Path) -> None:
+    data = pictures(folder, (8, 16))
+    assert len(draw_shots(data, pictures(folder, (2, 2), prefix="v"), None, 0).train) == 24
+    whole = draw_shots(data, None, None, 0)
+    assert (len(whole.train), len(whole.validation)) == (16, 8)
+    shares = [take_share(data, share, 0) for share in (0.01, 0.125, 0.5, 1.0)]
+    assert [np.bincount(one.labels).tolist() for one in shares] == [[1, 1], [1, 2], [4, 8], [8, 16]]
+    assert all(names(small) <= names(large) for small, large in itertools.pairwise(shares))
+    for share in (0.0, 1.1):
+        with pytest.raises(ValueError, match="share"):
+            take_share(data, share, 0)
+    with pytest.raises(ValueError, match="shots=0"):
+        draw_shots(data, None, 0, 0)
+
+
+def test_pictures_of_the_test_set_are_left_out_of_training(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, test = pictures(folder, (3, 3)), pictures(folder, (2, 0))
+    kept = apart(data, test, name="training", where="test")
+    assert names(kept) == {"2.png", "3.png", "4.png", "5.png"}
+    assert "2 of 6 training pictures are among those of test too" in caplog.text
+    assert apart(kept, test, name="training", where="test").images == kept.images
+
+
+def test_the_place_of_the_pictures_does_not_matter(tmp_path: Path) -> None:
+    def lying_in(folder: Path, prefix: str) -> LabelledPictures:
+        images = tuple(PictureFile(folder / f"{at}.bin", f"{prefix}{at}.bin") for at in range(12))
+        return LabelledPictures(images, np.arange(12) % 2, CLASSES[:2])
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for at in range(12):
+        (first / f"{at}.bin").write_bytes(b"picture %d" % at)
+    shutil.copytree(first, second)
+    found = [
+        {image.path.name for image in draw_shots(lying_in(folder, prefix), None, 2, 7).train.images}
+        for folder, prefix in ((first, ""), (second, "below/"))
+    ]
+    assert found[0] == found[1]
+    (second / "3.bin").unlink()
+    with pytest.raises(DataError, match=r"3\.bin: cannot be read any more"):
+        draw_shots(lying_in(second, "x"), None, 2, 7)

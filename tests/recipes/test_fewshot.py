@@ -1,0 +1,269 @@
+"""The few-shot sweep on a tiny model: what every method sees, what is repeated, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import tiny_pairs
+from tiny_prompt import NAMES, toy_mapping, toy_recipe, write_labelled
+from trimtab.cli import app
+from trimtab.config import PromptRecipe
+from trimtab.errors import DataError, RecipeError
+from trimtab.recipes import fewshot as module
+from trimtab.recipes import fewshot_methods as methods_module
+from trimtab.recipes.fewshot import Plan, fewshot, mean_rows, read_fewshot, read_runs
+from trimtab.recipes.fewshot_methods import METHODS, PROMPT_METHODS, Episode, Fitted, right
+
+FAMILY = "vision-text-dual-encoder"
+QUICK = ("template", "ensemble", "linear_probe", "lp_plus_plus", "tip_adapter_f", "coop", "structured")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(home / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tables(home: Path) -> dict[str, Path]:
+    """Training and test pictures."""
+    return {
+        "train": write_labelled(home / "colours" / "train", 32),
+        "test": write_labelled(home / "colours" / "test", 12, first=100),
+    }
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder: Callable[[str], Path], tables: dict[str, Path], home: Path) -> PromptRecipe:
+    return toy_recipe(
+        tiny_folder(FAMILY), tables["train"], home / "out", data={"test": str(tables["test"])}, steps=6,
+        training={"epochs": 2},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(recipe: PromptRecipe, home: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """One sweep over the quick methods."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_CACHE", str(home / "cache"))
+        patch.setattr(methods_module, "STRENGTHS", (50.0,))
+        patch.setattr(methods_module, "BETAS", (1.0, 8.0))
+        patch.setattr(methods_module, "ALPHAS", (0.0, 1.0))
+        out = home / "runs.jsonl"
+        return out, fewshot(recipe, Plan((1, 2), (1,), QUICK), out, progress=lambda _: None)
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Method and seed of every run from here on."""
+    done: list[tuple[str, int]] = []
+    original = module.run_once
+
+    def counted(recipe: Any, method: str, pictures: Any, draw: Any, seed: int) -> Any:
+        done.append((method, seed))
+        return original(recipe, method, pictures, draw, seed)
+
+    monkeypatch.setattr(module, "run_once", counted)
+    return done
+
+
+def test_a_run_is_a_line_with_what_is_worth_knowing(swept: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, runs = swept
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == len(runs) == 2 * len(QUICK)
+    for run in lines:
+        assert run["dataset"] == "colours"
+        assert run["n_test"] == 12
+        assert run["n_train"] == 4 * run["shots"]
+        assert run["n_validation"] == 4 * run["shots"]
+        assert 0 <= run["top1"] <= 100
+    by_name = {run["method"]: run for run in lines}
+    assert by_name["template"]["trained_parameters"] == 0
+    assert set(by_name["tip_adapter_f"]["chosen"]) == {"alpha", "beta", "epoch"}
+    assert set(mean_rows(runs)) == set(QUICK)
+    assert all(len(cells) == 2 for cells in mean_rows(runs).values())
+
+
+def test_a_finished_run_is_not_repeated_and_an_interrupted_sweep_goes_on(
+    recipe: PromptRecipe, swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, runs = swept
+    plan = Plan((1, 2), (1,), QUICK)
+    out = tmp_path / "runs.jsonl"
+    lines = whole.read_text().splitlines()
+    # A kill cut the last line off.
+    out.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    done = count_runs(monkeypatch)
+    again = fewshot(recipe, plan, out, progress=lambda _: None)
+    assert done == [(QUICK[-1], 1)]
+    assert [(run["method"], run["top1"]) for run in again] == [(run["method"], run["top1"]) for run in runs]
+    assert len(read_runs(out)) == len(runs)
+    fewshot(recipe, plan, out, progress=lambda _: None)
+    assert len(done) == 1
+    more = Plan((1, 2), (1, 3), ("template",))
+    fewshot(recipe, more, out, progress=lambda _: None)
+    assert done[1:] == [("template", 3)] * 2
+
+
+def test_only_what_decides_a_method_makes_its_runs_new(recipe: PromptRecipe) -> None:
+    from dataclasses import replace
+
+    other = replace(recipe, steps=7, out="elsewhere", seed=5)
+    assert module.setting(other, "linear_probe") == module.setting(recipe, "linear_probe")
+    assert module.setting(other, "structured") != module.setting(recipe, "structured")
+    assert module.setting(replace(recipe, out="elsewhere", seed=5), "coop") == module.setting(recipe, "coop")
+
+
+def test_every_method_sees_the_same_pictures_and_none_of_the_test(
+    recipe: PromptRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, tuple[list[str], list[str]]] = {}
+
+    def spy(name: str) -> Callable[[Episode], Fitted]:
+        def method(episode: Episode) -> Fitted:
+            assert episode.train.embeddings.shape[0] == 2  # the picture and one view
+            seen[name] = tuple(  # type: ignore[assignment]
+                [picture.name for picture in part.features.files] for part in (episode.train, episode.validation)
+            )
+            assert [episode.classes[label] for label in episode.train.labels] == [
+                NAMES[int(picture.removesuffix(".png")) % 4] for picture in seen[name][0]
+            ]
+            return Fitted(lambda pictures: torch.zeros(len(pictures), 4))
+
+        return method
+
+    for name in ("one", "two"):
+        monkeypatch.setitem(METHODS, name, spy(name))
+    fewshot(recipe, Plan((2,), (3,), ("one", "two")), tmp_path / "runs.jsonl", progress=lambda _: None)
+    assert seen["one"] == seen["two"]
+    train, validation = seen["one"]
+    assert not set(train) & set(validation)
+    assert all(int(name.removesuffix(".png")) < 100 for name in train + validation)
+
+
+def test_ties_are_wrong() -> None:
+    assert right(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)) == 0
+    assert right(torch.eye(3), torch.arange(3)) == 100
+
+
+def test_prompt_methods_are_the_recipe_less_some_parts(recipe: PromptRecipe) -> None:
+    from trimtab.recipes.fewshot_methods import _parts
+
+    assert _parts(recipe) == recipe
+    assert _parts(recipe, instance=False).prompt.instance is None
+    assert not _parts(recipe, domain=False).prompt.domain.residual
+    assert set(PROMPT_METHODS) <= set(METHODS)
+
+
+def changed(recipe: PromptRecipe, tables: dict[str, Path], **data: Any) -> PromptRecipe:
+    mapping = toy_mapping(Path(recipe.base), tables["train"], Path(recipe.out))
+    mapping["data"] |= {"test": str(tables["test"]), **data}
+    return toy_recipe(Path(recipe.base), tables["train"], Path(recipe.out), data=mapping["data"])
+
+
+def test_bad_data_is_refused_before_a_model_is_loaded(
+    recipe: PromptRecipe, tables: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load", lambda *_: pytest.fail("a model was loaded"))
+    out = tmp_path / "runs.jsonl"
+
+    def refused(match: str, plan: Plan | None = None, **data: Any) -> None:
+        with pytest.raises(DataError, match=match):
+            fewshot(changed(recipe, tables, **data), plan or Plan((1,), (1,), ("template",)), out)
+
+    refused("9 shots are asked for, but 4 of 4 classes have fewer", Plan((9,), (1,), ("template",)))
+    refused("name them with data.test", test=[])
+    wrong = tiny_pairs.write_table(
+        tables["test"].parent / "wrong.csv", [("100.png", "purple")], columns=("image", "label")
+    )
+    refused("purple", test=str(wrong))
+    assert not out.exists()
+
+
+def test_impossible_plans_are_refused() -> None:
+    for arguments, match in (
+        ({"methods": ("template", "guess")}, "no such method: guess; there are template"),
+        ({"shots": ()}, "shots"),
+        ({"shots": (0,)}, "at least 1"),
+        ({"seeds": (1, 1)}, "without repeats"),
+        ({"seeds": (-1,)}, "at least 0"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            Plan(**arguments)  # type: ignore[arg-type]
+
+
+def test_test_pictures_are_left_out_of_training(recipe: PromptRecipe, tables: dict[str, Path]) -> None:
+    data = read_fewshot(changed(recipe, tables, test=str(tables["train"]), train=str(tables["test"])))
+    assert len(data.train) == 12
+    with pytest.raises(DataError):
+        fewshot(changed(recipe, tables, test=str(tables["train"])), Plan((1,), (1,), ("template",)), "never.jsonl")
+
+
+def test_the_command_prints_a_table_and_writes_lines_and_report(
+    recipe: PromptRecipe, tables: dict[str, Path], tmp_path: Path
+) -> None:
+    mapping = toy_mapping(Path(recipe.base), tables["train"], tmp_path / "out")
+    mapping["data"]["test"] = str(tables["test"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    arguments = ["fewshot", str(path), "--shots", "1,2", "--seeds", "1", "--methods", "template,linear_probe"]
+    result = CliRunner().invoke(app, [*arguments, "--report", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+    assert "linear_probe" in result.output
+    assert len(read_runs(tmp_path / "out.fewshot.jsonl")) == 4
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Linear probe" in page
+    assert "<script" not in page
+    for wrong, said in ((["--shots", "one"], "whole numbers"), (["--methods", "magic"], "no such method")):
+        result = CliRunner().invoke(app, [*arguments[:2], *wrong])
+        assert result.exit_code == 2
+        assert said in result.output
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot be read as a file of runs"):
+        read_runs(path)
+    assert read_runs(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize("family", [FAMILY, "clip"])
+def test_clip_lora_starts_as_the_template_and_leaves_the_base_alone(
+    tiny_folder: Callable[[str], Path], tables: dict[str, Path], family: str
+) -> None:
+    pytest.importorskip("peft")
+    import trimtab
+    from trimtab.config import LabelSource, ViewsConfig
+    from trimtab.data.labelled import load_labelled
+    from trimtab.recipes.fewshot_lora import LowRank
+    from trimtab.towers.classifier import class_vectors
+
+    base = trimtab.load(tiny_folder(family))
+    before = {name: one.clone() for name, one in base.model.state_dict().items()}
+    pictures = load_labelled([LabelSource(str(tables["train"]))])
+    images = pictures.images[:8]
+    lora = LowRank(base, pictures.classes, "a photo of a {}", views=1, options=ViewsConfig())
+    want = (
+        base.logit_scale
+        * base.encode_image([one.path for one in images])
+        @ class_vectors(base, pictures.classes, ["a photo of a {}"]).T
+    )
+    assert np.allclose(lora.logits(images).numpy(), want, atol=2e-2 * base.logit_scale)
+    assert 0 < lora.parameters < 2000
+    lora.train(images, pictures.labels[:8], 0, steps=3)
+    assert any(one.grad is not None for one in lora.updates)
+    assert base.model.state_dict().keys() == before.keys()
+    assert all(torch.equal(one, before[name]) for name, one in base.model.state_dict().items())
