@@ -263,7 +263,7 @@ def measure(kind: str, model: Any, port: int, bodies: list[bytes], items: list[A
 
 def markdown(results: dict[str, Any]) -> str:
     lines = [
-        f"Model `{results['model']}`, {results['threads']} threads, batches of {results['batch']}, one item per "
+        f"Model `{results['model']}`, {results['threads']} CPU thread(s), batches of {results['batch']}, one item per "
         f"request, queue of {QUEUE} items, time-out of {TIMEOUT} s; trimtab {results['version']}.",
         *(["", results["note"]] if results["note"] else []),
         "",
