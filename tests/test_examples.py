@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from tiny_adapted import save_tiny_adapted
+from tiny_links import save_tiny_domain
+from trimtab.serve.embed import embed
 from trimtab.towers.text_encoder import TextEncoder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -127,3 +129,33 @@ def test_serve_client(
     assert "%  猫" in lines
     with pytest.raises(SystemExit, match="cannot be reached"):
         client.main(["a", "--address", site.address])
+
+
+def test_compose(
+    tiny_base: Callable[[str], Any],
+    tiny_folder: Callable[[str], Path],
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tiny_base("clip")
+    language = save_tiny_adapted(tmp_path / "zh", base, TextEncoder.load(tiny_folder("bert"), device="cpu"))
+    domain = save_tiny_domain(tmp_path / "shop", base)
+    folders = [str(language), str(domain), "--base", base.name]
+    example("compose").main([*folders, "--image", str(photos / "0.png"), "一只猫", "一只狗"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("domain and language on ")
+    assert [line.split(":")[0] for line in lines[1:]] == ["alpha 0.0", "alpha 0.5", "alpha 1.0"]
+
+
+def test_qdrant_upload(
+    tiny_base: Callable[[str], Any], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("qdrant_client")
+    model = tiny_base("clip")
+    embed(photos, model, tmp_path / "e", shard_size=2)
+    example("qdrant_upload").main([str(tmp_path / "e"), "a cat", "--model", model.name])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "5 points in e"
+    assert lines[1] == "a cat"
+    assert sum(".png" in line for line in lines) == 5

@@ -7,7 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.adapters.files import TENSORS_FILE, AdapterFile, StudentReference, is_adapted_folder, read_adapter
+from trimtab.adapters.files import (
+    TENSORS_FILE,
+    AdapterFile,
+    StudentReference,
+    is_adapted_folder,
+    is_composed_folder,
+    read_adapter,
+)
 from trimtab.errors import ModelError
 
 if TYPE_CHECKING:
@@ -28,7 +35,26 @@ def describe(model: str | Path) -> dict[str, Any]:
     Raises:
         ModelError: unknown, incomplete or damaged model.
     """
+    if is_composed_folder(model):
+        return _describe_composed(Path(model))
     return _describe_adapted(read_adapter(model, tensors=False)) if is_adapted_folder(model) else _describe_base(model)
+
+
+def _describe_composed(folder: Path) -> dict[str, Any]:
+    from trimtab.adapters.composing import read_composed
+
+    about = read_composed(folder)
+    links = {name: _describe_adapted(read_adapter(folder / name, tensors=False)) for name in about["links"]}
+    own = ("languages", "english", "alpha", "classes", "metrics")
+    return {
+        "model": str(folder),
+        "links": ", ".join(links),
+        **{name: {key: facts[key] for key in own if key in facts} for name, facts in links.items()},
+        "other names of classes": len(about["aliases"]),
+        "base": about["base"],
+        "fingerprint": about["fingerprint"],
+        "versions": about["versions"],
+    }
 
 
 def _describe_base(name: str | Path) -> dict[str, Any]:

@@ -101,6 +101,32 @@ def test_a_large_request_does_not_make_small_ones_wait_for_all_of_it() -> None:
     made.stop(5)
 
 
+def test_who_would_wait_too_long_is_told_at_once() -> None:
+    echo = Echo(hold=True)
+
+    def slow(items: list[Any]) -> list[Any]:
+        time.sleep(0.02 * len(items))
+        return echo(items)
+
+    made = batcher(slow, patience=0.5)
+    echo.go.set()
+
+    async def work() -> list[Any]:
+        await made.submit("text", ["a"] * 4)  # from here on the pace is known
+        echo.go.clear()
+        jobs = [asyncio.create_task(made.submit("text", [at])) for at in range(60)]
+        await asyncio.sleep(0.1)
+        echo.go.set()
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    found = run(work())
+    refused = [one for one in found if isinstance(one, Problem)]
+    assert 0 < len(refused) < 55
+    assert {one.status for one in refused} == {429}
+    assert all("of work wait" in one.message for one in refused)
+    made.stop(5)
+
+
 def test_dear_items_make_small_passes() -> None:
     echo = Echo()
     made = batcher(echo, cost=lambda kind, item: float(item))

@@ -19,6 +19,7 @@ from trimtab.serve.http.problems import Problem, overloaded
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[list[Any]], Sequence[Any]]
+_NEWS = 0.2  # weight of the last pass in the pace
 CALL = "call"
 """Kind of jobs whose items are functions; each runs alone."""
 
@@ -76,6 +77,8 @@ class Batcher:
         cost: of an item of a kind, 1 for a common one: few long texts take as long as many short ones.
         max_wait: seconds that a pass which is not full waits for more, from when its first job came.
         capacity: items of all requests that are not answered yet.
+        patience: seconds of work before it in the queue, by the pace so far, for which a request is still taken on:
+            who would only hear that it took too long hears so at once.
     """
 
     def __init__(
@@ -85,13 +88,16 @@ class Batcher:
         max_batch: int,
         max_wait: float,
         capacity: int,
+        patience: float = float("inf"),
         cost: Callable[[str, Any], float] = lambda kind, item: 1.0,
         metrics: Metrics | None = None,
     ) -> None:
         self.forwards = dict(forwards)
         self.max_batch, self.max_wait, self.capacity, self.cost = max_batch, max_wait, capacity, cost
+        self.patience = patience
         self.metrics = metrics or Metrics()
         self.reserved = 0
+        self._pace: dict[str, float] = {}  # seconds for a cost of 1, by kind
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -150,6 +156,8 @@ class Batcher:
         with self._changed:
             if self._stopping:
                 raise overloaded("the server is shutting down", status=503, after=5)
+            if (wait := self._expected_wait()) > self.patience:
+                raise overloaded(f"the server is busy: about {wait:.0f} s of work wait", after=_after(wait))
             self._jobs.append(job)
             self._changed.notify_all()
         return await job.answer
@@ -205,6 +213,15 @@ class Batcher:
     def _count(self, kind: str) -> int:
         return sum(len(job.items) - job.taken for job in self._jobs if job.kind == kind and job.open)
 
+    def _expected_wait(self) -> float:
+        """Seconds that what waits will take, as far as that is known. The lock is held."""
+        return sum(self._pace.get(job.kind, 0.0) * sum(job.costs[job.taken :]) for job in self._jobs if job.open)
+
+    def _note_pace(self, kind: str, slices: Sequence[_Slice], seconds: float) -> None:
+        pace = seconds / sum(sum(part.job.costs[part.first : part.last]) for part in slices)
+        before = self._pace.get(kind, pace)
+        self._pace[kind] = before + _NEWS * (pace - before)
+
     def _run(self, kind: str, slices: Sequence[_Slice]) -> None:
         items = [item for part in slices for item in part.items]
         started = time.monotonic()
@@ -215,7 +232,10 @@ class Batcher:
         except BaseException as error:  # tokenizers panic with what is no Exception; this thread must not end
             self._failed(kind, slices, error)
             return
-        self.metrics.forward_seconds.see(time.monotonic() - started, kind)
+        seconds = time.monotonic() - started
+        if kind != CALL:
+            self._note_pace(kind, slices, seconds)
+        self.metrics.forward_seconds.see(seconds, kind)
         self.metrics.batch_size.see(len(items), kind)
         self.metrics.items.add(kind, by=len(items))
         given = iter(results)
@@ -235,6 +255,11 @@ class Batcher:
         job = slices[0].job
         job.failed = True
         job.finish(_as_answer(error))
+
+
+def _after(wait: float) -> int:
+    """Seconds until a client should come again."""
+    return max(1, min(10, round(wait / 2)))
 
 
 def _as_answer(error: BaseException) -> Exception:

@@ -80,6 +80,7 @@ class Service:
             max_batch=self.options.max_batch,
             max_wait=self.options.max_wait_ms / 1000,
             capacity=self.options.queue,
+            patience=self.options.timeout,
             cost=self._cost,
             metrics=self.metrics,
         )

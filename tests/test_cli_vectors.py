@@ -1,0 +1,89 @@
+"""Compose, embed, index, search and export from the command line, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tiny_links import save_language, save_tiny_domain
+from trimtab.cli import app
+from trimtab.towers.text_encoder import TextEncoder
+
+pytest.importorskip("faiss")
+
+
+def run(*arguments: Any, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture
+def composed(tiny_base: Callable[[str], Any], tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    base = tiny_base("clip")
+    language = save_language(tmp_path / "zh", base, TextEncoder.load(tiny_folder("bert"), device="cpu"))
+    domain = save_tiny_domain(tmp_path / "shop", base)
+    assert "fingerprint" in run("compose", base.name, language, domain, "--out", tmp_path / "both")
+    return tmp_path / "both"
+
+
+def test_from_a_folder_of_pictures_to_chinese_search(
+    composed: Path, pictures: list[Image.Image], tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for at, picture in enumerate(pictures):
+        picture.save(photos / f"{at}.png")
+    (photos / "bad.png").write_bytes(b"no picture")
+    told = run("embed", photos, "--model", composed, "--out", tmp_path / "e", "--shard-size", 2, "--device", "cpu")
+    assert "bad.png: not an image" in told
+    assert "skipped.csv" in told
+    told = run("index", tmp_path / "e", "--out", tmp_path / "i")
+    assert "recall@" in told
+    assert "flat" in told
+    told = run("search", "一只猫", "--index", tmp_path / "i", "-k", 3)
+    assert told.count(".png") == 3
+    told = run("search", "--image", photos / "2.png", "--index", tmp_path / "i", "--model", composed, "--top", 1)
+    assert "2.png" in told
+    assert "1.000" in told
+    told = run("search", "a cat", "--index", tmp_path / "i", "--model", tiny_folder("clip"), code=2)
+    assert "another model" in told
+    told = run("info", composed)
+    assert "domain, language" in told
+
+
+def test_parts_by_the_command_line(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text\na cat\na dog\ntwo apples\n", encoding="utf-8")
+    given = ["embed", tmp_path / "t.csv", "--model", tiny_folder("clip"), "--out", tmp_path / "e", "--shard-size", 1]
+    assert "left to other parts" in run(*given, "--part", "1/2")
+    assert "left to other parts" not in run(*given, "--part", "2/2")
+    assert "of the form 1/4" in run(*given, "--part", "half", code=2)
+
+
+def test_export(tiny_folder: Callable[[str], Path], composed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert "image.onnx" in run("export", composed, "--out", tmp_path / "onnx")
+    assert "cannot be merged" in run("export", composed, "--format", "merged", "--out", tmp_path / "m", code=2)
+    assert "CLIPModel" in run("export", tiny_folder("clip"), "--format", "merged", "--out", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["search", "--index", "i"], "give a text or --image"),
+        (["search", "猫", "--image", "a.png", "--index", "i"], "give a text or --image"),
+        (["search", "猫", "--index", "gone"], "has no index.json"),
+        (["index", "gone", "--out", "i"], "has no embeddings.json"),
+        (["compose", "starter", "--out", "c"], "at least one adapted folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in " ".join(run(*arguments, code=2).split())
