@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format starter benchmark clean
+.PHONY: help quickstart test lint format starter benchmark docs clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,5 +41,9 @@ benchmark: $(VENV)/.installed  ## Measure the language link beside sentence-tran
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/language.py
 
+docs: $(VENV)/.installed  ## Build the docs site into site/
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
 clean:  ## Remove environment and runs; fetched packages and caches stay in the cache folder
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from domain_tables import Run, report
 
 from trimtab.adapters.adapted import load
+from trimtab.adapters.domain import DomainAdapted
 from trimtab.config import DomainRecipe, PairSource, load_recipe, to_mapping
 from trimtab.data.manifests import read_classification
 from trimtab.errors import TrimtabError
@@ -201,10 +202,23 @@ def make_job(arguments: argparse.Namespace, grocery: Grocery, row: str, seed: in
     named = ["data.train=train.csv", "data.validation=val.csv"]
     common = [f"training.epochs={epochs}", "training.trackers=[]", *ROWS[row], *asked]
     setting = load_recipe(arguments.recipe, [*common, *named])
+    assert isinstance(setting, DomainRecipe)
     recipe = load_recipe(arguments.recipe, [*common, *places, f"seed={seed}"])
     assert isinstance(recipe, DomainRecipe)
-    facts = (recipe_digest(setting), grocery.digest, fingerprint, str(arguments.share))
+    facts = (recipe_digest(what_counts(setting)), grocery.digest, fingerprint, str(arguments.share))
     return Job(row, seed, arguments.share, tuple(asked), recipe, digest_of(*facts)[:16])
+
+
+def what_counts(recipe: DomainRecipe) -> DomainRecipe:
+    """The recipe without what its method does not use: a baseline is not run again because adapters changed."""
+    plain = DomainRecipe(data=recipe.data, adapters=recipe.adapters)
+    if recipe.method != "lora":
+        recipe = replace(recipe, lora=plain.lora)
+    if recipe.method != "adapter":
+        recipe = replace(recipe, adapters=(), gate=plain.gate)
+    if recipe.method != "adapter" and not recipe.bank.enabled:
+        recipe = replace(recipe, bank=replace(plain.bank, enabled=False, epoch_share=recipe.bank.epoch_share))
+    return recipe
 
 
 def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
@@ -234,12 +248,21 @@ def trained(job: Job, out: Path, general: Sequence[str], score: Any) -> dict[str
     alphas = ALPHAS if general and job.row in WITH_CURVE else ()
     outcome = adapt(replace(job.recipe, out=str(out), general=sources_of(general), alphas=alphas))
     assert outcome is not None  # one process
+    model = load(out)
+    found = score(model)
+    if isinstance(model, DomainAdapted) and model.gate is not None:
+        # The same adapters with every picture adapted: what the gate costs in the domain and spares elsewhere.
+        model.gate = None
+        known = outcome.get("general")
+        after = measure(model, general_sets(sources_of(general), 0)) if known else {}
+        found["ungated"] = {**score(model), "general": forgetting(known["before"], after) if known else None}
     seconds = outcome["seconds"]
     # Where all is trained nothing need be encoded beforehand: that served the report alone.
     minutes = (seconds["training"] + (0 if job.recipe.method == "full" else seconds["encoding"])) / 60
     return {
-        **score(load(out)),
+        **found,
         "general": outcome.get("general", {}).get("forgetting"),
+        "gate": outcome.get("gate"),
         "alpha": outcome.get("alpha", []),
         "validation_recall": outcome["validation"],
         "difficulty": outcome["difficulty"],

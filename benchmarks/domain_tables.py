@@ -23,6 +23,7 @@ NAMES = {
     "linear_probe": "Linear classifier on frozen features",
     "adapter": "Adapter",
     "adapter_hard": "**Adapter, hard sampling**",
+    "adapter_hard_ungated": "The same, every picture adapted",
 }
 LEAD_OVER_FULL, LEAD_OVER_UNIFORM = 1.5, 0.7  # points of fine top-1
 LARGEST_FORGETTING, LARGEST_SIZE, LARGEST_TIME = 1 / 4, 1 / 20, 1 / 3
@@ -34,7 +35,7 @@ Figure: TypeAlias = "Callable[[Run], float | None]"
 def latest(runs: Iterable[Run]) -> dict[Key, dict[int, Run]]:
     """By row and then by seed the runs of the setting that was run last; older recipes are left out."""
     setting: dict[Key, str] = {}
-    runs = list(runs)
+    runs = [one for run in runs for one in (run, *without_gate(run))]
     for run in runs:
         setting[key_of(run)] = run["setting"]
     found: dict[Key, dict[int, Run]] = {}
@@ -43,6 +44,13 @@ def latest(runs: Iterable[Run]) -> dict[Key, dict[int, Run]]:
             found.setdefault(key_of(run), {})[run["seed"]] = run
     order = list(NAMES)
     return dict(sorted(found.items(), key=lambda item: (-item[0][1], order.index(item[0][0]), item[0][2])))
+
+
+def without_gate(run: Run) -> list[Run]:
+    """The row of the same adapters with the gate taken out, where a run has one; its alpha curve is the gated one's."""
+    if run["row"] != "adapter_hard" or not run.get("ungated"):
+        return []
+    return [{**run, **run["ungated"], "row": f"{run['row']}_ungated", "alpha": []}]
 
 
 def key_of(run: Run) -> Key:

@@ -131,3 +131,21 @@ def test_logistic_regression_finds_what_can_be_separated() -> None:
     weak, strong = (domain.fit_logistic(features, labels, 3, penalty) for penalty in (1e-4, 10.0))
     assert ((features @ weak[:-1] + weak[-1]).argmax(1) == labels).float().mean() > 0.95
     assert weak[:-1].norm() > 10 * strong[:-1].norm()
+
+
+def test_a_gate_is_shown_with_and_without() -> None:
+    ungated = {"test": {"fine": 73.0, "coarse": 80.0}, "general": {"after": 20.0, "points": 9.5}}
+    text = domain_tables.report([finished("adapter_hard", 72.0, ungated=ungated)])
+    assert "| The same, every picture adapted | 73.0 | 80.0 | 20.0 | 9.5 |" in text
+    assert "| **Adapter, hard sampling** | 72.0 | 77.0 | 30.0 | 0.5 |" in text
+
+
+def test_a_baseline_is_not_run_again_because_adapters_changed(tmp_path: Path) -> None:
+    grocery = domain.Grocery.prepare(grocery_folder(tmp_path), tmp_path / "work")
+    jobs = [
+        domain.make_job(asked(tmp_path, set_row=[("full", one), ("adapter_hard", one)]), grocery, row, 1, "base")
+        for row in ("full", "adapter_hard")
+        for one in ("bank.gamma=3", "bank.gamma=4")
+    ]
+    assert jobs[0].setting == jobs[1].setting
+    assert jobs[2].setting != jobs[3].setting

@@ -133,3 +133,29 @@ def test_qdrant_upload(
     assert lines[0] == "5 points in e"
     assert lines[1] == "a cat"
     assert sum(".png" in line for line in lines) == 5
+
+
+def test_serve_client(
+    tiny_base: Callable[[str], Any], photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_server import Site, StubIndex
+    from trimtab.serve.http.service import Service
+
+    monkeypatch.setenv("TRIMTAB_KEY", "key")
+    model = tiny_base("clip")
+    index = StubIndex(model.encode_image([photos / "0.png"]), ["0.png"], model.fingerprint)
+    client = example("serve_client")
+    site = Site(Service(model, name="tiny", index=index), "key")
+    try:
+        picture = ["--picture", str(photos / "0.png"), "--classes", "猫", "狗"]
+        client.main(["一只猫", *picture, "--address", site.address])
+        with pytest.raises(SystemExit, match=r"422: .*empty"):
+            client.main(["", "--address", site.address])
+    finally:
+        site.close()
+    lines = capsys.readouterr().out
+    assert "model tiny, 12 dimensions" in lines
+    assert "cosine of 一只猫 and 0.png" in lines
+    assert "%  猫" in lines
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        client.main(["a", "--address", site.address])

@@ -46,6 +46,7 @@ ANNOTATIONS: dict[str, set[str]] = {"adapters": {"trimtab.data.images"}, "evalua
 EXCEPTIONS = {
     ("cli/adapting.py", "trimtab.towers.open_clip"),  # a conversion is one call with nothing to compose
     ("recipes/starter.py", "transformers"),  # it makes a tower
+    ("serve/http/addresses.py", "urllib"),  # takes addresses apart; what is opened it decides itself
 }
 
 # Libraries that only some rooms know.
@@ -62,6 +63,10 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": {"data", "towers", "evaluation", "recipes", "serve"},
     "pyarrow": {"data", "recipes", "serve"},
     "faiss": {"serve"},
+    "fastapi": {"serve"},
+    "pydantic": {"serve"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
     "onnx": {"serve"},
     "onnxruntime": {"serve"},
     "ray": {"serve"},

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -306,6 +307,31 @@ def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:
     assert outcome["counts"]["training"]["for validation"] == 24
 
 
+def test_a_gate_leaves_pictures_from_elsewhere_to_the_base(toy: Any, tmp_path: Path, places: Any) -> None:
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(noise / f"{number}.png")
+    elsewhere = tiny_pairs.write_table(
+        noise / "noise.csv", [(f"{number}.png", CAPTIONS[number]) for number in range(6)]
+    )
+    image_only = {"adapters": [{"tower": "image", "width": 8}], "training": {"epochs": 4}}
+    outcome = adapt(toy(**image_only, gate="hard", general=[str(elsewhere)], alphas=[1]))
+    assert outcome is not None
+    assert outcome["general"]["forgetting"]["points"] == 0
+    assert outcome["gate"]["validation"] >= 99
+    assert "all of the adapters" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert describe(tmp_path / "out")["gate"] == "hard"
+    model, base = trimtab.load(str(tmp_path / "out")), trimtab.load(str(places[0]))
+    pictures = sorted(noise.glob("*.png"))
+    np.testing.assert_allclose(model.encode_image(pictures), base.encode_image(pictures), atol=1e-6)
+    # What was selected in training is what the finished model does.
+    shown = sorted(places[2].parent.glob("*.png"))
+    right = model.similarity(shown, CAPTIONS).argmax(1) == np.arange(96, 120) % len(CAPTIONS)
+    assert 100 * right.mean() == pytest.approx(outcome["validation"]["top1"], abs=5)
+
+
 # What a run says and refuses
 
 
@@ -318,6 +344,7 @@ def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch
         f"{finished['outcome']['trained_parameters']:,} trained",
         "image tower  frozen below image.layers.0",
         "text tower   frozen below text.layers.1",
+        "gate         none: every picture is adapted",
         "3 epochs of 48 pairs",
     ):
         assert words in result.stdout

@@ -30,6 +30,7 @@ from trimtab.adapters.files import (
     load_into,
     save_adapter,
 )
+from trimtab.adapters.gate import DomainGate, mixed
 from trimtab.adapters.language import Layer
 from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
 from trimtab.errors import ModelError, RecipeError
@@ -37,10 +38,21 @@ from trimtab.files import digest_of, write_json
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.efficientnet import SamePadConv
 from trimtab.towers.freezing import freeze
-from trimtab.towers.layers import PartName, Site, TowerName, layer_input, padding_mask, sites, tower_module
+from trimtab.towers.layers import (
+    PartName,
+    Site,
+    TowerCut,
+    TowerName,
+    layer_input,
+    lowest_site,
+    padding_mask,
+    sites,
+    tower_module,
+)
 
 LINK = "domain"
 _LOGIT_SCALE = "logit_scale"
+_GATE = "gate."  # of the names of its tensors
 _FEEDFORWARD = 4  # inner width of a Transformer layer's feed-forward block, as a multiple of its width
 
 
@@ -275,6 +287,8 @@ class DomainAdapted(DualEncoder):
     Attributes:
         base: the dual encoder that the adapters fit.
         adapters: frozen here.
+        gate: leaves pictures from elsewhere to the base; None adapts all. The part of the image tower above the lowest
+            adapter then runs twice for each picture that is adapted, and once for the others.
         folder: the adapted folder.
     """
 
@@ -283,6 +297,7 @@ class DomainAdapted(DualEncoder):
         base: DualEncoder,
         adapters: DomainAdapters,
         *,
+        gate: DomainGate | None = None,
         logit_scale: float | None = None,
         name: str = "",
         folder: Path | None = None,
@@ -290,6 +305,7 @@ class DomainAdapted(DualEncoder):
         self.__dict__.update(base.__dict__)  # the towers are shared, not copied
         self.base = base
         self.adapters: DomainAdapters = freeze(adapters).to(base.device)
+        self.gate: DomainGate | None = gate.to(base.device) if gate else None
         self.name = name or base.name
         self.folder = folder
         if logit_scale is not None:
@@ -311,6 +327,8 @@ class DomainAdapted(DualEncoder):
         """Move base and adapters; returns itself."""
         self.base.to(device)
         self.adapters.to(device)
+        if self.gate is not None:
+            self.gate.to(device)
         return self
 
     def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
@@ -319,14 +337,33 @@ class DomainAdapted(DualEncoder):
             return self.base.token_features(tokens)
 
     def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
-        """As `DualEncoder.pixel_features`, through the adapters."""
-        with self._lock, self.adapters.attach(self.base):
-            return self.base.pixel_features(pixels)
+        """As `DualEncoder.pixel_features`, through the adapters as far as the gate lets them."""
+        with self._lock:
+            if self.gate is not None and self.alpha != 0:
+                return self._gated(self.gate, pixels)
+            with self.adapters.attach(self.base):
+                return self.base.pixel_features(pixels)
+
+    def _gated(self, gate: DomainGate, pixels: dict[str, Tensor]) -> Tensor:
+        cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
+        below = cut.lower(pixels)
+        features = cut.upper(below)  # (B, D)
+        share = gate(features)  # (B,)
+        inside = share > 0
+        if not inside.any():
+            return features
+        with self.adapters.attach(self.base):
+            adapted = cut.upper({name: one[inside] for name, one in below.items()})
+        features = features.clone()
+        features[inside] = mixed(features[inside], adapted, share[inside])
+        return features
 
     def _digest(self) -> str:
         parts: list[str | bytes] = [self.base.fingerprint, repr(self.alpha), repr(self.logit_scale)]
         for name, tensor in sorted(self.adapters.state_dict().items()):
             parts += [name, tensor.float().cpu().numpy().tobytes()]
+        for name, tensor in self.gate.state_dict().items() if self.gate else ():
+            parts += [_GATE + name, tensor.float().cpu().numpy().tobytes()]
         return digest_of(*parts)
 
     def _write(self, folder: str) -> None:
@@ -347,6 +384,7 @@ def save_domain(
     adapters: DomainAdapters,
     *,
     base: DualEncoder,
+    gate: DomainGate | None = None,
     logit_scale: float | None = None,
     recipe: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
@@ -361,11 +399,17 @@ def save_domain(
     tensors = adapters.state_dict()
     if logit_scale is not None:
         tensors[_LOGIT_SCALE] = torch.tensor(float(logit_scale))
+    if gate is not None:
+        tensors.update({_GATE + name: tensor for name, tensor in gate.state_dict().items()})
     return save_adapter(
         folder,
         link=LINK,
         tensors=tensors,
-        config={"adapters": to_mapping(adapters.groups), "alpha": adapters.alpha},
+        config={
+            "adapters": to_mapping(adapters.groups),
+            "gate": gate.kind if gate else "none",
+            "alpha": adapters.alpha,
+        },
         base=BaseReference.of(base),
         recipe=recipe,
         data=data,
@@ -392,8 +436,22 @@ def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
     scale = tensors.pop(_LOGIT_SCALE, None)
     if scale is not None and (scale.numel() != 1 or scale <= 0):
         raise ModelError(f"{where} has a logit_scale that is no number above 0: copy the folder again")
+    gate = _load_gate(tensors, base, where)
     load_into(adapters, replace(described, tensors=tensors))
-    return DomainAdapted(base, adapters, logit_scale=None if scale is None else float(scale), name=name, folder=folder)
+    number = None if scale is None else float(scale)
+    return DomainAdapted(base, adapters, gate=gate, logit_scale=number, name=name, folder=folder)
+
+
+def _load_gate(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> DomainGate | None:
+    """Take the gate's tensors out of `tensors`; None if there are none."""
+    found = {name.removeprefix(_GATE): tensors.pop(name) for name in list(tensors) if name.startswith(_GATE)}
+    if not found:
+        return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    centres = shapes.get("centres", ())
+    if shapes != {"centres": (*centres[:1], base.embedding_dim), "low": (), "high": ()} or 0 in centres:
+        raise ModelError(f"{where} has a gate that does not fit {base.name} ({shapes}): copy the folder again")
+    return DomainGate(found["centres"], float(found["low"]), float(found["high"]))
 
 
 def _zeroed(layer: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageAdapterConfig
 
 _SHORT = 128  # tokens up to which the (T, T) scores of a batch are small beside its other activations
@@ -137,17 +138,22 @@ class LanguageAdapter(nn.Module):
             ridge: penalty, relative to the mean variance of `pooled`.
             weights: (N,) importance of each row.
         """
-        x = ((pooled - self.input_mean) / self.input_std).double()
-        y = ((targets - self.output_mean) / self.output_std).double()
-        w = torch.ones(len(x), dtype=x.dtype) if weights is None else weights.double()
-        w = (w / w.sum()).unsqueeze(-1)
-        x_mean, y_mean = (w * x).sum(dim=0), (w * y).sum(dim=0)
-        x, y = x - x_mean, y - y_mean
-        gram = x.T @ (w * x)  # (H, H)
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        solution = torch.linalg.solve(gram, x.T @ (w * y))  # (H, D)
-        self.linear.weight.copy_(solution.T)
-        self.linear.bias.copy_(y_mean - x_mean @ solution)
+        sums = RidgeSums(len(self.input_mean), len(self.output_mean))
+        self.add_to(sums, pooled.double(), targets.double(), weights)
+        self.set_linear(sums, ridge=ridge)
+
+    @torch.no_grad()
+    def add_to(self, sums: RidgeSums, pooled: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch to what `set_linear` solves; arguments as for `fit_linear`."""
+        x = (pooled - self.input_mean) / self.input_std
+        sums.add(x, (targets - self.output_mean) / self.output_std, weights)
+
+    @torch.no_grad()
+    def set_linear(self, sums: RidgeSums, *, ridge: float) -> None:
+        """Set the linear path to the solution of what `add_to` collected."""
+        weight, bias = sums.solve(ridge)
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(bias)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, T) bool -> (B, W)

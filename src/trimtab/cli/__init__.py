@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from trimtab import __version__
-from trimtab.cli import adapting, prompt, vectors  # noqa: F401 - they add their commands
+from trimtab.cli import adapting, prompt, report, serve, vectors  # noqa: F401 - they add their commands
 from trimtab.cli.app import INTERRUPTED, app
 from trimtab.cli.printing import say
 

@@ -224,6 +224,28 @@ class DomainAdapterConfig:
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """Whether pictures that do not look like the domain keep the base's features; see `trimtab.adapters.gate`.
+
+    Attributes:
+        kind: ``none`` adapts every picture; ``hard`` only those that look like the training pictures, as the base
+            sees them; ``soft`` has the adapters fade out between.
+        keep: share of the validation pictures that are adapted as a whole.
+        centres: how many groups of training pictures are told apart, at most.
+    """
+
+    SHORTHAND: ClassVar[str] = "kind"
+
+    kind: Literal["none", "soft", "hard"] = "none"
+    keep: float = 0.99
+    centres: int = 64
+
+    def __post_init__(self) -> None:
+        require(self, "keep", 0.5 <= self.keep <= 1, "from 0.5 to 1")
+        require(self, "centres", self.centres >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adaptation (Hu et al., arXiv 2106.09685) by the `peft` library, the baseline with ``method: lora``.
 
@@ -255,6 +277,7 @@ class DomainRecipe:
             all weights (continual fine-tuning), ``lora`` low-rank updates by `peft`, ``probe`` one linear map on
             each tower's features.
         adapters: groups of adapters, for ``method: adapter``.
+        gate: leaves pictures from elsewhere to the base, for ``method: adapter`` with a frozen text tower.
         general: pictures with captions of no particular domain, to tell what is forgotten; never trained on.
         alphas: settings of the dial at which domain and general scores are compared, if there are general pictures.
     """
@@ -266,6 +289,7 @@ class DomainRecipe:
     method: Literal["adapter", "full", "lora", "probe"] = "adapter"
     data: DomainData
     adapters: tuple[DomainAdapterConfig, ...] = ()
+    gate: GateConfig = field(default_factory=GateConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     bank: MemoryBankConfig = field(default_factory=MemoryBankConfig)
@@ -279,5 +303,11 @@ class DomainRecipe:
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         has = bool(self.adapters)
         require(self, "adapters", has or self.method != "adapter", "at least one group, with method=adapter")
+        adapts_texts = self.method == "adapter" and any(one.tower == "text" for one in self.adapters)
+        if self.gate.kind != "none" and adapts_texts:
+            raise RecipeError(
+                f"gate={self.gate.kind} needs a frozen text tower, as captions must fit adapted pictures and those "
+                "that are left to the base alike: take the groups with tower=text out of adapters, or set gate=none"
+            )
         if self.training.batch_size < 2:
             raise RecipeError(f"training.batch_size={self.training.batch_size} must be at least 2: pairs are compared")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimtab.adapters.gate import Gated, fit_gate
 from trimtab.config import DomainRecipe, to_mapping
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
@@ -22,7 +23,7 @@ from trimtab.evaluation.retrieval import recall_at_k, retrieve
 from trimtab.files import digest_of
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
 from trimtab.precision import tune_allocator
-from trimtab.recipes.domain_methods import METHODS, Method
+from trimtab.recipes.domain_methods import METHODS, Adapters, Method
 from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, general_sets, read_pairs
 from trimtab.recipes.domain_plan import plan
 from trimtab.recipes.domain_report import model_card, write_domain_report
@@ -62,7 +63,9 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     before = measure(base, general) if world.is_main else {}
     clock = time.monotonic()
     frozen.fill()
-    task = make_task(recipe, method, frozen, pairs.train, world)
+    embeddings = base_embeddings(frozen, pairs.train)
+    task = make_task(recipe, method, frozen, pairs.train, world, embeddings)
+    gated = make_gate(recipe, method, frozen, pairs, embeddings[0])
     encoding = time.monotonic() - clock
     drawn = pairs_per_epoch(len(pairs.train), recipe.bank.epoch_share, recipe.training.batch_size)
     with method.at_work():
@@ -77,7 +80,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
                 recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, base.fingerprint
             ),
             seed=recipe.seed,
-            validate=lambda _: validate(frozen, pairs),
+            validate=lambda _: validate(frozen, pairs, gated),
             select=Selection("top1"),
             run_config=to_mapping(recipe),
             accelerator=accelerator,
@@ -100,6 +103,8 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
         "steps": result.steps,
         "history": result.history,
     }
+    if gated:
+        outcome["gate"] = {"kind": recipe.gate.kind, "validation": gated.passed}
     if general:
         outcome |= remembered(recipe, method, pairs.validation, general, before, outcome["logit_scale"])
     outcome["seconds"] = {"encoding": encoding, "training": result.seconds, "total": time.monotonic() - started}
@@ -109,11 +114,20 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
 
 
 def make_task(
-    recipe: DomainRecipe, method: Method, frozen: FrozenStates, pairs: ImageTextPairs, world: World
+    recipe: DomainRecipe,
+    method: Method,
+    frozen: FrozenStates,
+    pairs: ImageTextPairs,
+    world: World,
+    embeddings: tuple[torch.Tensor, torch.Tensor],
 ) -> DomainTask:
-    """The towers with what is trained, and a memory bank that knows how hard every pair is for the frozen base."""
+    """The towers with what is trained, and a memory bank that knows how hard every pair is for the frozen base.
+
+    Args:
+        embeddings: the base's, (I, D) of the training pictures and (U, D) of their captions.
+    """
     base = method.base
-    images, texts = base_embeddings(frozen, pairs)
+    images, texts = embeddings
     captions = torch.from_numpy(pairs.caption_index).to(texts.device)
     groups = torch.from_numpy(pairs.caption_sets[pairs.image_index]).to(texts.device)
     scale = recipe.objective.logit_scale or base.logit_scale
@@ -132,6 +146,21 @@ def make_task(
         logit_scale=scale,
         gather=functools.partial(distributed.gather_rows, world=world),
     )
+
+
+def make_gate(
+    recipe: DomainRecipe, method: Method, frozen: FrozenStates, pairs: DomainPairs, train: torch.Tensor
+) -> Gated | None:
+    """The method's gate, if the recipe has one, on the validation pictures.
+
+    Args:
+        train: (I, D) the base's embeddings of the training pictures.
+    """
+    if recipe.gate.kind == "none" or not isinstance(method, Adapters):
+        return None
+    validation = embed(frozen.image_side, len(train) + np.arange(len(pairs.validation.images)))
+    method.gate = fit_gate(recipe.gate, train, validation)
+    return Gated(method.gate, validation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +199,13 @@ def draw_epoch(
     return PairBatches(drawn, rng.integers(0, recipe.data.views + 1, drawn.shape))
 
 
-def validate(frozen: FrozenStates, pairs: DomainPairs) -> dict[str, float]:
+def validate(frozen: FrozenStates, pairs: DomainPairs, gated: Gated | None = None) -> dict[str, float]:
     """Whether pictures that no training saw find their captions among those of validation, and mean recall."""
     first_image, first_caption = len(pairs.train.images), len(pairs.train.captions)
     validation = pairs.validation
     images = embed(frozen.image_side, first_image + np.arange(len(validation.images)))
+    if gated:
+        images = gated(images)
     texts = embed(frozen.text_side, first_caption + np.arange(len(validation.captions)))
     positives = np.stack([validation.image_index, validation.caption_index], axis=1)
     recall = recall_at_k((images.cpu().numpy(), texts.cpu().numpy()), positives)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters, save_domain
 from trimtab.adapters.files import CARD_FILE
+from trimtab.adapters.gate import DomainGate
 from trimtab.config import DomainRecipe
 from trimtab.errors import ModelError, RecipeError
 from trimtab.files import write_text
@@ -87,7 +88,11 @@ class Method(nn.Module):
 
 
 class Adapters(Method):
-    """The link itself."""
+    """The link itself.
+
+    Attributes:
+        gate: which pictures are adapted, once that is known; not in training.
+    """
 
     files = ADAPTED_FILES
     label = "adapters"
@@ -95,6 +100,7 @@ class Adapters(Method):
     def __init__(self, base: DualEncoder, recipe: DomainRecipe) -> None:
         super().__init__(base, recipe)
         self.adapters = DomainAdapters(base, recipe.adapters).to(base.device)
+        self.gate: DomainGate | None = None
 
     def cut(self, tower: TowerName) -> TowerCut:
         cut = TowerCut(self.base, tower, lowest_site(self.adapters, tower))
@@ -109,7 +115,7 @@ class Adapters(Method):
     @contextlib.contextmanager
     def at_alpha(self, alpha: float, logit_scale: float) -> Iterator[DualEncoder]:
         flags = [one.requires_grad for one in self.adapters.parameters()]
-        model = DomainAdapted(self.base, self.adapters, logit_scale=logit_scale)
+        model = DomainAdapted(self.base, self.adapters, gate=self.gate, logit_scale=logit_scale)
         model.alpha = alpha
         try:
             yield model
@@ -119,7 +125,8 @@ class Adapters(Method):
                 one.requires_grad_(flag)
 
     def save(self, folder: Path, logit_scale: float, *, card: str, **facts: Any) -> None:
-        save_domain(folder, self.adapters, base=self.base, logit_scale=logit_scale, card=card, **facts)
+        options: dict[str, Any] = {"base": self.base, "gate": self.gate, "logit_scale": logit_scale, "card": card}
+        save_domain(folder, self.adapters, **options, **facts)
 
 
 class Full(Method):

@@ -16,6 +16,11 @@ from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates
 from trimtab.tasks.domain import Side
 
 _MEASURED = 16
+_GATES = {
+    "none": "none: every picture is adapted",
+    "soft": "soft: adapters fade out for pictures that do not look like the domain",
+    "hard": "hard: pictures that do not look like the domain are left to the base",
+}
 
 
 def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: FrozenStates) -> str:
@@ -40,6 +45,7 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         f"base's {total:,}), the others frozen",
         f"image tower  {_where(frozen.image_side)}",
         f"text tower   {_where(frozen.text_side)}",
+        *([f"gate         {_GATES[recipe.gate.kind]}"] if recipe.method == "adapter" else []),
         f"cache        {frozen.nbytes / 1e9:.2f} GB in {cache_home() / 'features'}",
     ]
     if frozen.image_side.cut or frozen.text_side.cut:

@@ -136,6 +136,7 @@ def _report(
                 "seed": recipe.seed,
                 "base": f"{base.name}, {base.fingerprint[:16]}",
                 "steps": outcome["steps"],
+                **{f"gate, {name}": value for name, value in outcome.get("gate", {}).items()},
                 "trimtab": trimtab.__version__,
                 "torch": torch.__version__,
                 **{f"{name} (s)": round(value) for name, value in seconds.items()},
@@ -169,6 +170,11 @@ def model_card(recipe: DomainRecipe, metrics: dict[str, float], outcome: dict[st
             "adapters alone; the base is\nloaded from its own place and checked by its fingerprint. `model.alpha` is a "
             "dial: 0 is the base, 1 the model as trained."
         )
+        if gate := outcome.get("gate"):
+            what += (
+                f" A {gate['kind']} gate leaves pictures\nthat do not look like the domain to the base; "
+                f"{gate['validation']:.0f}% of the validation pictures get all of the adapters."
+            )
     else:
         what = f"The base `{recipe.base}`, adapted to a business domain by {METHODS[recipe.method].label}."
     return f"""---

@@ -6,7 +6,6 @@ decoded and views are made anew in every step.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from trimtab.data.shards import PictureFile
 from trimtab.data.views import make_view
 from trimtab.errors import DataError
 from trimtab.files import cache_home
-from trimtab.precision import fast_inference, has_fast_bf16, slow_in_bf16
+from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.domain_methods import Method
 from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
@@ -87,7 +86,7 @@ class ImageStates:
             return
         started = time.monotonic()
         site = str(self.cut.site or "features")
-        precision = "fp32" if self._slow_in_bf16 or not has_fast_bf16(self.base.device) else "bf16"
+        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
         parts = ["image states", self.base.fingerprint, site, precision]
         for view in range(self.views + 1):
             count = len(self.images) if view == 0 else self.viewed
@@ -122,10 +121,6 @@ class ImageStates:
         return each * (len(self.images) + self.views * self.viewed)
 
     @cached_property
-    def _slow_in_bf16(self) -> bool:
-        return slow_in_bf16(self.base.model, self.base.device)
-
-    @cached_property
     def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor of one picture below the cut."""
         assert self.cut is not None
@@ -135,7 +130,7 @@ class ImageStates:
     def _states(self, items: Sequence[int], view: int) -> np.ndarray:
         assert self.cut is not None
         pixels = self._decoded(items, [view] * len(items))
-        with contextlib.nullcontext() if self._slow_in_bf16 else fast_inference(self.base.device):
+        with fast_inference(self.base.device):
             below = self.cut.lower(pixels)
         # Named tensors of any shape side by side in one row.
         return torch.cat([below[name].float().flatten(1) for name in self._layout], dim=1).cpu().numpy()

@@ -271,15 +271,17 @@ def _parts(recipe: PromptRecipe, *, instance: bool = True, domain: bool = True, 
     return replace(recipe, method="structured", prompt=prompt)
 
 
-PROMPT_METHODS: dict[str, Method] = {
-    "structured": learned(_parts),
-    "general_domain": learned(partial(_parts, instance=False)),
-    "general": learned(partial(_parts, instance=False, domain=False)),
-    "general_instance": learned(partial(_parts, domain=False)),
-    "coop": learned(lambda recipe: replace(recipe, method="coop")),
-    "cocoop": learned(lambda recipe: replace(recipe, method="cocoop")),
+CHANGES: dict[str, Callable[[PromptRecipe], PromptRecipe]] = {
+    "structured": _parts,
+    "general_domain": partial(_parts, instance=False),
+    "general_instance": partial(_parts, domain=False),
+    "general": partial(_parts, instance=False, domain=False),
+    "coop": lambda recipe: replace(recipe, method="coop"),
+    "cocoop": lambda recipe: replace(recipe, method="cocoop"),
 }
-"""Methods that learn prompts; `general` has the structured prompt's terms, `coop` cross-entropy alone."""
+"""What methods that learn prompts make of the recipe; `general` has its terms, `coop` cross-entropy alone."""
+
+PROMPT_METHODS: dict[str, Method] = {name: learned(change) for name, change in CHANGES.items()}
 
 METHODS: dict[str, Method] = {
     "template": template,

@@ -83,7 +83,12 @@ def _describe_adapted(adapter: AdapterFile) -> dict[str, Any]:
     student = adapter.student
     own: dict[str, Any] = {}
     if adapter.link == "domain":
-        own = {"adapters": _groups(adapter.config.get("adapters")), "alpha": adapter.config.get("alpha")}
+        config = adapter.config
+        own = {
+            "adapters": _groups(config.get("adapters")),
+            "gate": config.get("gate", "none"),
+            "alpha": config.get("alpha"),
+        }
     else:
         own = {"languages": _languages(adapter), "english": adapter.config.get("english")}
     return {

@@ -170,6 +170,13 @@ class Index:
         """Columns of one item by its position."""
         return self._metadata(np.array([row]))[0]
 
+    def find(self, id: str) -> dict[str, str] | None:
+        """Columns of the first item with an id, None if there is none; the ids are read one after the other."""
+        import pyarrow.compute as pc
+
+        row = pc.index(self._items.column("id"), id).as_py()
+        return None if row < 0 else self.metadata(row)
+
     def _metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, str]]:
         return [self._items.slice(int(row), 1).to_pylist()[0] for row in rows]
 

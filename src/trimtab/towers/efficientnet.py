@@ -37,6 +37,9 @@ class SamePadConv(nn.Conv2d):
         height, width = x.shape[-2:]
         down = max((-(-height // stride) - 1) * stride + kernel - height, 0)
         right = max((-(-width // stride) - 1) * stride + kernel - width, 0)
+        if down % 2 == right % 2 == 0:  # the convolution's own padding copies nothing
+            sides = (down // 2, right // 2)
+            return F.conv2d(x, self.weight, self.bias, self.stride, sides, self.dilation, self.groups)
         x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
@@ -53,9 +56,11 @@ class InvertedResidual(nn.Module):
         inner = channels_in * expansion
         self.expand: nn.Module = nn.Identity()
         if expansion != 1:
-            self.expand = nn.Sequential(nn.Conv2d(channels_in, inner, 1, bias=False), _norm(inner), nn.ReLU6())
+            self.expand = nn.Sequential(
+                nn.Conv2d(channels_in, inner, 1, bias=False), _norm(inner), nn.ReLU6(inplace=True)
+            )
         self.depthwise = nn.Sequential(
-            SamePadConv(inner, inner, kernel, stride, groups=inner, bias=False), _norm(inner), nn.ReLU6()
+            SamePadConv(inner, inner, kernel, stride, groups=inner, bias=False), _norm(inner), nn.ReLU6(inplace=True)
         )
         self.project = nn.Sequential(nn.Conv2d(inner, channels_out, 1, bias=False), _norm(channels_out))
         self.residual = stride == 1 and channels_in == channels_out
@@ -70,14 +75,18 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(SamePadConv(3, STEM_CHANNELS, 3, 2, bias=False), _norm(STEM_CHANNELS), nn.ReLU6())
+        self.stem = nn.Sequential(
+            SamePadConv(3, STEM_CHANNELS, 3, 2, bias=False), _norm(STEM_CHANNELS), nn.ReLU6(inplace=True)
+        )
         blocks, channels = [], STEM_CHANNELS
         for repeats, kernel, stride, expansion, width in STAGES:
             for i in range(repeats):
                 blocks.append(InvertedResidual(channels, width, kernel, stride if i == 0 else 1, expansion))
                 channels = width
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Sequential(nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False), _norm(HEAD_CHANNELS), nn.ReLU6())
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False), _norm(HEAD_CHANNELS), nn.ReLU6(inplace=True)
+        )
         self.classifier = nn.Linear(HEAD_CHANNELS, CLASSES)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, 224, 224) -> (B, 1280, 7, 7)

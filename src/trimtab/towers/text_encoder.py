@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimtab.errors import ModelError
 from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import Family
+from trimtab.towers.early_exit import LayerStack
 from trimtab.towers.freezing import fingerprint, freeze, tokenizer_digest
 from trimtab.towers.hf import FAMILIES, pick_device, pick_dtype, resolve_folder, text_inputs_for
 from trimtab.towers.parts import load_config, load_tokenizer, load_weights
@@ -63,7 +64,9 @@ class TextEncoder:
         self.text_inputs = text_inputs
         self.last_truncated = 0
         with torch.no_grad():
-            states = self._hidden_states(text_inputs(["a"]))
+            probe = text_inputs(["a"])
+            self._stack = LayerStack.find(model, lambda: self._all_states(probe))
+            states = self._all_states(probe)
         self._prefix_span = self._find_prefix()
         self.num_layers = len(states) - 1
         self.hidden_size = states[-1].shape[-1]
@@ -156,7 +159,8 @@ class TextEncoder:
 
         Args:
             layers: which layers, 0 (embeddings) to L or negative from the end; their states are concatenated.
-                The last one is the encoder's output, after a final norm where there is one.
+                The last one is the encoder's output, after a final norm where there is one. Layers above the
+                highest are not run.
 
         Returns:
             States (B, T, H * len(layers)) float32, and the mask (B, T) bool of real tokens, special ones too.
@@ -211,7 +215,7 @@ class TextEncoder:
     def _states(
         self, tokens: dict[str, Tensor], lengths: Sequence[int] | Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        hidden = self._hidden_states({name: tensor.to(self.device) for name, tensor in tokens.items()})
+        hidden = self._hidden_states({name: tensor.to(self.device) for name, tensor in tokens.items()}, layers)
         states = torch.cat([hidden[layer] for layer in layers], dim=-1).float()  # (B, T, H * len(layers))
         if span := self._prefix_span:
             states = torch.cat([states[:, : span.start], states[:, span.stop :]], dim=1)
@@ -233,7 +237,12 @@ class TextEncoder:
         leading = next((i for i, token in enumerate(probes[0]) if token not in special), 0)
         return range(leading, max(leading, same))
 
-    def _hidden_states(self, tokens: dict[str, Tensor]) -> list[Tensor]:
+    def _hidden_states(self, tokens: dict[str, Tensor], layers: Sequence[int]) -> Mapping[int, Tensor]:
+        if self._stack and max(layers) < self.num_layers:
+            return self._stack.states(lambda: self.model(**tokens, return_dict=True), layers)
+        return dict(enumerate(self._all_states(tokens)))
+
+    def _all_states(self, tokens: dict[str, Tensor]) -> list[Tensor]:
         output = self.model(**tokens, output_hidden_states=True, return_dict=True)
         return [*output.hidden_states[:-1], output.last_hidden_state]
 

@@ -1,0 +1,150 @@
+"""Bodies of requests: JSON or forms into the shapes of `inputs`, faults as problems, and their description."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from trimtab.serve.http.problems import Problem
+
+Body = TypeVar("Body", bound=BaseModel)
+_FORM_PARTS = 300
+_SMALL = 1 << 20  # bytes of a body that may hold anything
+_CONTAINERS, _STRUCTURE = 250_000, 4_000_000  # brackets; brackets, commas and quotes
+_FAULTS = 1000
+
+
+async def read_json(request: Request, shape: type[Body]) -> Body:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        # Not only for order's sake: browsers send other types to other sites without asking.
+        raise Problem(415, "send JSON, with the header Content-Type: application/json")
+    body = await request.body()
+    _check_structure(body)
+    try:
+        return shape.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def _check_structure(body: bytes) -> None:
+    """Refuse what would take many times its own size to parse: millions of empty objects, lists or texts."""
+    if len(body) <= _SMALL:
+        return
+    containers = body.count(b"{") + body.count(b"[")
+    if containers > _CONTAINERS or containers + body.count(b",") + body.count(b'"') > _STRUCTURE:
+        raise Problem(422, "the body has too many values: send fewer at once")
+
+
+def invalid(error: ValidationError) -> Problem:
+    """What is wrong with a body; of very many faults only their number."""
+    if error.error_count() > _FAULTS:
+        return Problem(422, f"the body has {error.error_count()} faults")
+    found = error.errors(include_url=False, include_context=False)
+    if any(one["loc"][:1] == ("input",) and _is_token(one["input"]) for one in found):
+        # OpenAI's own clients send these by default in some frameworks, so the remedy is told.
+        words = "input: token ids are not understood, since tokenizers differ: send the texts themselves"
+        return Problem(422, words, param="input")
+    return as_problem(found)
+
+
+def _is_token(value: Any) -> bool:
+    """A token, or a list of them."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, int) and not isinstance(first, bool)
+
+
+def as_problem(errors: Any) -> Problem:
+    """The first fault; of a union, the one in the member that got furthest."""
+    first = max(errors, key=lambda one: len(one["loc"])) if errors else {"type": "", "loc": (), "msg": "is invalid"}
+    if first["type"] == "json_invalid":
+        return Problem(400, f"the body is not JSON ({first['msg']})")
+    names = [str(part) for part in first["loc"] if part not in ("body", "str", "TextInput", "ImageInput")]
+    where = ".".join(name for name in names if not name.startswith(("function-", "list[", "union")))[:200]
+    return Problem(422, f"{where or 'the body'}: {first['msg']}", param=where or None)
+
+
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+class Form:
+    """A multipart form: files named ``image`` or ``images``, and fields."""
+
+    def __init__(self, files: list[bytes], fields: dict[str, list[str]]) -> None:
+        self.files, self.fields = files, fields
+
+    def values(self, shape: type[Body], *, lists: Collection[str] = ()) -> Body:
+        """The fields as a request; numbers come as text here."""
+        values: dict[str, Any] = {}
+        for name, sent in self.fields.items():
+            if name in lists:
+                values[name] = sent
+            elif len(sent) > 1:
+                raise Problem(422, f"{name[:100]} stands {len(sent)} times", param=name[:100])
+            else:
+                values[name] = int(sent[0]) if name in ("k", "top_k") and sent[0].isdecimal() else sent[0]
+        try:
+            return shape.model_validate(values)
+        except ValidationError as error:
+            raise invalid(error) from error
+
+
+async def read_form(request: Request) -> Form:
+    try:
+        async with request.form(max_files=_FORM_PARTS, max_fields=_FORM_PARTS) as form:
+            files: list[bytes] = []
+            fields: dict[str, list[str]] = {}
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    fields.setdefault(name, []).append(value)
+                elif name in ("image", "images", "images[]"):
+                    files.append(await value.read())
+                else:
+                    raise Problem(422, f"a file must be named image, not {name[:100]!r}", param="image")
+    except HTTPException as error:
+        raise Problem(400, f"the form cannot be read ({error.detail})") from error
+    return Form(files, fields)
+
+
+def problems() -> dict[int | str, dict[str, Any]]:
+    """The answers other than the one asked for, as the OpenAPI description names them."""
+    fields = {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "integer"}}
+    error = {"type": "object", "required": list(fields), "properties": fields}
+    problem = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    statuses = (400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+    return {
+        status: {"description": "a problem", "content": {"application/json": {"schema": problem}}}
+        for status in statuses
+    }
+
+
+def takes(shape: type[BaseModel], *, form: bool) -> dict[str, Any]:
+    """The request's part of the OpenAPI description; routes read bodies themselves, to answer in one shape."""
+    schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
+    for inner in schema.pop("$defs", {}).items():
+        _inline(schema, *inner)
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    if form:
+        content["multipart/form-data"] = {
+            "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
+        }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inline(schema: Any, name: str, definition: dict[str, Any]) -> None:
+    """Put a definition where it is referred to."""
+    if isinstance(schema, dict):
+        if schema.get("$ref") == f"#/components/schemas/{name}":
+            schema.clear()
+            schema.update(definition)
+        for value in schema.values():
+            _inline(value, name, definition)
+    elif isinstance(schema, list):
+        for value in schema:
+            _inline(value, name, definition)

@@ -1,0 +1,329 @@
+"""What is answered: embeddings, labels and search results, from whatever thread or pass they come. No HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+
+from trimtab.data.templates import check_template
+from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.serve.http.addresses import Fetcher
+from trimtab.serve.http.batching import Batcher
+from trimtab.serve.http.inputs import Picture, Text, check_count, pixels_of
+from trimtab.serve.http.metrics import Metrics
+from trimtab.serve.http.options import ServeOptions
+from trimtab.serve.http.problems import Problem
+from trimtab.serve.http.thumbnails import Thumbnails
+from trimtab.towers.classifier import Classifier, Prediction
+from trimtab.towers.dual_encoder import DualEncoder
+
+TEXT, IMAGE = "text", "image"
+_KEPT_CLASSIFIERS = 32
+_TEMPLATES_AT_MOST = 16
+_LONGEST_NAME = 500  # characters of a class name or template
+_DECODING_THREADS = 4
+_DECODED_AT_ONCE = 8
+_COMMON_LENGTH = 64  # characters of a text that costs as much as a common one
+
+
+class SearchIndex(Protocol):
+    """What the server asks of an index; `trimtab.serve.index.Index` is one."""
+
+    @property
+    def model_fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def search(self, vectors: np.ndarray, k: int = 10) -> Any: ...
+
+
+class Service:
+    """One model at the disposal of many requests.
+
+    Args:
+        model: owned by the service from here on: no other thread may use it.
+        name: what clients call it.
+        classes: names for `classify` where a request brings none; those a model was trained on by default.
+        index: what `search` looks into.
+        thumbnails: small copies of the indexed pictures.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        *,
+        name: str,
+        options: ServeOptions | None = None,
+        classes: Sequence[str] | None = None,
+        index: SearchIndex | None = None,
+        thumbnails: Thumbnails | None = None,
+    ) -> None:
+        self.model, self.name, self.index, self.thumbnails = model, name, index, thumbnails
+        self.options = options or ServeOptions()
+        self.metrics = Metrics()
+        self.fetcher = (
+            Fetcher(self.options.max_body, timeout=min(10.0, self.options.timeout)) if self.options.allow_urls else None
+        )
+        self.classifier = _default_classifier(model, classes)
+        self.batcher = Batcher(
+            {TEXT: self._forward_texts, IMAGE: self._forward_pixels},
+            max_batch=self.options.max_batch,
+            max_wait=self.options.max_wait_ms / 1000,
+            capacity=self.options.queue,
+            cost=self._cost,
+            metrics=self.metrics,
+        )
+        self.metrics.gauge("trimtab_queue_items", "Items that wait for the model.", lambda: self.batcher.waiting)
+        self.metrics.gauge("trimtab_items_in_work", "Items not yet answered.", lambda: self.batcher.reserved)
+        self._decoding = ThreadPoolExecutor(min(_DECODING_THREADS, os.cpu_count() or 1), "trimtab-decode")
+        self._decoded = asyncio.Semaphore(2)
+        self._classifiers: OrderedDict[tuple[Any, ...], Classifier] = OrderedDict()
+        self._classifiers_lock = threading.Lock()
+
+    def start(self) -> None:
+        self.batcher.start()
+
+    def stop(self, seconds: float = 30.0) -> bool:
+        """Finish what is in the queue; False when it takes longer than `seconds`."""
+        done = self.batcher.stop(seconds)
+        self._decoding.shutdown(wait=False, cancel_futures=True)
+        return done
+
+    @property
+    def max_inputs(self) -> int:
+        """Items of one call: more than fit into the queue could never be taken on."""
+        return min(self.options.max_inputs, self.options.queue)
+
+    def describe(self) -> dict[str, Any]:
+        """What clients may know of the model."""
+        described: dict[str, Any] = {
+            "embedding_dim": self.model.embedding_dim,
+            "fingerprint": self.model.fingerprint,
+            "max_tokens": self.model.max_tokens,
+            "classes": len(self.classifier.classes) if self.classifier else 0,
+            "index": None,
+        }
+        if self.index is not None:
+            described["index"] = {"items": len(self.index), "pictures": self.thumbnails is not None}
+        return described
+
+    async def embed(self, items: Sequence[Text | Picture]) -> tuple[np.ndarray, int]:
+        """Embeddings (N, D) float32 of unit norm, and how many tokens the texts had.
+
+        Raises:
+            Problem: an item cannot be used, there is no room, or the model failed.
+        """
+        with self.batcher.room(len(items)):
+            return await self._embed(items)
+
+    async def classify(
+        self,
+        pictures: Sequence[Picture | bytes],
+        *,
+        classes: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+    ) -> tuple[list[list[Prediction]], Sequence[str]]:
+        """The most probable names of each picture, and all names.
+
+        Raises:
+            Problem: as for `embed`; 422 for names or templates that cannot be used, and where there are none.
+        """
+        check_count(len(pictures), self.max_inputs, "images")
+        with self.batcher.room(len(pictures)):
+            classifier = await self._classifier(classes, templates)
+            if type(classifier) is Classifier:
+                vectors = await self._embed_pictures(pictures)
+                predict = partial(classifier.predict, vectors, top_k=top_k)
+                return await self.in_pool(predict), classifier.classes
+            return await self._look(classifier, pictures, top_k), classifier.classes
+
+    async def search(self, query: Text | Picture | bytes, k: int) -> list[dict[str, Any]]:
+        """The nearest items of the index, best first.
+
+        Raises:
+            Problem: as for `embed`; 404 without an index, 422 for a `k` above the limit.
+        """
+        if self.index is None:
+            raise Problem(404, "this server has no index: start it with --index DIR")
+        if k > self.options.max_k:
+            raise Problem(422, f"k={k} is above the limit of {self.options.max_k}", param="k")
+        with self.batcher.room(1):
+            if isinstance(query, Text):
+                vectors, _ = await self._embed([query])
+            else:
+                vectors = await self._embed_pictures([query])
+            hits = await self.in_pool(partial(self.index.search, vectors, min(k, len(self.index))))
+        ids, scores, metadata = hits
+        return [
+            {"rank": rank, "id": id, "score": float(score), "metadata": dict(known)}
+            for rank, (id, score, known) in enumerate(zip(ids[0], scores[0], metadata[0], strict=True), 1)
+        ]
+
+    async def thumbnail(self, id: str) -> bytes:
+        """A small JPEG of an indexed picture.
+
+        Raises:
+            Problem: 404, no such item, or no picture of it.
+        """
+        if self.thumbnails is None:
+            raise Problem(404, "this server has no pictures to show")
+        return await self.in_pool(partial(self.thumbnails.jpeg, id))
+
+    # Helpers
+
+    async def _embed(self, items: Sequence[Text | Picture]) -> tuple[np.ndarray, int]:
+        texts = [(at, item) for at, item in enumerate(items) if isinstance(item, Text)]
+        pictures = [(at, item) for at, item in enumerate(items) if isinstance(item, Picture)]
+        vectors = np.zeros((len(items), self.model.embedding_dim), np.float32)
+        pixels = await self._pixels([item for _, item in pictures])  # first, since this is where most faults are
+        found, seen = await asyncio.gather(
+            self.batcher.submit(TEXT, [item.text for _, item in texts]), self.batcher.submit(IMAGE, pixels)
+        )
+        tokens = 0
+        for (at, _), (vector, count) in zip(texts, found, strict=True):
+            vectors[at], tokens = vector, tokens + count
+        for (at, _), vector in zip(pictures, seen, strict=True):
+            vectors[at] = vector
+        return vectors, tokens
+
+    async def _look(self, classifier: Classifier, pictures: Sequence[Picture | bytes], top_k: int) -> list[Any]:
+        """For a classifier that reads more of a picture than its embedding: it runs where the model is.
+
+        Decoded pictures are large, so that only some are in memory at a time.
+        """
+        found: list[Any] = []
+        for start in range(0, len(pictures), _DECODED_AT_ONCE):
+            async with self._decoded:
+                images = await self._read(pictures[start : start + _DECODED_AT_ONCE], lambda image: image, start)
+                found += await self.batcher.call(partial(classifier.predict, images, top_k=top_k))
+        return found
+
+    async def _embed_pictures(self, pictures: Sequence[Picture | bytes]) -> np.ndarray:
+        return np.stack(await self.batcher.submit(IMAGE, await self._pixels(pictures)))
+
+    async def _pixels(self, pictures: Sequence[Picture | bytes]) -> list[Mapping[str, torch.Tensor]]:
+        return await self._read(pictures, self.model.preprocess)
+
+    async def _read(
+        self, pictures: Sequence[Picture | bytes], finish: Callable[[Any], Any], start: int = 0
+    ) -> list[Any]:
+        jobs = [
+            self.in_pool(
+                partial(
+                    pixels_of,
+                    picture,
+                    where=f"images[{start + at}]",
+                    max_pixels=self.options.max_pixels,
+                    fetcher=self.fetcher,
+                    preprocess=finish,
+                )
+            )
+            for at, picture in enumerate(pictures)
+        ]
+        return list(await asyncio.gather(*jobs))
+
+    async def in_pool(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that takes a while and does not use the model."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, function)
+
+    async def _classifier(self, classes: Sequence[str] | None, templates: Sequence[str] | None) -> Classifier:
+        if classes is None:
+            if templates is not None:
+                raise Problem(422, "templates need classes", param="templates")
+            if self.classifier is None:
+                raise Problem(
+                    422, "name the classes, or start the server with --classes: the model has none", param="classes"
+                )
+            return self.classifier
+        check_names(classes, "classes", self.options.max_classes)
+        if templates is not None:
+            check_names(templates, "templates", _TEMPLATES_AT_MOST)
+            check_count(len(classes) * len(templates), self.max_inputs, "classes times templates")
+        key = (tuple(classes), None if templates is None else tuple(templates))
+        with self._classifiers_lock:
+            if key in self._classifiers:
+                self._classifiers.move_to_end(key)
+                return self._classifiers[key]
+        made = cast(Classifier, await self.batcher.call(partial(_make, self.model, classes, templates)))
+        with self._classifiers_lock:
+            self._classifiers[key] = made
+            while len(self._classifiers) > _KEPT_CLASSIFIERS:
+                self._classifiers.popitem(last=False)
+        return made
+
+    def _cost(self, kind: str, item: Any) -> float:
+        """Of a text by its length, up to where it is cut; a token has one to four characters."""
+        return max(1.0, min(len(item), 2 * self.model.max_tokens) / _COMMON_LENGTH) if kind == TEXT else 1.0
+
+    # Passes; the worker thread calls them
+
+    def _forward_texts(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
+        ids, cut = self.model.text_inputs.token_ids(texts)
+        if cut:
+            self.metrics.truncated.add(by=cut)
+        vectors = self.model.encode_text(texts, batch_size=len(texts))
+        return [(vector, len(one)) for vector, one in zip(vectors, ids, strict=True)]
+
+    def _forward_pixels(self, pixels: list[Mapping[str, torch.Tensor]]) -> list[np.ndarray]:
+        stacked = {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+        with torch.inference_mode():
+            features = self.model.pixel_features(stacked)  # (B, D)
+            vectors = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise ModelError(f"{self.name} gives NaN or infinity for a picture")
+        return list(vectors)
+
+
+def check_names(names: Sequence[str], where: str, limit: int) -> None:
+    """Raises:
+    Problem: 422, none, too many, or one that is too long.
+    """
+    if not names:
+        raise Problem(422, f"{where} is an empty list", param=where)
+    check_count(len(names), limit, where)
+    for at, name in enumerate(names):
+        if len(name) > _LONGEST_NAME:
+            raise Problem(422, f"{where}[{at}] has {len(name)} characters; {_LONGEST_NAME} are the limit", param=where)
+
+
+def check_index(index: SearchIndex, model: DualEncoder, folder: str | Path) -> None:
+    """Refuse an index whose vectors another model made.
+
+    Raises:
+        ModelError: with what to do.
+    """
+    if hasattr(index, "check_model"):
+        index.check_model(model)
+    elif index.model_fingerprint != model.fingerprint:
+        raise ModelError(
+            f"the index {folder} was made by another model than {model.name}: embed and index again with this one"
+        )
+
+
+def _default_classifier(model: DualEncoder, classes: Sequence[str] | None) -> Classifier | None:
+    if classes is not None:
+        return model.classifier(classes)
+    try:
+        return model.classifier()
+    except DataError:  # it was not trained on classes
+        return None
+
+
+def _make(model: DualEncoder, classes: Sequence[str], templates: Sequence[str] | None) -> Classifier:
+    try:
+        for template in templates or ():
+            check_template(template)
+        return model.classifier(classes, templates=templates)
+    except TrimtabError as error:
+        raise Problem(422, str(error), param="classes") from error

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimtab.adapters.ridge import RidgeSums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batches_give_what_all_rows_at_once_give(dtype: torch.dtype, weighted: bool) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 5, dtype=dtype), torch.randn(300, 3, dtype=dtype)
+    weights = torch.rand(300, dtype=dtype) if weighted else None
+    sums = RidgeSums(5, 3)
+    for rows in torch.randperm(300).split(70):
+        sums.add(x[rows], y[rows], None if weights is None else weights[rows])
+
+    w = torch.ones(300) if weights is None else weights
+    w = (w / w.sum()).double().unsqueeze(-1)
+    x, y = x.double(), y.double()
+    x_mean, y_mean = (w * x).sum(0), (w * y).sum(0)
+    gram = (x - x_mean).T @ (w * (x - x_mean))
+    gram += 0.2 * gram.diagonal().mean() * torch.eye(5)
+    expected = torch.linalg.solve(gram, (x - x_mean).T @ (w * (y - y_mean)))
+    weight, bias = sums.solve(ridge=0.2)
+    torch.testing.assert_close(weight, expected.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(bias, y_mean - x_mean @ expected, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,515 @@
+"""What clients get: parity with the library, OpenAI's shapes, and a status for each way to be wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tiny_server import Running, StubIndex, data_uri, png, running
+from trimtab.serve.http.options import ServeOptions
+from trimtab.serve.http.service import Service
+from trimtab.serve.http.thumbnails import Thumbnails
+from trimtab.towers.classifier import Classifier
+
+CLASSES = ["cat", "dog", "狗"]
+COLORS = {"red.png": (200, 30, 30), "green.png": (30, 200, 30), "blue.png": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, color in COLORS.items():
+        (folder / name).write_bytes(png(color))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base: Callable[[str], Any], pictures_folder: Path) -> Iterator[Running]:
+    model = tiny_base("clip")
+    vectors = model.encode_image([pictures_folder / name for name in COLORS])
+    index = StubIndex(vectors, list(COLORS), model.fingerprint)
+    options = ServeOptions(max_inputs=100, max_body_mib=2, max_megapixels=1, max_classes=20, max_text=1000)
+    service = Service(
+        model, name="tiny", options=options, classes=CLASSES, index=index,
+        thumbnails=Thumbnails(index.find, pictures_folder),
+    )  # fmt: skip
+    with running(service) as found:
+        yield found
+
+
+def embedded(answer: Any) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.array([one["embedding"] for one in answer.json()["data"]], np.float32)
+
+
+# Embeddings
+
+
+def test_embeddings_are_those_of_the_library(server: Running, tiny_base: Callable[[str], Any]) -> None:
+    model = tiny_base("clip")
+    texts = ["a photo of a cat", "一只狗的照片", "a"]
+    answer = server.post("/v1/embeddings", {"input": texts, "model": "tiny"})
+    np.testing.assert_allclose(embedded(answer), model.encode_text(texts), atol=1e-6)
+    body = answer.json()
+    assert [one["index"] for one in body["data"]] == [0, 1, 2]
+    assert {one["object"] for one in body["data"]} == {"embedding"}
+    assert (body["object"], body["model"]) == ("list", "tiny")
+    tokens = sum(len(one) for one in model.text_inputs.token_ids(texts)[0])
+    assert body["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def test_pictures_and_texts_may_stand_in_one_call(server: Running, tiny_base: Callable[[str], Any]) -> None:
+    model, content = tiny_base("clip"), png()
+    sent = ["a cat", {"image": base64.b64encode(content).decode()}, data_uri(content), {"text": "data:image/x"}]
+    vectors = embedded(server.post("/v1/embeddings", {"input": sent}))
+    np.testing.assert_allclose(vectors[[0, 3]], model.encode_text(["a cat", "data:image/x"]), atol=1e-6)
+    np.testing.assert_allclose(vectors[[1, 2]], model.encode_image([content, content]), atol=1e-6)
+
+
+def test_base64_embeddings_are_the_same_numbers(server: Running) -> None:
+    floats = embedded(server.post("/v1/embeddings", {"input": "a cat"}))
+    answer = server.post("/v1/embeddings", {"input": "a cat", "encoding_format": "base64"}).json()
+    packed = base64.b64decode(answer["data"][0]["embedding"])
+    np.testing.assert_array_equal(np.frombuffer(packed, "<f4"), floats[0])
+
+
+def test_fields_that_openai_may_add_are_ignored(server: Running) -> None:
+    body = {"input": "a", "user": "u", "dimensions": 12, "some_new_field": 1}
+    assert server.post("/v1/embeddings", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({}, 422, "input: Field required"),
+        ({"input": None}, 422, "input"),
+        ({"input": []}, 422, "empty list"),
+        ({"input": ""}, 422, "empty text"),
+        ({"input": ["a", " \n"]}, 422, "input[1] is an empty text"),
+        ({"input": 3}, 422, "token ids"),
+        ({"input": {"text": [3]}}, 422, "input"),
+        ({"input": [1.5]}, 422, "input"),
+        ({"input": [True]}, 422, "input"),
+        ({"input": [[1, 2], [3]]}, 422, "token ids"),
+        ({"input": [1, 2]}, 422, "token ids"),
+        ({"input": {"text": 3}}, 422, "input"),
+        ({"input": {"txt": "a"}}, 422, "input"),
+        ({"input": "x" * 1001}, 422, "1000 are the limit"),
+        ({"input": ["a"] * 101}, 422, "100 are the limit"),
+        ({"input": "a", "encoding_format": "float16"}, 422, "encoding_format"),
+        ({"input": "a", "dimensions": 5}, 422, "12 dimensions"),
+        ({"input": "a", "dimensions": "12"}, 422, "dimensions"),
+        ({"input": "a", "model": "gpt-4"}, 404, "it is 'tiny'"),
+        ({"input": {"image": "!!!"}}, 422, "input is not"),
+        ({"input": {"image": ""}}, 422, "is empty"),
+        ({"input": {"image": "data:image/png,abc"}}, 422, "must be in base64"),
+        ({"input": {"image": "aGVsbG8="}}, 422, "not an image of a supported format"),
+        ({"input": {"image": "file:///etc/passwd"}}, 422, "never opened"),
+        ({"input": {"image": "http://127.0.0.1/"}}, 422, "fetches none"),
+        ({"input": ["a", {"image": data_uri(png()[:60])}]}, 422, "input[1] is cut off or damaged"),
+        ([], 422, ""),
+        ("text", 422, ""),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_place(server: Running, body: Any, status: int, words: str) -> None:
+    answer = server.post("/v1/embeddings", body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words.split(" is not")[0] in error["message"]
+    assert error["code"] == status
+    assert server.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"nonsense", 400),
+        (b'{"input": "\xff"}', 400),
+        (b'{"input": "\\ud800"}', 400),
+        (b"[" * 50_000, 400),
+        (b'{"input": ' + b"9" * 10_000 + b"}", 400),
+        (b'{"input": NaN}', 422),
+    ],
+)
+def test_what_is_no_json_is_told(server: Running, content: bytes, status: int) -> None:
+    answer = server.post_raw("/v1/embeddings", content)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_other_content_types_are_refused(server: Running) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert server.post_raw("/v1/embeddings", b'{"input": "a"}', kind).status_code == 415
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80))
+def test_unicode_of_every_plane(server: Running, text: str) -> None:
+    answer = server.post("/v1/embeddings", {"input": [text, "a"]})
+    if text.strip():
+        assert np.isfinite(embedded(answer)).all()
+    else:
+        assert answer.status_code == 422
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = ("input", "image", "images", "text", "k", "top_k", "classes", "templates", "model", "encoding_format")
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(["embeddings", "classify", "search"]), body=st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_no_body_breaks_the_server(server: Running, path: str, body: dict[str, Any]) -> None:
+    answer = server.post_raw(f"/v1/{path}", json.dumps(body).encode())
+    assert answer.status_code in (200, 400, 404, 422), answer.text
+    assert answer.json()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=300), start=st.sampled_from([b"", png()[:50], b"\xff\xd8\xff\xe0", b"GIF89a"]))
+def test_no_picture_breaks_the_server(server: Running, content: bytes, start: bytes) -> None:
+    answer = server.post("/v1/classify", {"image": base64.b64encode(start + content).decode()})
+    assert answer.status_code in (200, 422), answer.text
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("start", "item", "end"),
+    [
+        (b'{"input":[', b"{}", b"]}"),
+        (b'{"input":[', b'""', b"]}"),
+        (b'{"input":[', b"1", b"]}"),
+        (b'{"input":[', b"[]", b"]}"),
+        (b'{"input":"a","x":[', b"null", b"]}"),
+        (b"{", b'"a":1', b"}"),
+    ],
+)
+@pytest.mark.parametrize("route", ["embeddings", "classify"])
+def test_bodies_of_very_many_values_are_refused_soon(
+    tiny_base: Callable[[str], Any], start: bytes, item: bytes, end: bytes, route: str
+) -> None:
+    body = start + (item + b",") * (10_000_000 // (len(item) + 1)) + item + end
+    with running(Service(tiny_base("clip"), name="tiny")) as server:
+        answer = server.post_raw(f"/v1/{route}", body)
+        assert answer.status_code in (200, 422), answer.text[:200]
+        assert len(answer.content) < 2000
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes that says it has very many pixels."""
+    stream = io.BytesIO()
+    Image.new("1", (8, 8)).save(stream, "PNG")
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + stream.getvalue()[24:29]
+    checksum = zlib.crc32(b"IHDR" + header).to_bytes(4, "big")
+    return stream.getvalue()[:16] + header + checksum + stream.getvalue()[33:]
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(server: Running) -> None:
+    answer = server.post("/v1/classify", {"image": data_uri(bomb(100_000, 100_000))})
+    assert answer.status_code == 422
+    assert "too large to decode safely" in answer.json()["error"]["message"]
+    narrow = server.post("/v1/classify", {"image": data_uri(png(size=(1, 900)))})
+    assert narrow.status_code == 422
+    assert "too narrow" in narrow.json()["error"]["message"]
+
+
+def test_a_body_above_the_limit_is_refused_before_it_is_read(server: Running) -> None:
+    read = 0
+
+    async def endless() -> Any:
+        nonlocal read
+        while True:
+            read += 1
+            yield b"x" * 65536
+
+    headers = {"content-type": "application/json", "content-length": str(1 << 40)}
+    assert server.post("/v1/embeddings", content=endless(), headers=headers).status_code == 413
+    assert read == 0
+    headers.pop("content-length")
+    assert server.post("/v1/embeddings", content=endless(), headers=headers).status_code == 413
+    assert read < 40
+    assert server.get("/healthz").status_code == 200
+
+
+def test_a_full_queue_says_so(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(queue=3))
+    hold, entered = threading.Event(), threading.Event()
+    real = service.batcher.forwards["text"]
+
+    def slow(texts: list[Any]) -> Any:
+        entered.set()
+        hold.wait(10)
+        return real(texts)
+
+    service.batcher.forwards["text"] = slow
+    with running(service) as server:
+        threading.Timer(0.3, hold.set).start()
+        answers = server.post_all([("/v1/embeddings", {"input": ["a", "b"]})] * 4)
+    assert sorted(one.status_code for one in answers) == [200, 429, 429, 429]
+    refused = next(one for one in answers if one.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["type"] == "overloaded_error"
+    assert service.batcher.reserved == 0
+
+
+def test_what_could_never_fit_into_the_queue_is_not_told_to_come_again(tiny_base: Callable[[str], Any]) -> None:
+    with running(Service(tiny_base("clip"), name="tiny", options=ServeOptions(queue=3))) as server:
+        assert server.post("/v1/embeddings", {"input": ["a"] * 4}).status_code == 422
+
+
+def test_a_pass_that_takes_too_long_gives_504(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(timeout=0.2))
+    hold = threading.Event()
+    real = service.batcher.forwards["text"]
+    service.batcher.forwards["text"] = lambda texts: (hold.wait(10), real(texts))[1]
+    with running(service) as server:
+        answer = server.post("/v1/embeddings", {"input": "a"})
+        assert answer.status_code == 504
+        hold.set()
+        assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
+        assert service.batcher.reserved == 0
+
+
+def test_a_model_that_fails_costs_one_answer(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    real = service.batcher.forwards["text"]
+
+    def fail(texts: list[str]) -> Any:
+        if "bad" in texts:
+            raise RuntimeError("/secret/path")
+        return real(texts)
+
+    service.batcher.forwards["text"] = fail
+    with running(service) as server:
+        answer = server.post("/v1/embeddings", {"input": "bad"})
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+        assert server.post("/v1/embeddings", {"input": "good"}).status_code == 200
+
+
+# Classification
+
+
+def test_labels_are_those_of_the_library(server: Running, tiny_base: Callable[[str], Any]) -> None:
+    content = png()
+    answer = server.post("/v1/classify", {"image": data_uri(content), "top_k": 2}).json()
+    expected = tiny_base("clip").classifier(CLASSES).predict([content], top_k=2)[0]
+    labels = answer["data"][0]["labels"]
+    assert [one["label"] for one in labels] == [one.label for one in expected]
+    np.testing.assert_allclose([one["score"] for one in labels], [one.score for one in expected], atol=1e-5)
+    assert answer["classes"] == 3
+
+
+def test_a_request_may_bring_classes_and_templates(server: Running) -> None:
+    body = {"images": [data_uri(png())] * 2, "classes": ["a", "b", "c", "d"], "templates": ["a {} here"]}
+    for _ in range(2):  # the second time from memory
+        answer = server.post("/v1/classify", body).json()
+        assert [len(one["labels"]) for one in answer["data"]] == [4, 4]
+        assert sum(one["score"] for one in answer["data"][0]["labels"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_form_may_hold_the_picture(server: Running) -> None:
+    files = [("image", ("a.png", png())), ("image", ("b.png", png((1, 2, 3))))]
+    answer = server.post("/v1/classify", files=files, data={"classes": ["cat", "狗"], "top_k": "1"})
+    assert answer.status_code == 200, answer.text
+    assert [len(one["labels"]) for one in answer.json()["data"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ({"files": {"other": ("a", b"x")}}, 422),
+        ({"files": {"image": ("a", b"x")}}, 422),
+        ({"files": {"image": ("a", png())}, "data": {"top_k": "x"}}, 422),
+        ({"files": {"image": ("a", png())}, "data": {"top_k": ["1", "2"]}}, 422),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
+    ],
+)
+def test_forms_that_cannot_be_used(server: Running, options: Any, status: int) -> None:
+    answer = server.post("/v1/classify", **options)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": None},
+        {"images": []},
+        {"images": [data_uri(png())]},
+        {"classes": []},
+        {"classes": ["a", "a"]},
+        {"classes": ["a", " "]},
+        {"classes": ["a"] * 21},
+        {"classes": ["a", "x" * 2000]},
+        {"classes": "ab"},
+        {"classes": ["a"], "templates": ["no place"]},
+        {"classes": ["a"], "templates": []},
+        {"classes": ["a"], "templates": ["{}"] * 17},
+        {"classes": [f"{at}" for at in range(15)], "templates": [f"{at} {{}}" for at in range(10)]},
+        {"templates": ["a {}"]},
+        {"top_k": 0},
+        {"top_k": "3"},
+        {"unknown": 1},
+    ],
+)
+def test_classifications_that_cannot_be_asked_for(server: Running, change: dict[str, Any]) -> None:
+    answer = server.post("/v1/classify", {"image": data_uri(png()), **change})
+    assert answer.status_code == 422, answer.text
+
+
+def test_without_classes_they_must_be_named(tiny_base: Callable[[str], Any]) -> None:
+    with running(Service(tiny_base("clip"), name="tiny")) as server:
+        answer = server.post("/v1/classify", {"image": data_uri(png())})
+        assert answer.status_code == 422
+        assert "--classes" in answer.text
+        assert server.post("/v1/search", {"text": "a"}).status_code == 404
+        assert server.get("/v1/thumbnail", params={"id": "a"}).status_code == 404
+
+
+class Looking(Classifier):
+    """Reads pictures rather than embeddings, as one with learned prompts does."""
+
+    def predict(self, images: Any, **options: Any) -> Any:
+        assert all(isinstance(image, Image.Image) for image in images)
+        return super().predict(images, **options)
+
+
+def test_a_classifier_that_looks_into_pictures_gets_them(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    service.classifier = Looking(tiny_base("clip"), CLASSES)
+    contents = [png((at, 50, 50)) for at in range(10)]
+    with running(service) as server:
+        answer = server.post("/v1/classify", {"images": [data_uri(one) for one in contents], "top_k": 1}).json()
+        wrong = server.post("/v1/classify", {"images": [data_uri(one) for one in [*contents[:9], b"x"]]})
+    expected = tiny_base("clip").classifier(CLASSES).predict(contents, top_k=1)
+    assert [one["labels"][0]["label"] for one in answer["data"]] == [one[0].label for one in expected]
+    assert wrong.status_code == 422
+    assert "images[9]" in wrong.text
+
+
+# Search
+
+
+def test_a_picture_finds_itself(server: Running) -> None:
+    answer = server.post("/v1/search", {"image": data_uri(png(COLORS["green.png"])), "k": 2}).json()
+    first = answer["data"][0]
+    assert (first["rank"], first["id"]) == (1, "green.png")
+    assert first["score"] == pytest.approx(1, abs=1e-4)
+    assert len(answer["data"]) == 2
+    assert answer["took_ms"] >= 0
+    form = server.post("/v1/search", files={"image": ("a.png", png(COLORS["blue.png"]))}, data={"k": "1"}).json()
+    assert [one["id"] for one in form["data"]] == ["blue.png"]
+
+
+def test_a_text_finds_pictures(server: Running) -> None:
+    answer = server.post("/v1/search", {"text": "绿色"}).json()
+    assert {one["id"] for one in answer["data"]} == set(COLORS)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"text": ""}, {"text": "a", "image": "b"}, {"text": "a", "k": 0}, {"text": "a", "k": 101}, {"k": 3}]
+)
+def test_searches_that_cannot_be_asked_for(server: Running, body: dict[str, Any]) -> None:
+    assert server.post("/v1/search", body).status_code == 422
+
+
+def test_thumbnails_are_of_indexed_pictures_alone(server: Running) -> None:
+    answer = server.get("/v1/thumbnail", params={"id": "red.png"})
+    assert answer.headers["content-type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(answer.content)).size == (40, 30)
+    for id in ("../red.png", "/etc/passwd", "no.png", "", "\x00", "red.png/"):
+        assert server.get("/v1/thumbnail", params={"id": id}).status_code == 404
+    assert server.get("/v1/thumbnail").status_code == 422
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1/a.png", "http://localhost:80/", "http://[::1]/", "http://169.254.169.254/latest/"]
+)
+def test_private_addresses_are_not_fetched_even_where_others_are(tiny_base: Callable[[str], Any], address: str) -> None:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(allow_urls=True))
+    with running(service) as server:
+        answer = server.post("/v1/embeddings", {"input": {"image": address}})
+        assert answer.status_code == 422
+        assert "no public address" in answer.text
+
+
+def test_a_fetched_picture_is_as_good_as_a_sent_one(tiny_base: Callable[[str], Any]) -> None:
+    class Answers:
+        def fetch(self, url: str) -> bytes:
+            assert url == "https://pictures.example/a.png"
+            return png()
+
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(allow_urls=True))
+    service.fetcher = Answers()  # type: ignore[assignment]
+    with running(service) as server:
+        vectors = embedded(server.post("/v1/embeddings", {"input": {"image": "https://pictures.example/a.png"}}))
+    np.testing.assert_allclose(vectors, tiny_base("clip").encode_image([png()]), atol=1e-6)
+
+
+# The rest
+
+
+def test_state(server: Running) -> None:
+    assert server.get("/healthz").json()["status"] == "ok"
+    model = server.get("/v1/models").json()["data"][0]
+    assert model["id"] == "tiny"
+    assert model["embedding_dim"] == 12
+    assert model["classes"] == 3
+    assert model["index"] == {"items": 3, "pictures": True}
+    text = server.get("/metrics").text
+    assert 'trimtab_requests_total{route="/healthz",status="200"}' in text
+    assert "trimtab_items_in_work 0" in text
+    assert server.get("/nowhere").status_code == 404
+    assert server.get("/v1/embeddings").status_code == 405
+    assert 'route="other"' in server.get("/metrics").text
+
+
+def test_health_fails_when_the_model_is_gone(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    with running(service) as server:
+        service.batcher.stop(5)
+        assert server.get("/healthz").status_code == 503
+        assert server.post("/v1/embeddings", {"input": "a"}).status_code == 503
+
+
+def test_the_description_names_every_route(server: Running) -> None:
+    described = server.get("/openapi.json").json()
+    assert set(described["paths"]) == {
+        "/healthz", "/metrics", "/v1/models", "/v1/embeddings", "/v1/classify", "/v1/search", "/v1/thumbnail",
+    }  # fmt: skip
+    assert "$defs" not in json.dumps(described)
+
+
+def test_the_page_runs_its_own_script_and_no_other(server: Running) -> None:
+    answer = server.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "sha256-" in policy
+    for word in ("http://", "https://", "innerHTML", "eval("):
+        assert word not in answer.text.replace("http://www.w3.org", ""), word

@@ -1,0 +1,179 @@
+"""A server as a process: what it refuses before it starts, that it answers, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tiny_server import data_uri, png
+from trimtab.errors import TrimtabError
+from trimtab.serve.embed import embed
+from trimtab.serve.http.options import ServeOptions
+from trimtab.serve.http.run import bind, serve, served_name
+from trimtab.serve.indexing import build_index
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(TrimtabError, match=f"port {port} on 127.0.0.1 is in use.*--port"):
+            serve("a model that is never loaded", port=port)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("127.0.0.1", 70000, "between 0 and 65535"),
+        ("127.0.0.1", -1, "between 0 and 65535"),
+        ("192.0.2.1", 0, "not of this machine"),
+        ("no such host.invalid", 0, "not an address"),
+    ],
+)
+def test_addresses_that_cannot_be_had(host: str, port: int, words: str) -> None:
+    with pytest.raises(TrimtabError, match=words):
+        bind(host, port)
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", "two words", "schlüssel"])
+def test_a_key_that_cannot_be_used(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("A_KEY", value)
+    with pytest.raises(TrimtabError, match="A_KEY"):
+        serve("a model that is never loaded", api_key_env="A_KEY", port=0)
+
+
+def test_pictures_without_an_index(tmp_path: Path) -> None:
+    with pytest.raises(TrimtabError, match="--pictures needs --index"):
+        serve("a model that is never loaded", pictures=tmp_path, port=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"max_batch": 0}, {"queue": 0}, {"max_wait_ms": -1.0}, {"timeout": 0.0}, {"max_body_mib": 0.0}),
+        *({"max_megapixels": 5000.0}, {"connections": 0}),
+    ],
+)
+def test_limits_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TrimtabError, match="--" + next(iter(wrong)).replace("_", "-")):
+        ServeOptions(**wrong)
+
+
+def test_an_index_of_another_model_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png())
+    embed(tmp_path / "pictures", tiny_folder("siglip"), tmp_path / "vectors")
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    with pytest.raises(TrimtabError, match="another model"):
+        serve(str(tiny_folder("clip")), index=tmp_path / "index", port=0)
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    (tmp_path / "language-zh").mkdir()
+    assert served_name(f"{tmp_path}/language-zh/") == "language-zh"
+    assert served_name("openai/clip-vit") == "openai/clip-vit"
+
+
+class Process:
+    """The command, with what it says."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "trimtab.cli", "serve", *arguments, "--port", "0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        end = time.monotonic() + 60
+        while not (found := re.search(r"on (http://\S+)", "".join(self.lines))):
+            assert self.popen.poll() is None, "".join(self.lines)
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        self.address = found[1]
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        self.lines += self.popen.stdout
+
+    def client(self) -> httpx.Client:
+        client = httpx.Client(base_url=self.address, timeout=60, trust_env=False)
+        for _ in range(200):  # it names the address just before it listens
+            with contextlib.suppress(httpx.ConnectError):
+                client.get("/healthz")
+                break
+            time.sleep(0.05)
+        return client
+
+    def end(self) -> int:
+        code = self.popen.wait(60)
+        self._reader.join(10)
+        return code
+
+
+@contextlib.contextmanager
+def process(*arguments: str, **environment: str) -> Iterator[Process]:
+    started = Process(*arguments, **environment)
+    try:
+        yield started
+    finally:
+        if started.popen.poll() is None:
+            started.popen.kill()
+            started.popen.wait(10)
+
+
+def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, tiny_base: Callable[[str], Any]
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name, color in (("red.png", (200, 0, 0)), ("blue.png", (0, 0, 200))):
+        (tmp_path / "pictures" / name).write_bytes(png(color))
+    embed(tmp_path / "pictures", tiny_base("clip"), tmp_path / "vectors")
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    arguments = [
+        str(tiny_folder("clip")), "--index", str(tmp_path / "index"), "--pictures", str(tmp_path / "pictures"),
+        "--max-batch", "1", "--api-key-env", "A_KEY",
+    ]  # fmt: skip
+    with process(*arguments, A_KEY="key") as server, contextlib.closing(server.client()) as client:
+        assert client.get("/v1/models").status_code == 401
+        client.headers["authorization"] = "Bearer key"
+        assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 421
+        found = client.post("/v1/search", json={"image": data_uri(png((0, 0, 200))), "k": 1}).json()
+        assert found["data"][0]["id"] == "blue.png"
+        assert client.get("/v1/thumbnail", params={"id": "blue.png"}).headers["content-type"] == "image/jpeg"
+        # One item a pass: a second or more of work.
+        answers: list[httpx.Response] = []
+        texts = [f"text {number}" for number in range(1000)]
+        asking = threading.Thread(target=lambda: answers.append(client.post("/v1/embeddings", json={"input": texts})))
+        asking.start()
+        with contextlib.closing(server.client()) as other:
+            other.headers["authorization"] = "Bearer key"
+            while "trimtab_items_in_work 1000" not in other.get("/metrics").text:
+                assert asking.is_alive()
+        server.popen.send_signal(signal.SIGTERM)
+        asking.join(60)
+        assert server.end() == 0
+    assert answers[0].status_code == 200
+    vectors = np.array([one["embedding"] for one in answers[0].json()["data"]])
+    np.testing.assert_allclose(vectors[:3], tiny_base("clip").encode_text(texts[:3]), atol=1e-6)
+    said = "".join(server.lines)
+    assert said.rstrip().endswith("stopped")
+    assert "Traceback" not in said
