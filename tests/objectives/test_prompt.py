@@ -15,6 +15,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def terms(**options: Any) -> dict[str, torch.Tensor]:
+    penalty = options.pop("residual", 0.0)
     config = PromptObjective(**{"template": 0, **options})
     logits, frozen = 10 * torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(5, 4)
     return prompt_terms(
@@ -25,6 +26,7 @@ def terms(**options: Any) -> dict[str, torch.Tensor]:
         templates=unit(4, 8, seed=2),
         frozen=frozen,
         vectors=[torch.full((4, 2), 0.5), torch.ones(4, 3)],
+        penalty=penalty,
     )
 
 

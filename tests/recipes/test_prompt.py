@@ -120,7 +120,9 @@ def test_coop_and_cocoop_are_recipes_of_the_same_code(method: str, toy: Callable
     outcome = adapt(toy(method=method))
     assert outcome is not None
     tensors = load_file(Path(outcome["folder"]) / "adapter.safetensors")
-    assert {name.split(".")[0] for name in tensors} == {"general"} | ({"instance"} if method == "cocoop" else set())
+    assert {name.split(".")[0] for name in tensors} == {"general", "text_weight"} | (
+        {"instance"} if method == "cocoop" else set()
+    )
     assert {key for record in outcome["history"] if record["kind"] == "train" for key in record} >= {"cross_entropy"}
     assert not any("template" in record for record in outcome["history"])
     classifier = trimtab.load(outcome["folder"], device="cpu").classifier()

@@ -116,7 +116,7 @@ class MetaToken(nn.Module):
 
 
 class StructuredPrompt(nn.Module):
-    """All that is trained of a prompt.
+    """All that is learned of a prompt.
 
     Args:
         tower: sizes, and the embeddings of the text that the context starts from.
@@ -128,11 +128,14 @@ class StructuredPrompt(nn.Module):
         general: (P, W).
         instance: None if switched off.
         class_tokens: (C, E, W) behind each name; None without.
+        text_weight: multiplies cosines with class embeddings; another than 1 only beside vectors.
         raw_residual, raw_patches: `residual` and `patches` divided by `domain.rate`: so much faster they learn.
 
     Raises:
         RecipeError: sizes that do not go together.
     """
+
+    text_weight: Tensor
 
     def __init__(
         self, config: PromptConfig, tower: PromptTower, *, patch_width: int, classes: int, seed: int = 0
@@ -149,6 +152,7 @@ class StructuredPrompt(nn.Module):
             self.class_tokens = nn.Parameter(_INIT_STD * torch.randn(classes, tokens, tower.width)) if tokens else None
         self.raw_residual = nn.Parameter(torch.zeros(classes, dim)) if config.domain.residual else None
         self.raw_patches = nn.Parameter(torch.zeros(classes, patch_width)) if config.domain.patches else None
+        self.register_buffer("text_weight", torch.ones(()))
 
     @property
     def residual(self) -> Tensor | None:
@@ -163,6 +167,20 @@ class StructuredPrompt(nn.Module):
     def vectors(self) -> list[Tensor]:
         """`residual` and `patches`, as far as there are any."""
         return [vectors for vectors in (self.residual, self.patches) if vectors is not None]
+
+    def compared(self, pictures: Pictures) -> Tensor:
+        """What `vectors` are compared with, side by side (B, F)."""
+        parts = [pictures.embeddings] if self.raw_residual is not None else []
+        return torch.cat([*parts, self.pooled(pictures)] if self.raw_patches is not None else parts, dim=1)
+
+    @torch.no_grad()
+    def set_vectors(self, vectors: Tensor) -> None:
+        """Fill `residual` and `patches` from (C, F), in the order of `compared`."""
+        start = 0
+        for raw in (self.raw_residual, self.raw_patches):
+            if raw is not None:
+                raw.copy_(vectors[:, start : start + raw.shape[1]] / self.config.domain.rate)
+                start += raw.shape[1]
 
     def pooled(self, pictures: Pictures) -> Tensor:
         """Unit vectors (B, Wi): the patch tokens as the instance queries look at them, else their mean."""
@@ -245,8 +263,9 @@ class PromptedClasses(nn.Module):
         return F.normalize(features.float(), dim=-1)
 
     def weights(self, embeddings: Tensor) -> Tensor:
-        """Class vectors (C, D) of unit class embeddings: the residual vectors added."""
-        return embeddings if self.prompt.residual is None else embeddings + self.prompt.residual
+        """Class vectors (C, D) of unit class embeddings: weighted, the residual vectors added."""
+        weighted = self.prompt.text_weight * embeddings
+        return weighted if self.prompt.residual is None else weighted + self.prompt.residual
 
     def scores(self, pictures: Pictures, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores (B, C) of pictures: cosines with class embeddings, plus products with residual vectors.
@@ -270,7 +289,7 @@ class PromptedClasses(nn.Module):
         with exact:
             # Only the class embedding is another one; what was added to it stays.
             common = embeddings.expand(len(own), -1, -1) if chosen is None else embeddings[chosen]
-            moved = torch.einsum("bd,bkd->bk", pictures.embeddings, own - common)
+            moved = self.prompt.text_weight * torch.einsum("bd,bkd->bk", pictures.embeddings, own - common)
         return scores + moved if chosen is None else scores.scatter_add(1, chosen, moved)
 
     def of_pictures(self, pictures: Pictures, chosen: Tensor | None = None) -> Tensor:

@@ -135,13 +135,16 @@ class DomainPartConfig:
             starts at zero.
         patches: a second vector for each class, compared with the picture's patch tokens as the instance queries
             pool them (without queries, with their mean); it starts at zero.
+        solve: start both kinds of vectors, which are zero otherwise, from those that fit the pictures best before
+            anything else is learned; validation chooses the weight of their squared length, and that of the text.
         rate: multiplies the learning rate of both kinds of vectors.
     """
 
     tokens: int = 0
     residual: bool = True
     patches: bool = True
-    rate: float = 10.0
+    solve: bool = True
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         require(self, "tokens", self.tokens >= 0, "at least 0")
@@ -178,7 +181,7 @@ class PromptObjective:
         template: of the distance of class embeddings from those of hand templates.
         separation: of what classes have come nearer to each other than hand templates put them.
         frozen: of the divergence of predictions from those of hand templates.
-        residual: of the mean squared length of residual vectors.
+        residual: of the mean squared length of a class's vectors; null takes what `domain.solve` has chosen, else 0.
         classes_per_step: classes whose embeddings are computed with gradient in a step: those of the batch and as
             many others as fit. The other classes take part as they were when last computed. null computes all.
     """
@@ -188,14 +191,15 @@ class PromptObjective:
     template: float = 1.0
     separation: float = 0.0
     frozen: float = 0.0
-    residual: float = 0.0
+    residual: float | None = None
     classes_per_step: int | None = None
 
     def __post_init__(self) -> None:
         require(self, "logit_scale", self.logit_scale is None or self.logit_scale > 0, "above 0, or null")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
-        for name in ("template", "separation", "frozen", "residual"):
+        for name in ("template", "separation", "frozen"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "residual", self.residual is None or self.residual >= 0, "at least 0, or null")
         few = self.classes_per_step
         require(self, "classes_per_step", few is None or few >= 2, "at least 2, or null for all")
 
@@ -212,8 +216,8 @@ class PromptRecipe:
             take only `general`, and of `objective` only `logit_scale`, `label_smoothing` and `classes_per_step`.
         steps: optimiser steps of the run, however many pictures there are, spread over `training.epochs`, each of
             which ends with validation; null takes every picture once per epoch.
-        select: which weights are kept: ``last``, or those of the epoch with the best top-1 (``top1``) or the least
-            loss (``loss``) on validation.
+        select: which weights are kept: ``last``, or those with the best top-1 (``top1``) or the least loss (``loss``)
+            on validation, among those at the start and after each epoch.
         templates: hand templates of the frozen class embeddings; empty chooses by the script of the names.
     """
 
@@ -226,7 +230,7 @@ class PromptRecipe:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     objective: PromptObjective = field(default_factory=PromptObjective)
     steps: int | None = 200
-    select: Literal["last", "top1", "loss"] = "last"
+    select: Literal["last", "top1", "loss"] = "loss"
     templates: tuple[str, ...] = ()
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -252,7 +256,7 @@ class PromptRecipe:
             prompt=PromptConfig(
                 self.prompt.general,
                 meta if self.method == "cocoop" else None,
-                DomainPartConfig(tokens=0, residual=False, patches=False),
+                DomainPartConfig(tokens=0, residual=False, patches=False, solve=False),
             ),
             objective=PromptObjective(
                 logit_scale=own.logit_scale,

@@ -20,6 +20,7 @@ def prompt_terms(
     templates: Tensor,
     frozen: Tensor,
     vectors: Sequence[Tensor] = (),
+    penalty: float = 0.0,
 ) -> dict[str, Tensor]:
     """Named loss terms, weighted, their mean over the batch; a term of weight 0 is not computed.
 
@@ -30,6 +31,7 @@ def prompt_terms(
         templates: (n, D) unit embeddings of the same classes by hand templates, frozen.
         frozen: (B, C) logits of the hand templates.
         vectors: (C, any) vectors of classes that add to what names say.
+        penalty: weight of their mean squared length.
     """
     terms = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)}
     if config.template:
@@ -38,9 +40,9 @@ def prompt_terms(
         terms["separation"] = config.separation * separation(classes, templates)
     if config.frozen:
         terms["frozen"] = config.frozen * divergence(logits, frozen)
-    if config.residual and vectors:
+    if penalty and vectors:
         lengths = [one.square().sum(dim=1).mean() for one in vectors]
-        terms["residual"] = config.residual * torch.stack(lengths).sum()
+        terms["residual"] = penalty * torch.stack(lengths).sum()
     return terms
 
 

@@ -168,11 +168,25 @@ class Pictures:
         base: DualEncoder,
     ) -> None:
         self.recipe, self.data, self.base = recipe, data, base
-        self.tokens = (
-            any(method in PROMPT_METHODS for method in plan.methods) and recipe.resolved().prompt.reads_patches
-        )
+        self.tokens = self._keep_tokens(plan)
         self._learnt = _once(draw.train for draw in draws.values())
         self._held = _once(draw.validation for draw in draws.values())
+
+    def _keep_tokens(self, plan: Plan) -> bool:
+        """Whether patch tokens are cached too: if the recipe's prompt reads them, so that all methods share a cache.
+
+        Raises:
+            RecipeError: a method of the plan reads them and the image tower has none.
+        """
+        if not self.recipe.resolved().prompt.reads_patches:
+            return False
+        try:
+            PictureFeatures(self.base, [], tokens=True)
+        except RecipeError:
+            if any(method in PROMPT_METHODS for method in plan.methods):
+                raise
+            return False
+        return True
 
     def shots(self, draw: Shots) -> tuple[Split, Split]:
         """Training and validation pictures of one draw."""

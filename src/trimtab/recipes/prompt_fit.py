@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptRecipe
+from trimtab.objectives.class_vectors import best_factor, solve_vectors
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.tasks.prompt import Batch, PromptTask
 from trimtab.towers.classifier import check_class_names, class_vectors, softmax
@@ -29,6 +30,9 @@ from trimtab.training.run import Selection
 
 _ORDER_STREAM, _VIEW_STREAM = 5, 6  # so that orders, views and shots are drawn independently
 _EVALUATED_AT_ONCE = 64
+# What class vectors are solved with, the strongest penalty first.
+_PENALTIES = (0.3, 0.03, 0.003, 0.0003)
+_TEXT_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,10 @@ class FittedPrompt:
     def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
         """Top-1 in percent, and the loss of the calibrated scores."""
         return figures(torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels))
+
+    def top1(self, pictures: LabelledFeatures) -> float:
+        """Percent of pictures whose class scores highest."""
+        return self.figures(pictures)["top1"]
 
     def for_classes(self, names: Sequence[str]) -> FittedPrompt:
         """The same prompt in front of other names; of those that training did not have it knows the names alone.
@@ -149,6 +157,11 @@ def fit_prompt(
         objective=recipe.objective,
         logit_scale=recipe.objective.logit_scale or base.logit_scale,
     ).to(base.device)
+    if prompt.vectors() and recipe.prompt.domain.solve:
+        start_vectors(task, recipe, train_set, validation_set)
+    start = {name: tensor.detach().clone() for name, tensor in task.state_dict().items()}
+    select = _SELECTIONS[recipe.select] if validation_set else None
+    before = validate(task, validation_set) if validation_set else {}
     settings = recipe.training
     batch_size = min(settings.batch_size, len(train_set))
     per_epoch = math.ceil((recipe.steps or settings.epochs * len(train_set) / batch_size) / settings.epochs)
@@ -169,16 +182,18 @@ def fit_prompt(
             digest=digest,
             seed=seed,
             validate=(lambda _: validate(task, validation_set)) if validation_set else None,
-            select=_SELECTIONS[recipe.select] if validation_set else None,
+            select=select,
             run_config=run_config,
             show_progress=show_progress,
         )
     task.eval()
+    if select and result.best and not select.improves(result.best[select.metric], before[select.metric]):
+        task.load_state_dict(start)  # training has not helped
     fitted = FittedPrompt(task, task.logit_scale, templates, history=result.history, steps=result.steps)
     if validation_set:
         found = logits(task, validation_set.features)
         labels = torch.from_numpy(validation_set.labels).to(found.device)
-        fitted.class_scale = task.logit_scale * calibrate(found, labels)
+        fitted.class_scale = task.logit_scale * best_factor(found, labels)
         fitted.validation = figures(found, labels)
     fitted.seconds = time.monotonic() - started
     return fitted
@@ -244,20 +259,66 @@ def validate(task: PromptTask, pictures: LabelledFeatures) -> dict[str, float]:
 
 
 def figures(found: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 in percent, and the loss."""
+    """Top-1 in percent, and the loss at the scale with the least."""
     return {
         "top1": 100 * float((found.argmax(dim=1) == labels).float().mean()),
-        "loss": float(F.cross_entropy(found, labels)),
+        "loss": float(F.cross_entropy(best_factor(found, labels) * found, labels)),
     }
 
 
-def calibrate(found: Tensor, labels: Tensor) -> float:
-    """The factor of logits (N, C) with the least loss on their labels (Guo et al., arXiv 1706.04599)."""
-    low, high = math.log(0.05), math.log(20.0)
-    for _ in range(40):  # the loss is convex in the factor: ternary search
-        left, right = low + (high - low) / 3, high - (high - low) / 3
-        if F.cross_entropy(math.exp(left) * found, labels) < F.cross_entropy(math.exp(right) * found, labels):
-            high = right
-        else:
-            low = left
-    return math.exp((low + high) / 2)
+def start_vectors(
+    task: PromptTask, recipe: PromptRecipe, train_set: LabelledFeatures, validation_set: LabelledFeatures | None
+) -> None:
+    """Set class vectors to those that fit the pictures best with the untrained prompt.
+
+    Validation chooses the penalty first and then the weight of the text, by top-1 and, of equal ones, by loss.
+    """
+    prompt, scale = task.classes.prompt, task.logit_scale
+    views = range(1 + train_set.features.views)
+    inputs, cosines = zip(*(_read(task, train_set.features, view) for view in views), strict=True)
+    labels = torch.from_numpy(train_set.labels).to(task.labels.device)
+
+    def solve(weight: float, penalty: float, views: int, start: Tensor | None) -> Tensor:
+        return solve_vectors(
+            torch.cat(inputs[:views]),
+            labels.repeat(views),
+            scale * weight * torch.cat(cosines[:views]),
+            scale=scale,
+            penalty=penalty,
+            start=start,
+        )
+
+    given = recipe.objective.residual
+    weight, penalty = 1.0, _PENALTIES[1] if given is None else given
+    vectors: Tensor | None = None
+    if validation_set is not None:
+        held, held_cosines = _read(task, validation_set.features, 0)
+        held_labels = torch.from_numpy(validation_set.labels).to(held.device)
+
+        def choose(options: Sequence[tuple[float, float]]) -> tuple[float, float]:
+            nonlocal vectors
+            ranks = {}
+            for option in options:
+                vectors = solve(*option, 1, vectors)
+                found = figures(scale * (option[0] * held_cosines + held @ vectors.T), held_labels)
+                ranks[option] = (-found["top1"], found["loss"])
+            return min(ranks, key=ranks.__getitem__)
+
+        if given is None:
+            weight, penalty = choose([(1.0, one) for one in _PENALTIES])
+        weight, penalty = choose([(one, penalty) for one in _TEXT_WEIGHTS])
+    prompt.set_vectors(solve(weight, penalty, len(views), vectors))
+    prompt.text_weight.fill_(weight)
+    task.penalty = penalty
+
+
+@torch.no_grad()
+def _read(task: PromptTask, pictures: PictureFeatures, view: int) -> tuple[Tensor, Tensor]:
+    """Of all pictures in a view, what class vectors are compared with (N, F), and cosines with classes (N, C)."""
+    embeddings = task.classes.embeddings()
+    inputs, cosines = [], []
+    for start in range(0, len(pictures), _EVALUATED_AT_ONCE):
+        some = pictures.pictures(slice(start, start + _EVALUATED_AT_ONCE), view)
+        inputs.append(task.classes.prompt.compared(some))
+        cosines.append(some.embeddings @ embeddings.T)
+    return torch.cat(inputs), torch.cat(cosines)

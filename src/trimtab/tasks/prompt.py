@@ -25,6 +25,9 @@ class PromptTask(nn.Module):
         labels: (N,) class of each picture.
         templates: (C, D) unit class embeddings by hand templates.
         logit_scale: multiplies scores.
+
+    Attributes:
+        penalty: weight of the mean squared length of class vectors.
     """
 
     stale: Tensor
@@ -47,6 +50,7 @@ class PromptTask(nn.Module):
         self.lookup = lookup
         self.objective = objective
         self.logit_scale = logit_scale
+        self.penalty = objective.residual or 0.0
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
         self.register_buffer("templates", templates, persistent=False)
         # Class embeddings as they were when last computed.
@@ -73,6 +77,7 @@ class PromptTask(nn.Module):
             templates=templates,
             frozen=self.logit_scale * pictures.embeddings @ self.templates.T,
             vectors=self.classes.prompt.vectors(),
+            penalty=self.penalty,
         )
 
     def _fresh(self, labels: Tensor) -> Tensor | None:

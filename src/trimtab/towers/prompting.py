@@ -127,12 +127,12 @@ class PromptTower:
 
     def name_tokens(self, names: Sequence[str]) -> list[list[int]]:
         """Token ids of class names as they stand in the middle of a text; none is cut."""
-        behind = self._bare([f"{_ORDINARY} {name}" for name in names])
-        alone = self._bare(names)
+        behind = self.tokens_of([f"{_ORDINARY} {name}" for name in names])
+        alone = self.tokens_of(names)
         # Some tokenizers write the blank before a word into its token.
         return [ids[1:] if ids[:1] == [self._filler] else bare for ids, bare in zip(behind, alone, strict=True)]
 
-    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts without start and end tokens."""
         found = []
         for ids in self.base.text_inputs.whole_token_ids(texts):
@@ -144,7 +144,7 @@ class PromptTower:
     @torch.no_grad()
     def embedded(self, text: str) -> Tensor:
         """Input embeddings (T, W) of a text without start and end tokens."""
-        ids = torch.tensor(self._bare([text])[0], dtype=torch.long, device=self.device)
+        ids = torch.tensor(self.tokens_of([text])[0], dtype=torch.long, device=self.device)
         return self._table(ids).float()
 
     @torch.no_grad()
