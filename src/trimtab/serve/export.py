@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -341,7 +342,7 @@ def _import_onnx() -> None:
 
 
 def quantise(folder: Path) -> list[str]:
-    """Write int8 twins of all towers (dynamic quantisation of their matrix products); their file names."""
+    """Write int8 twins of all towers (dynamic quantisation of products and tables); their file names."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     about = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
@@ -349,16 +350,27 @@ def quantise(folder: Path) -> list[str]:
     written = []
     for name in names:
         target = name.replace(".onnx", "-int8.onnx")
-        with explain_disk_errors(folder / target), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with explain_disk_errors(folder / target), _quiet_root():
             quantize_dynamic(
                 folder / name,
                 folder / target,
                 weight_type=QuantType.QInt8,
                 per_channel=True,
-                # Convolutions in int8 are slower than in float32 on CPUs without special kernels.
-                op_types_to_quantize=["MatMul", "Gemm"],
+                # And tables of embeddings. Convolutions in int8 are slower on CPUs without special kernels.
+                op_types_to_quantize=["MatMul", "Gemm", "Gather"],
                 extra_options={"DefaultTensorType": 1},
             )
         written.append(target)
     return written
+
+
+@contextmanager
+def _quiet_root() -> Iterator[None]:
+    """onnxruntime advises, on the root logger, what is done already."""
+    logger = logging.getLogger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
