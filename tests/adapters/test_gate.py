@@ -69,7 +69,7 @@ def test_it_knows_the_domain_from_elsewhere(kind: Any) -> None:
     # The same data give the same gate, and a picture's length means nothing.
     again = fit_gate(GateConfig(kind, keep=0.9), train, validation)
     assert all(torch.equal(one, again.state_dict()[name]) for name, one in gate.state_dict().items())
-    torch.testing.assert_close(gate(3 * validation), share)
+    torch.testing.assert_close(gate(3 * validation), share, atol=1e-4, rtol=0)
 
 
 def test_soft_fades_and_hard_does_not() -> None:
