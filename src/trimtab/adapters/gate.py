@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from trimtab.config import GateConfig
 
 _ROUNDS = 20
+_SOFT_WIDTH = 0.25
 _ROUNDING = 1e-4  # of cosines: the picture that sets a bound passes, in whatever precision it was embedded
 _PICTURES_PER_CENTRE = 8  # centres of fewer would know the training pictures by heart
 
@@ -54,9 +55,8 @@ class DomainGate(nn.Module):
 def fit_gate(config: GateConfig, train: Tensor, validation: Tensor) -> DomainGate:
     """Centres by spherical k-means (Dhillon & Modha 2001), bounds from pictures that no centre has seen.
 
-    `high` lets ``config.keep`` of the validation pictures pass whole. ``soft`` ends as far below as the median of the
-    validation pictures lies above: what is twice as far from the middle of the domain as its own outermost pictures
-    gets nothing. Deterministic.
+    `high` lets ``config.keep`` of the validation pictures pass whole. ``soft`` ends below it, by a quarter of what the
+    median of the validation pictures lies above it. Deterministic.
 
     Args:
         train: (N, D) the base's embeddings of the training pictures.
@@ -66,8 +66,8 @@ def fit_gate(config: GateConfig, train: Tensor, validation: Tensor) -> DomainGat
     centres = _centres(train, max(1, min(config.centres, len(train) // _PICTURES_PER_CENTRE)))
     nearest = closeness(validation, centres)
     high = float(nearest.quantile(1 - config.keep, interpolation="lower")) - _ROUNDING
-    middle = float(nearest.median())
-    return DomainGate(centres, 2 * high - middle if config.kind == "soft" else high, high)
+    width = _SOFT_WIDTH * (float(nearest.median()) - high) if config.kind == "soft" else 0.0
+    return DomainGate(centres, high - width, high)
 
 
 def closeness(features: Tensor, centres: Tensor) -> Tensor:
