@@ -47,8 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"data.train={train}",
             f"data.validation={validation}",
             "data.views=1",
-            # The last layers of any base. Names are new here, so the text tower has an adapter too.
+            # The last layers of any base. Names are new here, so the text tower has an adapter too; a gate would need
+            # it frozen.
             "adapters=[{tower: image, first: -2, last: -1}, {tower: text, first: -1, last: -1}]",
+            "gate=none",
             f"base={chosen.base}",
             f"out={chosen.out}",
             f"training.epochs={chosen.epochs}",

@@ -450,7 +450,7 @@ def test_kill_9_then_resume(method: str, toy: Any, tmp_path: Path, finished: dic
 @pytest.mark.slow
 def test_two_processes_train_as_one(toy: Any, tmp_path: Path) -> None:
     """Batches of 6 on each of two are one batch of 12; the bank is the same."""
-    recipe = toy(training={"epochs": 3}, objective={"hard_negatives": 3})
+    recipe = toy(training={"epochs": 3, "precision": "fp32"}, objective={"hard_negatives": 3})
     adapt(recipe, [f"out={tmp_path / 'one'}"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -26,7 +26,14 @@ OPTIONS = ViewsConfig()
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    compute_in_bf16(monkeypatch, False)
     return tmp_path / "cache"
+
+
+def compute_in_bf16(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Whatever the machine has: what is compared must not depend on it."""
+    for module in ("trimtab.precision", "trimtab.recipes.domain_states"):
+        monkeypatch.setattr(f"{module}.has_fast_bf16", lambda device: wanted)
 
 
 @pytest.fixture
@@ -73,6 +80,20 @@ def test_captions_go_on_from_the_cache(family: str, where: str, tiny_base: Any, 
         found = cut.upper(states(items, np.zeros(3, np.int64)), states.inputs(items))
         expected = base.text_features([captions[item] for item in items])
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_bf16_states_are_near_and_kept_apart(tiny_base: Any, pairs: Any, cache: Path, monkeypatch: Any) -> None:
+    base = tiny_base("clip")
+    items, views = np.arange(10), np.zeros(10, np.int64)
+    found = []
+    for wanted in (False, True):
+        compute_in_bf16(monkeypatch, wanted)
+        states = picture_states(base, TowerCut(base, "image", None), pairs)
+        states.fill(cache)
+        found.append(states(items, views)["features"])
+    exact, coarse = found
+    assert not torch.equal(exact, coarse)
+    assert torch.nn.functional.cosine_similarity(exact, coarse).min() > 0.99
 
 
 def test_without_a_cut_nothing_is_cached(tiny_base: Any, pairs: Any, cache: Path) -> None:

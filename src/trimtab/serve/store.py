@@ -319,7 +319,7 @@ class Embeddings:
             column = whole.column(VECTOR).combine_chunks()
             if not pa.types.is_fixed_size_list(column.type):
                 raise ValueError(f"column {VECTOR!r} is {column.type}, not a list of a fixed size")
-            vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), -1)
+            vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), column.type.list_size)
             return whole.select(list(self.about.columns)), vectors
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read ({error}): embed again, or copy the folder again") from error
