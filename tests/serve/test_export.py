@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
+from trimtab.adapters.domain import DomainAdapted
+from trimtab.adapters.gate import DomainGate
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.serve import export as module
 from trimtab.serve.export import export_onnx, quantise
@@ -74,6 +77,23 @@ def test_all_links_are_inside(composed: Any, pictures: list[Image.Image], tmp_pa
     assert np.allclose(found, expected, atol=1e-4)
     base = composed.base.encode_image(pictures)
     assert not np.allclose(encoder.encode_image(pictures), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_gate_is_inside(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path, kind: str) -> None:
+    base = tiny_base("clip")
+    centre = torch.from_numpy(base.encode_image(pictures[:1]))
+    near = np.sort(base.encode_image(pictures) @ centre[0].numpy())
+    high = float(near[2:4].mean())  # some pictures are inside, some outside
+    gate = DomainGate(centre, high if kind == "hard" else high - 0.2, high)
+    plain = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
+    model = DomainAdapted(base, plain.adapters, gate=gate)
+    export_onnx(model, tmp_path / "out", pictures=pictures)
+    encoder = check(model, tmp_path / "out", pictures)
+    moved = np.abs(encoder.encode_image(pictures) - base.encode_image(pictures)).max(axis=1)
+    assert moved.max() > 1e-3
+    if kind == "hard":
+        assert moved.min() < 1e-5
 
 
 def test_english_through_the_adapter(

@@ -19,10 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trimtab import __version__
+from trimtab.adapters.gate import mixed
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, write_json
 from trimtab.serve import onnx_runtime
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.layers import TowerCut, lowest_site
 
 SCHEMA_VERSION = 1
 EXPORT_FILE = "export.json"
@@ -46,7 +48,7 @@ class ImageTower(nn.Module):
         self.parts = nn.ModuleList(_modules(model))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features = self.encoder.pixel_features({"pixel_values": pixel_values})
+        features = image_features(self.encoder, {"pixel_values": pixel_values})
         return nn.functional.normalize(features.float(), dim=-1)
 
 
@@ -63,6 +65,21 @@ class TextTower(nn.Module):
         if attention_mask is not None:
             tokens["attention_mask"] = attention_mask
         return nn.functional.normalize(self.encoder.token_features(tokens).float(), dim=-1)
+
+
+def image_features(model: Any, pixels: dict[str, Tensor]) -> Tensor:
+    """`DualEncoder.pixel_features` without branches: a gate of the domain link runs the adapters for some pictures
+    only, and a traced graph has one way for all."""
+    while not hasattr(model, "gate") and hasattr(model, "base"):
+        model = model.base
+    if getattr(model, "gate", None) is None or model.alpha == 0:
+        return model.pixel_features(pixels)
+    cut = TowerCut(model.base, "image", lowest_site(model.adapters, "image"))
+    below = cut.lower(pixels)
+    features = cut.upper(below)  # (B, D)
+    with model.adapters.attach(model.base):
+        adapted = cut.upper(below)
+    return mixed(features, adapted, model.gate(features))
 
 
 def _modules(model: Any) -> list[nn.Module]:
