@@ -289,6 +289,7 @@ class PromptedClasses(nn.Module):
         with exact:
             # Only the class embedding is another one; what was added to it stays.
             common = embeddings.expand(len(own), -1, -1) if chosen is None else embeddings[chosen]
+            common = common.detach() if instance.layer else common
             moved = self.prompt.text_weight * torch.einsum("bd,bkd->bk", pictures.embeddings, own - common)
         return scores + moved if chosen is None else scores.scatter_add(1, chosen, moved)
 
@@ -308,9 +309,13 @@ class PromptedClasses(nn.Module):
         count = len(self) if chosen is None else chosen.shape[1]
         flat = torch.arange(len(self), device=shift.device).repeat(len(shift)) if chosen is None else chosen.flatten()
         if config.layer:
-            states = self.tower.entering(self.layout, config.layer, self.prompt.general[None], self.prompt.class_tokens)
+            # What lies below the layer is the same for all pictures; gradients reach it by `embeddings` alone.
+            used, rows = flat.unique(return_inverse=True)
+            layout, extra = self._rows(used)
+            with torch.no_grad():
+                states = self.tower.entering(layout, config.layer, self.prompt.general[None], extra)
             shifts = shift.repeat_interleave(count, dim=0)
-            features = self.tower.shifted(self.layout, config.layer, states, flat, shifts)
+            features = self.tower.shifted(layout, config.layer, states, rows, shifts)
         else:
             layout, extra = self._rows(flat)
             features = self.tower.features(layout, self._shifted(shift).repeat_interleave(count, dim=0), extra)

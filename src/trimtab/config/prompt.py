@@ -141,7 +141,7 @@ class DomainPartConfig:
     """
 
     tokens: int = 0
-    residual: bool = True
+    residual: bool = False
     patches: bool = True
     solve: bool = True
     rate: float = 1.0
@@ -229,7 +229,7 @@ class PromptRecipe:
     data: PromptData
     prompt: PromptConfig = field(default_factory=PromptConfig)
     objective: PromptObjective = field(default_factory=PromptObjective)
-    steps: int | None = 200
+    steps: int | None = 30
     select: Literal["last", "top1", "loss"] = "loss"
     templates: tuple[str, ...] = ()
     training: TrainingConfig = field(default_factory=TrainingConfig)
