@@ -5,10 +5,10 @@ A method fits a classifier on an `Episode` and says what it chose; choices are m
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ class Episode:
     def text(self, *, ensemble: bool = False) -> Tensor:
         """Unit-norm embeddings (C, D) of the class names in the first of the hand templates, or in all of them."""
         templates = self.recipe.templates or tuple(default_templates(self.classes)[1])
-        return torch.from_numpy(class_vectors(self.base, self.classes, templates if ensemble else templates[:1]))
+        return _class_texts(self.base, self.classes, templates if ensemble else templates[:1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +125,12 @@ class Fitted:
 
 
 Method = Callable[[Episode], Fitted]
+
+
+@functools.lru_cache(maxsize=4)
+def _class_texts(base: DualEncoder, classes: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+    """Encoded once for all runs of a sweep."""
+    return torch.from_numpy(class_vectors(base, classes, templates))
 
 
 def _seen(pictures: Pictures) -> tuple[Tensor, Tensor]:
@@ -327,9 +333,9 @@ def coop(recipe: PromptRecipe) -> PromptRecipe:
 
 CHANGES: dict[str, Callable[[PromptRecipe], PromptRecipe]] = {
     "structured": _parts,
-    "general_domain": partial(_parts, instance=False),
-    "general_instance": partial(_parts, domain=False),
-    "general": partial(_parts, instance=False, domain=False),
+    "general_domain": functools.partial(_parts, instance=False),
+    "general_instance": functools.partial(_parts, domain=False),
+    "general": functools.partial(_parts, instance=False, domain=False),
     "coop": coop,
     "cocoop": lambda recipe: replace(recipe, method="cocoop"),
 }
