@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.evaluation.fewshot_summaries import MEAN, METHODS, mean_over_sets, names_of, spread_of
 
 Run = Mapping[str, Any]
-RIVALS = ("coop", "cocoop", "linear_probe", "lp_plus_plus", "tip_adapter_f", "clip_lora")
+RIVALS = ("coop", "cocoop", "linear_probe", "linear_probe_patches", "lp_plus_plus", "tip_adapter_f", "clip_lora")
 
 
 def report(runs: Sequence[Run], new: Sequence[Run] = (), shares: Sequence[Run] = ()) -> str:

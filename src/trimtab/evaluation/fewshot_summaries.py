@@ -19,6 +19,7 @@ METHODS = {
     "template": ("Hand template", "zero-shot, one sentence"),
     "ensemble": ("Template ensemble", "zero-shot, several sentences"),
     "linear_probe": ("Linear probe", "logistic regression on frozen features"),
+    "linear_probe_patches": ("Linear probe, patches too", "on embeddings and mean patch tokens"),
     "lp_plus_plus": ("LP++", "visual and text prototypes, blended"),
     "tip_adapter_f": ("Tip-Adapter-F", "a trained cache of the shots"),
     "clip_lora": ("CLIP-LoRA", "low-rank updates in both towers, few steps"),

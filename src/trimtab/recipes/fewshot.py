@@ -183,7 +183,7 @@ class Pictures:
         try:
             PictureFeatures(self.base, [], tokens=True)
         except RecipeError:
-            if any(method in PROMPT_METHODS for method in plan.methods):
+            if any(method in (*PROMPT_METHODS, "linear_probe_patches") for method in plan.methods):
                 raise
             return False
         return True

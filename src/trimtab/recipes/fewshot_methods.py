@@ -5,10 +5,10 @@ A method fits a classifier on an `Episode` and says what it chose; choices are m
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.adapters.prompt import Pictures
 from trimtab.config import PromptRecipe
 from trimtab.data.shots import Shots
+from trimtab.errors import RecipeError
 from trimtab.objectives.probes import KeyCache, Linear, fit_logistic, fit_lp_plus_plus, train_keys
 from trimtab.recipes.fewshot_lora import STEPS, LowRank
 from trimtab.recipes.prompt_features import PictureFeatures
@@ -42,23 +43,27 @@ class Split:
         features: what the frozen image tower says of them.
         embeddings: (V, N, D) unit norm, in each view, the picture itself first.
         labels: (N,).
+        patches: (V, N, Wi) unit-norm means of the patch tokens; None where there are none.
     """
 
     features: PictureFeatures
     embeddings: Tensor
     labels: Tensor
+    patches: Tensor | None = None
 
     @classmethod
     def of(cls, features: PictureFeatures, labels: np.ndarray) -> Split:
         """Reads the embeddings out of the cache."""
-        views = []
+        views, patches = [], []
         for view in range(features.views + 1):
             parts = [
-                features.pictures(np.arange(start, min(start + _READ, len(features))), view).embeddings
+                _seen(features.pictures(np.arange(start, min(start + _READ, len(features))), view))
                 for start in range(0, len(features), _READ)
             ]
-            views.append(torch.cat(parts))
-        return cls(features, torch.stack(views), torch.from_numpy(labels))
+            views.append(torch.cat([embeddings for embeddings, _ in parts]))
+            patches.append(torch.cat([mean for _, mean in parts]))
+        means = torch.stack(patches) if features.tokens else None
+        return cls(features, torch.stack(views), torch.from_numpy(labels), means)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +71,8 @@ class Split:
     def take(self, positions: np.ndarray, labels: np.ndarray | None = None) -> Split:
         """Some of them, by position, with other labels if given."""
         own = self.labels[positions] if labels is None else torch.from_numpy(labels)
-        return Split(self.features.take(positions), self.embeddings[:, positions], own)
+        patches = None if self.patches is None else self.patches[:, positions]
+        return Split(self.features.take(positions), self.embeddings[:, positions], own, patches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +106,7 @@ class Episode:
     def text(self, *, ensemble: bool = False) -> Tensor:
         """Unit-norm embeddings (C, D) of the class names in the first of the hand templates, or in all of them."""
         templates = self.recipe.templates or tuple(default_templates(self.classes)[1])
-        return torch.from_numpy(class_vectors(self.base, self.classes, templates if ensemble else templates[:1]))
+        return _class_texts(self.base, self.classes, templates if ensemble else templates[:1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +127,22 @@ class Fitted:
 Method = Callable[[Episode], Fitted]
 
 
+@functools.lru_cache(maxsize=4)
+def _class_texts(base: DualEncoder, classes: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+    """Encoded once for all runs of a sweep."""
+    return torch.from_numpy(class_vectors(base, classes, templates))
+
+
+def _seen(pictures: Pictures) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, D), and unit means (B, Wi) of the patch tokens: of no width where there are none."""
+    tokens, mask = pictures.tokens, pictures.mask
+    if tokens is None:
+        return pictures.embeddings, pictures.embeddings[:, :0]
+    weights = torch.ones(tokens.shape[:2]) if mask is None else mask.float()
+    mean = torch.einsum("bn,bnw->bw", weights, tokens)
+    return pictures.embeddings, F.normalize(mean, dim=-1)
+
+
 def template(episode: Episode) -> Fitted:
     """Zero-shot: class names in one hand-written sentence."""
     return _by_text(episode.text(), episode.base.logit_scale)
@@ -133,12 +155,34 @@ def ensemble(episode: Episode) -> Fitted:
 
 def linear_probe(episode: Episode) -> Fitted:
     """Logistic regression whose penalty validation chooses, coarsely first and then between its neighbours."""
-    features, labels = episode.all_views()
+    return _logistic(episode, lambda pictures: pictures.embeddings)
+
+
+def linear_probe_patches(episode: Episode) -> Fitted:
+    """The same on embeddings and mean patch tokens side by side: what structured prompts see, without a prompt.
+
+    Raises:
+        RecipeError: the recipe's prompt reads no patch tokens, or the image tower has none.
+    """
+    if episode.train.patches is None:
+        raise RecipeError("linear_probe_patches needs patch tokens: leave it out, or take a recipe that reads them")
+    return _logistic(episode, _beside)
+
+
+def _beside(pictures: Split) -> Tensor:
+    assert pictures.patches is not None
+    return torch.cat([pictures.embeddings, pictures.patches], dim=-1)
+
+
+def _logistic(episode: Episode, inputs: Callable[[Split], Tensor]) -> Fitted:
+    views = inputs(episode.train)
+    features, labels = views.flatten(0, 1), episode.train.labels.repeat(len(views))
+    held = inputs(episode.validation)[0]
     tried: dict[float, Linear] = {}
     start: Linear | None = None
 
     def best() -> float:
-        return _best(episode, tried.items())[0]
+        return _best_on(held, episode.validation.labels, tried.items())[0]
 
     for penalty in PENALTIES:  # strongest first, so that of equal ones it wins
         start = tried[penalty] = fit_logistic(features, labels, len(episode.classes), penalty, start)
@@ -148,7 +192,8 @@ def linear_probe(episode: Episode) -> Fitted:
             tried[penalty] = fit_logistic(features, labels, len(episode.classes), penalty, tried[middle])
     chosen = best()
     probe = tried[chosen]
-    return Fitted(_on_embeddings(probe), probe.weight.numel() + probe.bias.numel(), {"penalty": chosen})
+    parameters = probe.weight.numel() + probe.bias.numel()
+    return Fitted(lambda pictures: probe(inputs(pictures)[0]), parameters, {"penalty": chosen})
 
 
 def lp_plus_plus(episode: Episode) -> Fitted:
@@ -224,7 +269,10 @@ def _on_embeddings(classify: Callable[[Tensor], Tensor]) -> Callable[[Split], Te
 def _best(episode: Episode, candidates: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
     """Name and classifier of the candidate with most of the validation pictures right; among equal ones with the least
     cross-entropy, then the first."""
-    images, labels = episode.validation.embeddings[0], episode.validation.labels
+    return _best_on(episode.validation.embeddings[0], episode.validation.labels, candidates)
+
+
+def _best_on(images: Tensor, labels: Tensor, candidates: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
     found: tuple[Any, Any] | None = None
     mark = (-1.0, 0.0)
     for name, classify in candidates:
@@ -271,12 +319,24 @@ def _parts(recipe: PromptRecipe, *, instance: bool = True, domain: bool = True, 
     return replace(recipe, method="structured", prompt=prompt)
 
 
+def coop(recipe: PromptRecipe) -> PromptRecipe:
+    """CoOp with settings of its own, chosen on validation: all classes in every step, the last weights."""
+    return replace(
+        recipe,
+        method="coop",
+        steps=50,
+        select="last",
+        objective=replace(recipe.objective, classes_per_step=None),
+        training=replace(recipe.training, epochs=1, batch_size=128, learning_rate=1e-2),
+    )
+
+
 CHANGES: dict[str, Callable[[PromptRecipe], PromptRecipe]] = {
     "structured": _parts,
-    "general_domain": partial(_parts, instance=False),
-    "general_instance": partial(_parts, domain=False),
-    "general": partial(_parts, instance=False, domain=False),
-    "coop": lambda recipe: replace(recipe, method="coop"),
+    "general_domain": functools.partial(_parts, instance=False),
+    "general_instance": functools.partial(_parts, domain=False),
+    "general": functools.partial(_parts, instance=False, domain=False),
+    "coop": coop,
     "cocoop": lambda recipe: replace(recipe, method="cocoop"),
 }
 """What methods that learn prompts make of the recipe; `general` has its terms, `coop` cross-entropy alone."""
@@ -287,6 +347,7 @@ METHODS: dict[str, Method] = {
     "template": template,
     "ensemble": ensemble,
     "linear_probe": linear_probe,
+    "linear_probe_patches": linear_probe_patches,
     "lp_plus_plus": lp_plus_plus,
     "tip_adapter_f": tip_adapter_f,
     "clip_lora": clip_lora,
