@@ -94,6 +94,9 @@ def test_it_learns_and_says_what_it_did(finished: dict[str, Any]) -> None:
     assert described["config"]["classes"] == sorted(NAMES)
     assert described["data"]["pictures"]["train"] == 16
     assert described["metrics"]["test top1"] == outcome["test"]["top1"]
+    page = Path(outcome["report"]).read_text(encoding="utf-8")
+    assert "4 classes from 16 pictures" in page
+    assert "<img" in page  # pictures with what the instance queries look at
     assert "classifier.add_classes" in (finished["out"] / "README.md").read_text()
 
 
