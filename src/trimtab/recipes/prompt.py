@@ -19,6 +19,7 @@ from trimtab.precision import tune_allocator
 from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt, new_prompt
+from trimtab.recipes.prompt_report import write_prompt_report
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
@@ -76,6 +77,8 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     outcome["seconds"] = {
         "encoding": encoding, "training": fitted.seconds, "total": time.monotonic() - started
     }  # fmt: skip
+    shown = "validation" if sets.test is None else "test"
+    outcome["report"] = str(write_prompt_report(recipe, fitted, labelled[shown], outcome, name=shown))
     save(recipe, base, sets, fitted, outcome)
     return outcome
 
