@@ -24,8 +24,10 @@ from trimtab.cli import app
 from trimtab.config import (
     DomainAdapterConfig,
     DomainRecipe,
+    LabelSource,
     LanguageRecipe,
     PairSource,
+    PromptRecipe,
     TextSource,
     load_recipe,
     recipe_from_mapping,
@@ -224,7 +226,8 @@ def test_recipes_load_and_open_with_their_command(path: Path) -> None:
     assert load_recipe(path)
     calls = list(trimtab_calls(path))
     assert calls, f"{name_of(path)} does not open with its command"
-    assert calls[0][:2] == ["adapt", name_of(path)]
+    assert calls[0][0] in ("adapt", "fewshot")
+    assert calls[0][1] == name_of(path)
 
 
 def test_yaml_in_the_papers_is_a_recipe(tmp_path: Path) -> None:
@@ -269,17 +272,21 @@ def as_shown(value: Any) -> str:
 
 def test_the_reference_has_every_key_with_its_default() -> None:
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
-    _, language, domain, training = re.split(r"^### (?:The language link|The domain link|Training)$", text, flags=re.M)
+    links = r"^### (?:The language link|The domain link|The prompt link|Training)$"
+    _, language, domain, prompt, training = re.split(links, text, flags=re.M)
     training = training.partition("\n## ")[0]
     recipe, text_source = language.split("\nA source in ")
     domain_recipe, rest = domain.split("\nA source in ")
     pair_source, group = rest.split("\nA group in ")
+    prompt_recipe, label_source = prompt.split("\nA labelled source ")
     for cls, part in (
         (LanguageRecipe, recipe + training),
         (TextSource, text_source),
         (DomainRecipe, domain_recipe + training),
         (PairSource, pair_source),
         (DomainAdapterConfig, group),
+        (PromptRecipe, prompt_recipe + training),
+        (LabelSource, label_source),
     ):
         shown = defaults_in(part)
         for name, default in keys_of(cls):

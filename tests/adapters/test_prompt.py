@@ -20,7 +20,7 @@ from trimtab.towers.prompting import PromptTower, image_tokens
 
 NAMES = ["cat", "red car", "tea", "dog"]
 INIT = "photo of a"
-FULL = PromptConfig(GeneralConfig(INIT), InstanceConfig(width=8, heads=2), DomainPartConfig(tokens=1))
+FULL = PromptConfig(GeneralConfig(INIT), InstanceConfig(width=8, heads=2), DomainPartConfig(tokens=1, residual=True))
 KINDS = {
     "general": PromptConfig(GeneralConfig(INIT), None, DomainPartConfig(0, residual=False, patches=False)),
     "attention": FULL,
