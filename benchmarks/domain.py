@@ -59,15 +59,16 @@ PENALTIES = tuple(10.0**power for power in range(-6, 2))
 UNIFORM = "bank.enabled=false"
 ROWS: dict[str, list[str]] = {
     "base": [],
-    "full": ["method=full", "training.learning_rate=3e-5", UNIFORM],
-    "full_hard": ["method=full", "training.learning_rate=3e-5"],
+    "full": ["method=full", "training.learning_rate=3e-4", UNIFORM],
+    "full_hard": ["method=full", "training.learning_rate=3e-4"],
     "lora": ["method=lora", UNIFORM],
     "probe": ["method=probe", UNIFORM],
     "linear_probe": [],
     "adapter": [UNIFORM],
+    "adapter_negatives": ["bank.gamma=0"],  # hard negatives from the bank, but pairs drawn alike
     "adapter_hard": [],
 }
-ADAPTERS = ("adapter", "adapter_hard")
+ADAPTERS = ("adapter", "adapter_negatives", "adapter_hard")
 WITH_CURVE = ("adapter_hard", "full")
 
 
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the grocery photos")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--rows", default="base,full,lora,probe,linear_probe,adapter,adapter_hard")
+    parser.add_argument("--rows", default="base,full,lora,probe,linear_probe,adapter,adapter_negatives,adapter_hard")
     parser.add_argument("--share", type=float, default=1.0, help="of the training pairs; as many are drawn in any case")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-domain"), help="tables and runs in progress")
