@@ -170,6 +170,9 @@ def main() -> None:
     )
     parser.add_argument("--validation-only", action="store_true", help="never open the test split")
     parser.add_argument("--no-general", action="store_true", help="do not measure what is forgotten")
+    parser.add_argument(
+        "--no-curve", action="store_true", help="do not measure the curve over alpha, which takes minutes"
+    )
     parser.add_argument("--warm", action="store_true", help="use cached features; such times are not compared")
     arguments = parser.parse_args()
     rows = arguments.rows.split(",")
@@ -236,7 +239,7 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
         elif job.row == "linear_probe":
             found = linear_probe(job, grocery, one)
         else:
-            found = trained(job, out, general, one)
+            found = trained(job, out, general, one, curve=not arguments.no_curve)
     finished: Run = {
         "row": job.row, "seed": job.seed, "share": job.share, "set": list(job.changes), "setting": job.setting,
         "warm": arguments.warm, **found, "recipe": to_mapping(job.recipe),
@@ -244,9 +247,9 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
     return finished
 
 
-def trained(job: Job, out: Path, general: Sequence[str], score: Any) -> dict[str, Any]:
+def trained(job: Job, out: Path, general: Sequence[str], score: Any, *, curve: bool) -> dict[str, Any]:
     """A row that a recipe trains."""
-    alphas = ALPHAS if general and job.row in WITH_CURVE else ()
+    alphas = ALPHAS if general and curve and job.row in WITH_CURVE else ()
     outcome = adapt(replace(job.recipe, out=str(out), general=sources_of(general), alphas=alphas))
     assert outcome is not None  # one process
     model = load(out)
