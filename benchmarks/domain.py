@@ -59,15 +59,16 @@ PENALTIES = tuple(10.0**power for power in range(-6, 2))
 UNIFORM = "bank.enabled=false"
 ROWS: dict[str, list[str]] = {
     "base": [],
-    "full": ["method=full", "training.learning_rate=3e-5", UNIFORM],
-    "full_hard": ["method=full", "training.learning_rate=3e-5"],
+    "full": ["method=full", "training.learning_rate=3e-4", UNIFORM],
+    "full_hard": ["method=full", "training.learning_rate=3e-4"],
     "lora": ["method=lora", UNIFORM],
     "probe": ["method=probe", UNIFORM],
     "linear_probe": [],
     "adapter": [UNIFORM],
+    "adapter_negatives": ["bank.gamma=0"],  # hard negatives from the bank, but pairs drawn alike
     "adapter_hard": [],
 }
-ADAPTERS = ("adapter", "adapter_hard")
+ADAPTERS = ("adapter", "adapter_negatives", "adapter_hard")
 WITH_CURVE = ("adapter_hard", "full")
 
 
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the grocery photos")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--rows", default="base,full,lora,probe,linear_probe,adapter,adapter_hard")
+    parser.add_argument("--rows", default="base,full,lora,probe,linear_probe,adapter,adapter_negatives,adapter_hard")
     parser.add_argument("--share", type=float, default=1.0, help="of the training pairs; as many are drawn in any case")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-domain"), help="tables and runs in progress")
@@ -169,6 +170,9 @@ def main() -> None:
     )
     parser.add_argument("--validation-only", action="store_true", help="never open the test split")
     parser.add_argument("--no-general", action="store_true", help="do not measure what is forgotten")
+    parser.add_argument(
+        "--no-curve", action="store_true", help="do not measure the curve over alpha, which takes minutes"
+    )
     parser.add_argument("--warm", action="store_true", help="use cached features; such times are not compared")
     arguments = parser.parse_args()
     rows = arguments.rows.split(",")
@@ -235,7 +239,7 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
         elif job.row == "linear_probe":
             found = linear_probe(job, grocery, one)
         else:
-            found = trained(job, out, general, one)
+            found = trained(job, out, general, one, curve=not arguments.no_curve)
     finished: Run = {
         "row": job.row, "seed": job.seed, "share": job.share, "set": list(job.changes), "setting": job.setting,
         "warm": arguments.warm, **found, "recipe": to_mapping(job.recipe),
@@ -243,9 +247,9 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
     return finished
 
 
-def trained(job: Job, out: Path, general: Sequence[str], score: Any) -> dict[str, Any]:
+def trained(job: Job, out: Path, general: Sequence[str], score: Any, *, curve: bool) -> dict[str, Any]:
     """A row that a recipe trains."""
-    alphas = ALPHAS if general and job.row in WITH_CURVE else ()
+    alphas = ALPHAS if general and curve and job.row in WITH_CURVE else ()
     outcome = adapt(replace(job.recipe, out=str(out), general=sources_of(general), alphas=alphas))
     assert outcome is not None  # one process
     model = load(out)

@@ -21,7 +21,8 @@ NAMES = {
     "lora": "LoRA",
     "probe": "Linear maps on both towers",
     "linear_probe": "Linear classifier on frozen features",
-    "adapter": "Adapter",
+    "adapter": "Adapter, no bank",
+    "adapter_negatives": "Adapter, hard negatives alone",
     "adapter_hard": "**Adapter, hard sampling**",
     "adapter_hard_ungated": "The same, every picture adapted",
 }

@@ -39,7 +39,7 @@ def test_goals_are_computed_by_seed() -> None:
     assert found[4].found == "22.2% (2.0 of 9.0 min)"
     text = domain_tables.report(runs)
     assert "| Continual fine-tuning | 72.0 ± 1.0 | 77.0 ± 1.0 | 30.0 ± 0.0 | 4.0 ± 0.0 |" in text
-    assert "| Adapter, hard sampling − Adapter | +0.5 ± 0.0 |" in text
+    assert "| Adapter, hard sampling − Adapter, no bank | +0.5 ± 0.0 |" in text
 
 
 def test_goals_without_figures_are_not_reached() -> None:
@@ -122,7 +122,7 @@ def test_every_row_draws_as_many_pairs(row: str, tmp_path: Path) -> None:
         drawn = job.recipe.training.epochs * job.recipe.bank.epoch_share * job.share
         assert drawn == reference.training.epochs * reference.bank.epoch_share
         assert job.recipe.seed == 3
-    assert jobs[0].recipe.bank.enabled == row.endswith("_hard")
+    assert jobs[0].recipe.bank.enabled == row.endswith(("_hard", "_negatives"))
 
 
 def test_logistic_regression_finds_what_can_be_separated() -> None:

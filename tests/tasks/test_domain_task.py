@@ -114,6 +114,8 @@ def test_hard_negatives_widen_the_choice_of_captions() -> None:
     with_one = task.step(batch(2))
     assert with_one["i2t"] > plain.step(batch(2))["i2t"] + 1e-4
     torch.testing.assert_close(with_one["t2i"], torch.zeros(()))  # one picture, nothing to confuse
+    _, without_bank = make(ContrastiveConfig(hard_negatives=5), enabled=False)
+    torch.testing.assert_close(without_bank.step(batch(2))["i2t"], plain.step(batch(2))["i2t"])
 
 
 def test_everything_trained_gets_a_gradient() -> None:

@@ -113,7 +113,8 @@ class ContrastiveConfig:
         logit_scale: multiplies cosines; null starts from the base's own.
         learn_logit_scale: train it with the adapters; false keeps it as it is.
         label_smoothing: share of every target that is spread over all candidates alike.
-        hard_negatives: texts from the memory bank added to every batch as negatives of its images; 0 for none.
+        hard_negatives: texts from the memory bank added to every batch as negatives of its images; 0 for none. Without
+            ``bank.enabled`` there are none.
     """
 
     image_to_text: float = 0.5
@@ -141,7 +142,7 @@ class MemoryBankConfig:
     A pair is drawn in proportion to (eps + difficulty) ** gamma, with difficulties from 0 to 1.
 
     Attributes:
-        enabled: false draws all pairs alike, still `epoch_share` of them per epoch.
+        enabled: false draws all pairs alike, still `epoch_share` of them per epoch, and adds no hard negatives.
         difficulty: ``margin`` by how far the hardest wrong caption is ahead, ``rank`` by how many are, ``loss`` by
             the caption's probability among all; ``learnability`` by how much higher that loss is than a
             reference's, so that pairs nobody can learn (wrong captions) do not count as hard.

@@ -128,7 +128,7 @@ class DomainTask(nn.Module):
         numbers, first = unique_rows(self.gather(torch.as_tensor(captions, device=device)))
         texts = texts[first]
         self.bank.update(rows, images.detach(), numbers, texts.detach())
-        if self.objective.hard_negatives:
+        if self.objective.hard_negatives and self.bank.config.enabled:
             hard = self.bank.hard_negatives(rows, self.objective.hard_negatives)
             if len(hard):
                 texts = torch.cat([texts, self.text.features(hard.cpu().numpy())])

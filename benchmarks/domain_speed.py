@@ -1,0 +1,195 @@
+"""What a training step of the domain link costs: beside LoRA with `peft` at the same places, beside the step without a
+cache, beside all weights, and beside what its arithmetic alone would take.
+
+    python benchmarks/domain_speed.py
+
+Each row runs in a process of its own, on the same random pictures and the places of `recipes/domain-grocery.yaml`. A
+step is forward, backward and update for one batch, from the states below the lowest trained layer; "no cache" begins at
+the pixels. The floor of a step is what PyTorch's counter finds in its matrix products and convolutions, at the rate at
+which this machine multiplies square matrices in fp32. Decoding pictures is left out everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from trimtab.config import DomainRecipe, load_recipe
+from trimtab.files import write_text
+from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
+from trimtab.precision import tune_allocator
+from trimtab.recipes.domain_methods import METHODS, Method
+from trimtab.tasks.domain import DomainTask, Side
+from trimtab.towers.hf import load_base
+from trimtab.training.optimiser import adamw, trainable
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "domain-grocery.yaml"
+# Name, method, whether states below the lowest trained layer are given.
+ROWS: dict[str, tuple[str, str, bool]] = {
+    "adapter": ("Adapters, cached", "adapter", True),
+    "lora": ("LoRA by peft, cached", "lora", True),
+    "adapter_uncached": ("Adapters, no cache", "adapter", False),
+    "lora_uncached": ("LoRA by peft, no cache", "lora", False),
+    "full": ("All weights", "full", False),
+}
+CLASSES = 81
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--steps", type=int, default=5, help="measured, after one that is not")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain_speed.json"))
+    parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.recipe, arguments.steps)))
+        return
+    found = {}
+    for row in arguments.rows.split(","):
+        command = [sys.executable, __file__, "--one", row, "--recipe", str(arguments.recipe)]
+        command += ["--steps", str(arguments.steps)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[row] = json.loads(done.stdout.splitlines()[-1])
+        print(row, found[row], flush=True)
+    facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+    write_text(arguments.out, json.dumps({"rows": found, **facts}, indent=2) + "\n")
+    write_text(arguments.out.with_suffix(".md"), table(found))
+    print(table(found))
+
+
+def measure(row: str, path: Path, steps: int) -> dict[str, Any]:
+    """Times and memory of one row."""
+    tune_allocator()
+    torch.manual_seed(0)
+    _, name, cached = ROWS[row]
+    recipe = load_recipe(path, [f"method={name}", "data.train=train.csv"])
+    assert isinstance(recipe, DomainRecipe)
+    base = load_base(recipe.base, device="cpu")
+    method = METHODS[name](base, recipe)
+    size = recipe.training.batch_size
+    pixels = base.preprocess(_grey())
+    pixels = {key: torch.rand(size, *one.shape[1:]) for key, one in pixels.items()}
+    task = make_task(recipe, method, pixels, cached=cached)
+    parameters = trainable(task)
+    optimiser = adamw(parameters, recipe.training)
+    batch = np.arange(size), np.zeros(size, int)
+
+    def step() -> None:
+        with method.at_work():
+            loss = torch.stack([*task.step(batch).values()]).sum()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = []
+    for _ in range(steps):
+        clock = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - clock)
+    rate = matrix_rate()
+    return {
+        "seconds": min(seconds),
+        "floor_seconds": counter.get_total_flops() / rate,
+        "gflop": counter.get_total_flops() / 1e9,
+        "gflop_per_second": rate / 1e9,
+        "trained_parameters": method.trained_parameters,
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "batch_size": size,
+    }
+
+
+def make_task(recipe: DomainRecipe, method: Method, pixels: dict[str, torch.Tensor], *, cached: bool) -> DomainTask:
+    """A training step on pictures that need no decoding; one caption for each of as many classes as grocery has."""
+    base, size = method.base, recipe.training.batch_size
+    captions = [f"a photo of product {number}" for number in range(CLASSES)]
+    image_cut, text_cut = method.cut("image"), method.cut("text")
+    tokens = base.text_inputs(captions)
+
+    def tokens_of(items: np.ndarray) -> dict[str, torch.Tensor]:
+        return {name: one[items] for name, one in tokens.items()}
+
+    below = image_cut.lower(pixels) if image_cut and cached else {}
+    states = text_cut.lower(tokens) if text_cut else {}
+
+    def pictures(items: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
+        if image_cut is None:
+            return pixels
+        return dict(below) if cached else image_cut.lower(pixels)
+
+    def texts(items: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
+        return {name: one[items] for name, one in states.items()} if text_cut else tokens_of(items)
+
+    image = Side(base, "image", image_cut, pictures, head=method.head("image"))
+    text = Side(base, "text", text_cut, texts, tokens_of, head=method.head("text"))
+    caption_of = np.arange(size) % CLASSES
+    numbers = torch.from_numpy(caption_of)
+    with torch.no_grad():
+        embeddings = base.token_features(tokens)
+        difficulty = global_difficulty(torch.randn(size, embeddings.shape[1]), embeddings, numbers, logit_scale=50.0)
+    return DomainTask(
+        method,
+        image=image,
+        text=text,
+        image_of=np.arange(size),
+        caption_of=caption_of,
+        belong=lambda images, texts: caption_of[images][:, None] == texts[None],
+        objective=recipe.objective,
+        bank=MemoryBank(recipe.bank, numbers, embeddings, difficulty, logit_scale=50.0),
+        logit_scale=50.0,
+    )
+
+
+def matrix_rate(size: int = 1536, repeats: int = 5) -> float:
+    """Floating-point operations per second of fp32 matrix products."""
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    seconds = []
+    for _ in range(repeats + 1):
+        clock = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - clock)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| Step | seconds | of the floor | of adapters, cached | peak memory, MB | trained |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    reference = found.get("adapter", {}).get("seconds")
+    for row, one in found.items():
+        times = f"{one['seconds'] / reference:.2f}" if reference else "–"
+        lines.append(
+            f"| {ROWS[row][0]} | {one['seconds']:.2f} | {one['seconds'] / one['floor_seconds']:.1f} | {times} | "
+            f"{one['peak_megabytes']:,.0f} | {one['trained_parameters']:,} |"
+        )
+    size = next(iter(found.values()))["batch_size"]
+    return (
+        "\n".join([*lines, "", f"Batches of {size}; the fastest of several steps, as the machine had other work."])
+        + "\n"
+    )
+
+
+def _grey() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64), (128, 128, 128))
+
+
+if __name__ == "__main__":
+    main()
