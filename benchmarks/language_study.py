@@ -48,9 +48,11 @@ VARIANTS: dict[str, list[str]] = {
     "pooling: attention": ["adapter.pooling=attention"],
     "English-English pairs: none": ["data.english_share=0"],
     "English-English pairs: 10%": ["data.english_share=0.1"],
-    "pairs: no composed phrases": ["data.phrases=0"],
+    "pairs: with composed phrases": ["data.phrases=25000"],
     "student: layer -1": ["student.layers=[-1]"],
-    "student: layers -1 and 8": ["student.layers=[-1, 8]"],
+    "student: layer 8, stopped there": ["student.layers=[8]"],
+    "student: layers 6 and 10, stopped there": ["student.layers=[6, 10]"],
+    "student: layers 8 and -1": ["student.layers=[8, -1]"],
     "student: no prefix": ['student.prefix=""'],
     "student: prefix 'query: '": ['student.prefix="query: "'],
 }

@@ -153,6 +153,9 @@ def test_what_cannot_work_fails_before_the_model_is_loaded(data: Path, tmp_path:
         evaluate_classification("nowhere/nothing", items, classes, json_path=items / "out.json")
     with pytest.raises(TrimtabError, match="lies below, a file"):
         evaluate_retrieval("nowhere/nothing", data / "pairs.csv", report=items)
+    if Path("/proc/self").exists():  # no folder can be made there, and the error is not one of permission
+        with pytest.raises(TrimtabError, match="/proc/nowhere: no folder can be made there"):
+            evaluate_retrieval("nowhere/nothing", data / "pairs.csv", json_path="/proc/nowhere/out.json")
     with pytest.raises(DataError, match="no such file"):
         evaluate_retrieval("nowhere/nothing", data / "no.csv")
     with pytest.raises(ModelError, match="no such folder"):
