@@ -242,9 +242,20 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
             found = trained(job, out, general, one, curve=not arguments.no_curve)
     finished: Run = {
         "row": job.row, "seed": job.seed, "share": job.share, "set": list(job.changes), "setting": job.setting,
-        "warm": arguments.warm, **found, "recipe": to_mapping(job.recipe),
+        "warm": arguments.warm, **found, "recipe": to_mapping(without_places(job.recipe)),
     }  # fmt: skip
     return finished
+
+
+def without_places(recipe: DomainRecipe) -> DomainRecipe:
+    """For publishing: where the tables lay on one machine is nobody's business."""
+    data = recipe.data
+    sources = {"train": data.train, "validation": data.validation}
+    plain = {
+        name: tuple(replace(one, path=Path(one.path).name, root=None) for one in found)
+        for name, found in sources.items()
+    }
+    return replace(recipe, data=replace(data, **plain))
 
 
 def trained(job: Job, out: Path, general: Sequence[str], score: Any, *, curve: bool) -> dict[str, Any]:
