@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# Nothing is timed: a busy machine is no mistake of the code.
+settings.register_profile("trimtab", deadline=None)
+settings.load_profile("trimtab")
 
 
 def pytest_configure() -> None:
