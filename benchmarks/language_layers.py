@@ -66,8 +66,9 @@ def main() -> None:
                 figures = solve(x, teacher, text.validation.english, share > 0)
                 rows.append({"layers": layers, "prefix": prefix, "english_share": share, **figures})
                 print(rows[-1], flush=True)
-    write_json(arguments.out, {"pairs": len(targets), "validation_pairs": len(text.validation), "rows": rows})
-    write_text(arguments.out.with_suffix(".md"), as_table(rows))
+                facts = {"pairs": len(targets), "validation_pairs": len(text.validation)}
+                write_json(arguments.out, {**facts, "rows": rows})  # after every row: a long run may be stopped
+                write_text(arguments.out.with_suffix(".md"), as_table(rows))
 
 
 def pool(student: TextEncoder, texts: Sequence[str]) -> Tensor:
