@@ -152,7 +152,7 @@ def make_report(
         recipe=to_yaml(recipe),
     )
     return Report(
-        "A frozen English model learns Chinese, then a domain",
+        "A frozen English model learns Chinese, a domain and classes",
         f"{language_sentence(results['language']['rows'])} {domain_sentence(results['domain'])} {last}".strip(),
         language_tiles(results),
         [*sections, again],
