@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -222,6 +223,9 @@ JOBS: dict[str, Callable[[World, Path], dict[str, Tensor]]] = {
 
 if __name__ == "__main__":
     here = announce_world(accelerator=make_accelerator())
-    for job in sys.argv[1].split(","):
-        results = {name: tensor.contiguous() for name, tensor in JOBS[job](here, Path(sys.argv[2])).items()}
-        save_file(results, Path(sys.argv[2]) / f"{job}-{here.rank}.safetensors")
+    try:
+        for job in sys.argv[1].split(","):
+            results = {name: tensor.contiguous() for name, tensor in JOBS[job](here, Path(sys.argv[2])).items()}
+            save_file(results, Path(sys.argv[2]) / f"{job}-{here.rank}.safetensors")
+    finally:
+        dist.destroy_process_group()  # gloo's threads end the process if they outlive it
