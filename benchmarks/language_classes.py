@@ -116,9 +116,9 @@ def without_pictures(model: LanguageAdapted, name: str, pairs: Sequence[tuple[st
         if language == "zh":
             chinese = embed_classes(encoder, [pair[1] for pair in pairs], DEFAULT_TEMPLATES["zh"])
             found = translation_match(chinese, english)
-            figures = {"top1": found.forward, "n": len(pairs), "classes": len(pairs)}
+            figures = {"top1": found.student_to_teacher, "n": len(pairs), "classes": len(pairs)}
             rows.append({"test": name, "row": row, **figures})
-            print(f"{name} {row}: {found.forward:.1f} of {len(pairs)} names", flush=True)
+            print(f"{name} {row}: {found.student_to_teacher:.1f} of {len(pairs)} names", flush=True)
     return rows
 
 

@@ -46,11 +46,11 @@ def batch(lengths: list[int], *, longest: int | None = None, seed: int = 0) -> t
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("layers", [0, 2])
-def test_a_new_adapter_is_the_closed_form_map(pooling: str, layers: int) -> None:
+@pytest.mark.parametrize(("layers", "hidden"), [(0, 0), (2, 0), (2, 12)])
+def test_a_new_adapter_is_the_closed_form_map(pooling: str, layers: int, hidden: int) -> None:
     states, mask = batch([3, 5, 1])
     tokens, targets = torch.randn(60, INPUT) * 2 + 3, torch.randn(40, OUTPUT)
-    module = adapter(pooling=pooling, layers=layers)
+    module = adapter(pooling=pooling, layers=layers, hidden=hidden)
     module.set_statistics(tokens, targets)
     module.fit_linear(torch.randn(40, INPUT), targets, ridge=0.1)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_units_are_kept_with_the_weights() -> None:
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), extra=st.integers(0, 5), layers=st.integers(0, 2))
 def test_neither_padding_nor_neighbours_matter(pooling: str, lengths: list[int], extra: int, layers: int) -> None:
-    module = adapter(trained=True, pooling=pooling, layers=layers)
+    module = adapter(trained=True, pooling=pooling, layers=layers, hidden=5)
     states, mask = batch(lengths, longest=max(lengths) + extra)
     with torch.no_grad():
         together = module(states, mask)

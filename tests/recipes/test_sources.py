@@ -11,6 +11,7 @@ from tiny_language import toy_pairs, write_pairs
 from trimtab.config import LanguageRecipe, TextSource, recipe_from_mapping
 from trimtab.data import corpora
 from trimtab.data.parallel import ParallelText
+from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import DataError, RecipeError
 from trimtab.recipes.sources import PREPARED, drawing_probability, prepare, read_source
 
@@ -312,6 +313,35 @@ def test_phrases_need_a_grammar(language: str, recipe: Any, tmp_path: Path, pack
     source = {"path": str(tmp_path / "pairs.csv"), "language": language}
     with pytest.raises(RecipeError, match=r"data\.phrases=10.*no nouns of a language.*\(zh\): set data\.phrases=0"):
         prepare(recipe([*toy_pairs(100), *NOUNS], train=[source], phrases=10))
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [(4, 4), (13, 13), (1000, len(NOUNS) * len(DEFAULT_TEMPLATES["zh"]))])
+def test_nouns_stand_in_templates_as_classes_do(
+    wanted: int, kept: int, recipe: Any, packages: Callable[..., None]
+) -> None:
+    packages()
+    known = toy_pairs(100)
+    text = prepare(recipe([*known, *NOUNS], templates=wanted, validation_size=2, english_share=0))
+    lost = len(NOUNS) - len(set(dict(NOUNS)) & set(text.train.targets))  # a noun may have become a validation pair
+    made = text.train.take(np.arange(len(text.train) - text.counts["nouns in templates"]["kept"], len(text.train)))
+    assert len(made) == min(wanted, kept - lost * len(DEFAULT_TEMPLATES["zh"]))
+    assert len({*zip(made.targets, made.english, strict=True)}) == len(made)
+    ways = list(zip(DEFAULT_TEMPLATES["zh"], DEFAULT_TEMPLATES["en"], strict=True))
+    for target, english in zip(made.targets, made.english, strict=True):
+        assert any(
+            target == own.replace("{}", noun) and english == theirs.replace("{}", name)
+            for own, theirs in ways
+            for noun, name in NOUNS
+        )
+    times = [sum(noun in target for target in made.targets) for noun in set(dict(NOUNS)) & set(text.train.targets)]
+    assert max(times) - min(times) <= 1
+
+
+def test_templates_need_a_language_that_has_some(recipe: Any, tmp_path: Path, packages: Callable[..., None]) -> None:
+    packages()
+    source = {"path": str(tmp_path / "pairs.csv"), "language": "ja"}
+    with pytest.raises(RecipeError, match=r"data\.templates=10.*default templates \(zh\): set data\.templates=0"):
+        prepare(recipe([*toy_pairs(100), *NOUNS], train=[source], templates=10))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -1,7 +1,8 @@
 """The language adapter: token states of a frozen student to the feature space of a frozen teacher.
 
 Down linear -> Transformer layers -> pooling -> Up linear, beside a linear path from the mean-pooled states that
-`fit_linear` sets in closed form. Up starts at zero, so a new adapter is exactly that closed-form map.
+`fit_linear` sets in closed form and, where asked for, a wide network of one hidden layer on the same pooled states,
+which learns single words by heart. Both start at zero, so a new adapter is exactly the closed-form map.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class LanguageAdapter(nn.Module):
         if config.pooling == "attention":
             self.query = nn.Parameter(torch.zeros(config.width))
         self.up = nn.Linear(config.width, output_dim)
+        if config.hidden:
+            self.word_norm = nn.LayerNorm(input_dim)
+            self.word_in = nn.Linear(input_dim, config.hidden)
+            self.word_out = nn.Linear(config.hidden, output_dim, bias=False)
+            nn.init.zeros_(self.word_out.weight)
         if config.init == "ridge":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
@@ -104,8 +110,11 @@ class LanguageAdapter(nn.Module):
     def features(self, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, T, H) ... -> (B, D)
         """Features in the teacher's units, of `token_states` and of the states that they were made of."""
         output = self.up(self.pool(tokens, mask))
+        mean = masked_mean(states, mask)  # (B, H)
+        if self.config.hidden:
+            output = output + self.word_out(F.gelu(self.word_in(self.word_norm(mean))))
         if self.config.init == "ridge":
-            output = output + self.linear(masked_mean(states, mask))
+            output = output + self.linear(mean)
         return output.float() * self.output_std + self.output_mean
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, T) -> (B, W)

@@ -54,6 +54,8 @@ class LanguageData:
             1 is proportional to their size, 0 all alike.
         phrases: number of phrases composed from the training pairs' nouns ("two red apples"), for languages
             that `trimtab.data.phrases` knows.
+        templates: number of the training pairs' nouns that also stand in a default template ("a photo of a {}"), as
+            classes do when they are named, for languages that `trimtab.data.templates` knows.
         exclude: files (CSV, TSV, JSONL, Parquet) whose column ``text`` no training pair may have as its target,
             so that evaluation on them stays honest.
         epoch_pairs: pairs drawn per epoch; null draws as many as there are.
@@ -66,6 +68,7 @@ class LanguageData:
     english_share: float = 0.1
     language_balance: float = 0.5
     phrases: int = 0
+    templates: int = 0
     exclude: tuple[str, ...] = ()
     epoch_pairs: int | None = None
 
@@ -76,6 +79,7 @@ class LanguageData:
         require(self, "english_share", 0 <= self.english_share < 1, "at least 0 and below 1")
         require(self, "language_balance", 0 <= self.language_balance <= 1, "from 0 to 1")
         require(self, "phrases", self.phrases >= 0, "at least 0")
+        require(self, "templates", self.templates >= 0, "at least 0")
         require(self, "epoch_pairs", self.epoch_pairs is None or self.epoch_pairs >= 1, "at least 1, or null")
 
 
@@ -103,12 +107,13 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class LanguageAdapterConfig:
-    """Down linear -> Transformer layers -> Up linear -> pooling.
+    """Down linear -> Transformer layers -> Up linear -> pooling, beside paths from the mean of the states.
 
     Attributes:
         width: inner width, a multiple of `heads`.
         layers: Transformer encoder layers, 0 to 12 (the published work has 1 or 2).
         feedforward: inner width of the feed-forward block as a multiple of `width`.
+        hidden: width of one hidden layer on the mean of the states, which learns single words by heart; 0 for none.
         init: ``ridge`` starts from the closed-form linear map, ``random`` from nothing.
     """
 
@@ -116,6 +121,7 @@ class LanguageAdapterConfig:
     layers: int = 2
     heads: int = 6
     feedforward: int = 4
+    hidden: int = 0
     pooling: Literal["mean", "cls", "attention"] = "mean"
     dropout: float = 0.0
     init: Literal["ridge", "random"] = "ridge"
@@ -126,6 +132,7 @@ class LanguageAdapterConfig:
         require(self, "width", divisible, f"a positive multiple of heads={self.heads}")
         require(self, "layers", 0 <= self.layers <= 12, "from 0 to 12")
         require(self, "feedforward", self.feedforward >= 1, "at least 1")
+        require(self, "hidden", self.hidden >= 0, "at least 0")
         require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import random
 import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
 from trimtab.data.parallel import ParallelText, clean, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
+from trimtab.data.templates import DEFAULT_TEMPLATES, fill
 from trimtab.errors import DataError, RecipeError
 
 PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
@@ -82,7 +84,7 @@ def read_source(source: TextSource) -> ParallelText:
 
 
 def prepare(recipe: LanguageRecipe) -> PreparedText:
-    """Read, clean, keep test texts out, split validation off, compose phrases.
+    """Read, clean, keep test texts out, split validation off, compose phrases, fill templates.
 
     Raises:
         DataError: nothing is left, or a file cannot be used.
@@ -110,11 +112,17 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
     # Splitting keeps equal sentences together; here go those that differ in punctuation, and English-English pairs.
     train, counts["excluded as validation texts"] = _without(train, held_out)
     _refuse_none(train, "all share a sentence with the validation pairs")
+    words = train
     if data.phrases:
-        composed, _ = _without(_compose(train, data.phrases, recipe.seed), held_out)
+        composed, _ = _without(_compose(words, data.phrases, recipe.seed), held_out)
         composed, _ = _exclude(composed, test_texts)
         counts["composed phrases"] = {"kept": len(composed)}
         train = train.concat(composed)
+    if data.templates:
+        filled, _ = _without(_in_templates(words, data.templates, recipe.seed), held_out)
+        filled, _ = _exclude(filled, test_texts)
+        counts["nouns in templates"] = {"kept": len(filled)}
+        train = train.concat(filled)
     if data.english_share:
         english, _ = _exclude(_english_pairs(train, data.english_share, recipe.seed), test_texts)
         counts["English-English pairs"] = {"kept": len(english)}
@@ -200,22 +208,46 @@ def _without(text: ParallelText, other: ParallelText) -> tuple[ParallelText, dic
 
 def _compose(train: ParallelText, count: int, seed: int) -> ParallelText:
     """Phrases for every language that has a grammar, shared out by the number of its nouns."""
-    nouns: dict[str, dict[str, str]] = {}
-    for target, english, language in zip(train.targets, train.english, train.languages, strict=True):
-        short = len(target) <= _LONGEST_NOUN[0] and len(english) <= _LONGEST_NOUN[1]
-        if short and language in GRAMMARS and corpora.weight_of(english) > 1:
-            nouns.setdefault(language, {}).setdefault(target, english.lower())
-    if not nouns:
-        raise RecipeError(
-            f"data.phrases={count}, but the training pairs hold no nouns of a language with phrase patterns "
-            f"({', '.join(GRAMMARS)}): set data.phrases=0"
-        )
-    total = sum(len(known) for known in nouns.values())
+    nouns = _nouns(train, GRAMMARS, f"data.phrases={count}", "phrase patterns")
+    total = sum(map(len, nouns.values()))
     parts = []
     for language, known in nouns.items():
         made = list(phrases(list(known.items()), language, round(count * len(known) / total), seed))
         parts.append(ParallelText.from_pairs(made, language))
     return clean(parts[0].concat(*parts[1:]))[0]
+
+
+def _in_templates(train: ParallelText, count: int, seed: int) -> ParallelText:
+    """Nouns as they stand when classes are named, in one default template each; large counts give them others too."""
+    templates = {language: texts for language, texts in DEFAULT_TEMPLATES.items() if language != "en"}
+    nouns = _nouns(train, templates, f"data.templates={count}", "default templates")
+    total = sum(map(len, nouns.values()))
+    parts = []
+    for language, known in nouns.items():
+        ways = list(zip(templates[language], DEFAULT_TEMPLATES["en"], strict=True))
+        names = random.Random(seed).sample(list(known.items()), len(known))
+        made = []
+        for i in range(min(round(count * len(names) / total), len(names) * len(ways))):
+            turn, place = divmod(i, len(names))
+            own, english = ways[(place + turn) % len(ways)]
+            made.append((fill(own, names[place][0]), fill(english, names[place][1])))
+        parts.append(ParallelText.from_pairs(made, language))
+    return parts[0].concat(*parts[1:])
+
+
+def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str) -> dict[str, dict[str, str]]:
+    """Names of visible things by language: target to English."""
+    nouns: dict[str, dict[str, str]] = {}
+    for target, english, language in zip(train.targets, train.english, train.languages, strict=True):
+        short = len(target) <= _LONGEST_NOUN[0] and len(english) <= _LONGEST_NOUN[1]
+        if short and language in languages and corpora.weight_of(english) > 1:
+            nouns.setdefault(language, {}).setdefault(target, english.lower())
+    if not nouns:
+        raise RecipeError(
+            f"{key}, but the training pairs hold no nouns of a language with {what} ({', '.join(languages)}): "
+            f"set {key.split('=')[0]}=0"
+        )
+    return nouns
 
 
 def _english_pairs(train: ParallelText, share: float, seed: int) -> ParallelText:
