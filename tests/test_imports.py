@@ -46,6 +46,7 @@ ANNOTATIONS: dict[str, set[str]] = {"adapters": {"trimtab.data.images"}, "evalua
 EXCEPTIONS = {
     ("cli/adapting.py", "trimtab.towers.open_clip"),  # a conversion is one call with nothing to compose
     ("recipes/starter.py", "transformers"),  # it makes a tower
+    ("serve/merging.py", "transformers"),  # reads what it wrote as a program without Trimtab would
     ("serve/http/addresses.py", "urllib"),  # takes addresses apart; what is opened it decides itself
 }
 

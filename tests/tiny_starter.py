@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 import tiny_models
-from trimtab.towers.starter import (
+from trimtab.towers.starter_model import (
     IMAGE_SIZE,
     SentenceBertConfig,
     SentenceBertModel,

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny_links import save_language, save_tiny_domain, save_tiny_prompt
-from trimtab.adapters.adapted import load, load_adapted
-from trimtab.adapters.composing import load_composed
+from trimtab.adapters.adapted import load
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.recipes import export as module
 from trimtab.recipes.export import export
-from trimtab.towers.text_encoder import TextEncoder
 
 
 @pytest.fixture
@@ -59,32 +56,6 @@ def test_a_plain_model_is_a_transformers_folder(
     assert np.array_equal(load(tmp_path / "out", device="cpu").encode_image(pictures), model.encode_image(pictures))
     with pytest.raises(ModelError, match="other files"):
         export(model, tmp_path / "out", format="merged")
-
-
-def test_what_weights_cannot_hold_is_refused_with_the_reason(
-    tiny_base: Callable[[str], Any], tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    base = tiny_base("clip")
-    student = TextEncoder.load(tiny_folder("bert"), device="cpu")
-    domain = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
-    language = load_adapted(save_language(tmp_path / "zh", base, student), base=base)
-    prompt = load_adapted(save_tiny_prompt(tmp_path / "prompt", base), base=base)
-    both = load_composed([tmp_path / "shop", tmp_path / "zh"], base=base)
-    cases = [(domain, "GELU.*method=lora"), (language, "another encoder"), (prompt, "prompts are inputs")]
-    for model, words in [*cases, (both, "GELU|another encoder")]:
-        with pytest.raises(ModelError, match=rf"(?s)cannot be merged.*({words}).*") as caught:
-            export(model, tmp_path / "out", format="merged")
-        assert "--format onnx" in str(caught.value)
-    domain.alpha = 0
-    export(domain, tmp_path / "base", format="merged")
-    domain.alpha = 1
-
-
-def test_towers_of_our_own_are_refused(tmp_path: Path) -> None:
-    from tiny_starter import build_starter
-
-    with pytest.raises(ModelError, match="kinds that transformers does not have"):
-        export(build_starter(tmp_path / "starter"), tmp_path / "out", format="merged")
 
 
 @pytest.mark.parametrize(

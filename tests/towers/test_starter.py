@@ -26,8 +26,9 @@ from real_packages import needs
 from tiny_models import CORPUS, EMBEDDING_DIM, randomised
 from trimtab.errors import ModelError
 from trimtab.towers import starter
+from trimtab.towers.efficientnet import EfficientNetLite0
 from trimtab.towers.hf import load_base
-from trimtab.towers.starter import (
+from trimtab.towers.starter_model import (
     IMAGE_SIZE,
     SentenceBertConfig,
     SentenceBertModel,
@@ -232,7 +233,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     vision, text = vision_model(), text_model()
     bert = BertModel(BertConfig(**text.config.to_diff_dict()))  # with a pooler, which is not used
     folder = tiny_models._save(tmp_path / "minilm/model", randomised(bert), tiny_models.bert_tokenizer())
-    torch.save(starter.EfficientNetLite0().state_dict(), tmp_path / "lite0.pth")
+    torch.save(EfficientNetLite0().state_dict(), tmp_path / "lite0.pth")
     files = {"minilm": folder / "config.json", "efficientnet-lite0": tmp_path / "lite0.pth"}
     monkeypatch.setattr(starter, "fetch_file", lambda key, pattern: files[key])
     monkeypatch.setattr("trimtab.towers.efficientnet.from_packaged_names", lambda state: state)

@@ -34,15 +34,8 @@ from trimtab.files import atomic_path, cache_home, digest_of
 from trimtab.precision import fast_inference
 from trimtab.towers.efficientnet import EfficientNetLite0, load_packaged
 from trimtab.towers.parts import quiet
-from trimtab.towers.starter import (
-    IMAGE_SIZE,
-    SentenceBertModel,
-    StarterAlignment,
-    StarterVisionConfig,
-    committed_weights,
-    load_text_tower,
-    minilm_folder,
-)
+from trimtab.towers.starter import committed_weights, load_text_tower, minilm_folder
+from trimtab.towers.starter_model import IMAGE_SIZE, SentenceBertModel, StarterAlignment, StarterVisionConfig
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
 

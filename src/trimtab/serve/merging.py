@@ -1,74 +1,281 @@
-"""A model as an ordinary transformers folder, where its weights can hold what was learned."""
+"""A model as folders that transformers and sentence-transformers load without Trimtab.
+
+The base lies in an ordinary transformers folder. The text side of a language link has layers that no architecture of
+transformers has, so its folder brings the Python file of its own model along (`trimtab.towers.merged_text`); so does a
+folder of `starter` (`trimtab.towers.starter_model`). Such folders load with `trust_remote_code=True`.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trimtab.errors import ModelError
+from trimtab.files import explain_disk_errors, write_json, write_text
 from trimtab.serve.export import TEXTS, made_pictures
+from trimtab.towers import efficientnet, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
+from trimtab.towers.merged_text import AdaptedTextConfig, AdaptedTextModel
 
-_TOLERANCE = 1e-5
+BASE = "base"
+CODE = "text_encoder.py"
+TOLERANCE = 1e-4
 _OURS = "trimtab_"  # how the kinds of our own towers start
 _INSTEAD = "`trimtab export --format onnx` writes it with everything inside"
 
 
 def merge(model: DualEncoder, out: str | Path) -> dict[str, Any]:
-    """Write a transformers folder that gives the same embeddings.
+    """Write folders that give the same embeddings without Trimtab.
 
-    What the domain link's methods `full`, `lora` and `probe` trained lies in the weights of the base already. Adapters
-    and prompts do not, see `why_not`.
+    What the domain link's methods `full`, `lora` and `probe` trained lies in the weights of the base already. A
+    language link becomes a text encoder of its own, with the base in a folder `base` inside. Adapters of a domain and
+    prompts are refused, see `why_not`.
 
     Raises:
-        ModelError: it cannot be merged, with the reason; or what was written gives other embeddings.
+        ModelError: it cannot be merged, with the reason; or what was written gives other embeddings. Nothing is left
+            then.
     """
     if reason := why_not(model):
         raise ModelError(f"{model.name} cannot be merged: {reason}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} holds other files: choose another folder")
-    plain: DualEncoder = getattr(model, "base", model)
-    folder = plain.save_pretrained(out)
-    again = load_base(folder, device="cpu")
-    plain.to("cpu")
-    worst = max(
-        float(np.abs(plain.encode_image(made_pictures()) - again.encode_image(made_pictures())).max()),
-        float(np.abs(plain.encode_text(TEXTS) - again.encode_text(TEXTS)).max()),
-    )
-    if not worst <= _TOLERANCE:
-        raise ModelError(f"{folder} gives other embeddings than {model.name} (by {worst:.1e}): do not use it")
-    return {
-        "folder": str(folder),
-        "load_with": f"transformers.{type(plain.model).__name__}.from_pretrained({str(folder)!r})",
+    language = _language(model)
+    plain: DualEncoder = getattr(language or model, "base", model)
+    while hasattr(plain, "base"):  # a domain link at alpha 0
+        plain = plain.base
+    with explain_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            built = Path(scratch) / out.name
+            worst = write_base(plain, built / BASE if language else built)
+            if language is not None:
+                worst = max(worst, write_text_encoder(language, built))
+            if out.is_dir():
+                out.rmdir()
+            built.rename(out)
+    where = repr(str(out))
+    code = ", trust_remote_code=True"
+    about = {
+        "folder": str(out),
+        "load_with": f"transformers.{type(plain.model).__name__}.from_pretrained({where})",
         "largest difference": f"{worst:.1e}",
     }
+    if own_kinds(plain):
+        about["load_with"] = f"transformers.AutoModel.from_pretrained({where}{code})"
+    if language is not None:
+        about["load_with"] = f"sentence_transformers.SentenceTransformer({where}{code})"
+        about["or"] = f"transformers.AutoModel.from_pretrained({where}{code})"
+        about["pictures, and English through its own tower"] = str(out / BASE)
+    return about
 
 
 def why_not(model: Any) -> str:
-    """Why no weights of the base can hold what a model learned; empty if they do."""
-    config = model.model.config
-    kinds = [getattr(getattr(config, name, None), "model_type", "") for name in ("vision_config", "text_config")]
-    if any(str(kind).startswith(_OURS) for kind in kinds):
-        return f"its towers are of kinds that transformers does not have ({', '.join(kinds)}). {_INSTEAD}"
+    """Why no folder can hold what a model learned; empty if one can."""
     links = model.links if hasattr(model, "core") else {"": model}
     for link in links.values():
         if hasattr(link, "prompt_tower"):
             return (
                 "its prompts are inputs of the text tower and vectors of classes, which a folder of weights has no "
-                f"place for. {_INSTEAD}, with the class vectors where no prompt looks at the picture"
+                f"place for. {_INSTEAD}"
             )
         if hasattr(link, "student"):
+            inputs = link.student.text_inputs
+            left = (inputs.padding_side or inputs.tokenizer.padding_side) == "left"
+            if inputs.pad_to_limit or not inputs.use_mask or left:
+                return (
+                    f"its student {link.student.name} reads texts without a mask or padded in a way of its own, which "
+                    f"a program that pads as usual does not give it. {_INSTEAD}"
+                )
+        elif hasattr(link, "adapters") and link.alpha != 0:
             return (
-                "its texts go through another encoder and an adapter with layers of its own, which no architecture of "
-                f"transformers or sentence-transformers has. {_INSTEAD}"
-            )
-        if hasattr(link, "adapters") and link.alpha != 0:
-            return (
-                "its adapters bend (norm, Down, GELU, Up) beside whole layers, and no change of a layer's weights does "
-                f"the same. {_INSTEAD}; or train with method=lora, full or probe, which write a transformers folder"
+                "the adapters of its domain bend (norm, Down, GELU, Up) beside whole layers, and no change of a "
+                f"layer's weights does the same. {_INSTEAD}; or train with method=lora, full or probe, whose weights "
+                "are those of a transformers folder"
             )
     return ""
+
+
+def own_kinds(model: DualEncoder) -> list[str]:
+    """Kinds of a base's towers that transformers does not have."""
+    config: Any = model.model.config
+    kinds = [getattr(getattr(config, name, None), "model_type", "") for name in ("vision_config", "text_config")]
+    return [str(kind) for kind in kinds if str(kind).startswith(_OURS)]
+
+
+def _language(model: Any) -> Any:
+    link = getattr(model, "language", model)
+    return link if hasattr(link, "student") else None
+
+
+# The base
+
+
+def write_base(model: DualEncoder, folder: Path) -> float:
+    """Write a transformers folder of a base; the largest difference of its unit vectors.
+
+    Raises:
+        ModelError: it gives other embeddings.
+    """
+    model.to("cpu")
+    model.save_pretrained(folder)
+    if own_kinds(model):
+        _bring_code(folder, [efficientnet, starter_model])
+        names = {"AutoConfig": "StarterConfig", "AutoModel": "StarterModel"}
+        _point_to(folder, {kind: f"starter_model.{name}" for kind, name in names.items()})
+    again = load_base(str(folder), device="cpu")
+    worst = max(
+        float(np.abs(model.encode_image(made_pictures()) - again.encode_image(made_pictures())).max()),
+        float(np.abs(model.encode_text(TEXTS) - again.encode_text(TEXTS)).max()),
+    )
+    return _checked(worst, model.name)
+
+
+def _bring_code(folder: Path, modules: Sequence[Any]) -> None:
+    for module in modules:
+        path = Path(module.__file__)
+        # Inside the folder the files are a package of their own.
+        code = path.read_text(encoding="utf-8").replace("from trimtab.towers.", "from .")
+        write_text(folder / path.name, code)
+
+
+def _point_to(folder: Path, classes: dict[str, str]) -> None:
+    path = folder / "config.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "auto_map": classes})
+
+
+# The text side of a language link
+
+
+def write_text_encoder(link: Any, folder: Path) -> float:
+    """Write the folder of a text encoder, for transformers and for sentence-transformers; the largest difference.
+
+    All texts go through it, English too: routing by script belongs to the program that uses it.
+
+    Raises:
+        ModelError: it gives other vectors.
+    """
+    link.to("cpu")
+    student, adapter = link.student, link.adapter
+    inputs, span = student.text_inputs, student._prefix_span
+    config = AdaptedTextConfig(
+        encoder=student.model.config.to_dict(),
+        states=student._checked_layers(link.layers),
+        hidden_size=link.embedding_dim,
+        adapter={name: getattr(adapter.config, name) for name in _ADAPTER_KEYS},
+        prefix=inputs.prefix,
+        prefix_span=[span.start, span.stop] if span else [0, 0],
+    )
+    merged = AdaptedTextModel(config).eval()
+    weights = {f"encoder.{name}": one for name, one in student.model.state_dict().items() if "pooler." not in name}
+    weights |= {f"adapter.{name}": one for name, one in adapter.state_dict().items()}
+    if wrong := merged.load_state_dict(weights, strict=False):
+        lacking = [*wrong.missing_keys, *wrong.unexpected_keys]
+        if lacking:
+            raise ModelError(
+                f"the student {student.name} is of a kind that cannot be built anew from its configuration "
+                f"({', '.join(lacking[:3])}). {_INSTEAD}"
+            )
+    merged.save_pretrained(folder)
+    inputs.tokenizer.model_max_length = inputs.limit
+    inputs.tokenizer.save_pretrained(folder)
+    shutil.copy(Path(str(merged_text.__file__)), folder / CODE)
+    names = {"AutoConfig": "AdaptedTextConfig", "AutoModel": "AdaptedTextModel"}
+    _point_to(folder, {kind: f"{CODE[:-3]}.{name}" for kind, name in names.items()})
+    _write_for_sentence_transformers(folder, inputs.prefix)
+    write_text(folder / "README.md", _card(link))
+    return _checked(_text_difference(link, folder), link.name)
+
+
+_ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "pooling", "init")
+
+
+def _write_for_sentence_transformers(folder: Path, prefix: str) -> None:
+    module = "sentence_transformers.models.Transformer"
+    write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module}])
+    write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}},
+            "module_output_name": "sentence_embedding",
+        },
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {"text": prefix} if prefix else {},
+            "default_prompt_name": "text" if prefix else None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+@torch.no_grad()
+def _text_difference(link: Any, folder: Path) -> float:
+    """Of unit vectors, with everything as a user has it: read from the folder by the code that lies there."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    texts = [text for text in TEXTS if text]
+    wanted = DualEncoder.encode_text(link, texts)  # without routing
+    given = [link.student.prefix + text for text in texts]
+    worst = 0.0
+    for size in (1, len(given)):
+        for at in range(0, len(given), size):
+            tokens = tokenizer(given[at : at + size], padding=True, truncation=True, return_tensors="pt")
+            vectors = model(**tokens).pooler_output.numpy()
+            worst = max(worst, float(np.abs(vectors - wanted[at : at + size]).max()))
+    return worst
+
+
+def _checked(worst: float, name: str) -> float:
+    if not worst <= TOLERANCE:
+        raise ModelError(f"what was written gives other embeddings than {name} (by {worst:.1e}): it was not kept")
+    return worst
+
+
+def _card(link: Any) -> str:
+    prefix = f"\nSet {link.student.prefix!r} before every text; sentence-transformers does so by itself.\n"
+    english = (
+        "English goes through it here too. The model that this was made of sends texts in Latin script to the base's "
+        f"own text tower, which is in `{BASE}/` and is better at English.\n"
+        if link.english == "route"
+        else ""
+    )
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+---
+# Text encoder in the space of {Path(link.base.name).name}
+
+Texts to unit vectors of {link.embedding_dim} numbers, beside those that the image tower in `{BASE}/` gives of pictures.
+{english}
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("this/folder", trust_remote_code=True)
+model.encode(["一个红苹果"])
+```
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("this/folder", trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained("this/folder", trust_remote_code=True)
+tokens = tokenizer(["一个红苹果"], padding=True, truncation=True, return_tensors="pt")
+vectors = model(**tokens).pooler_output
+```
+
+`{CODE}` holds the model, which needs torch and transformers alone; `trust_remote_code` lets it run.
+{prefix if link.student.prefix else ""}"""

@@ -232,7 +232,7 @@ def quiet() -> Iterator[None]:
 
 
 def _register_own_types() -> None:
-    import trimtab.towers.starter  # noqa: F401 - registers its model types with transformers
+    import trimtab.towers.starter_model  # noqa: F401 - registers its model types with transformers
 
 
 def _known_model_types() -> set[str]:
