@@ -119,15 +119,15 @@ def test_starter_brings_its_towers_along(tmp_path: Path, pictures: list[Image.Im
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "attention"])
-@pytest.mark.parametrize("init", ["ridge", "random"])
-def test_every_adapter(tiny_base: Any, tiny_folder: Any, tmp_path: Path, pooling: str, init: str) -> None:
+@pytest.mark.parametrize(("init", "hidden"), [("ridge", 0), ("random", 0), ("ridge", 7)])
+def test_every_adapter(tiny_base: Any, tiny_folder: Any, tmp_path: Path, pooling: str, init: str, hidden: int) -> None:
     import tiny_models
     from trimtab.adapters.adapted import LanguageAdapted
     from trimtab.adapters.language import LanguageAdapter
     from trimtab.config import LanguageAdapterConfig
 
     base, student = tiny_base("clip"), TextEncoder.load(tiny_folder("bert"), device="cpu")
-    config = LanguageAdapterConfig(width=12, layers=2, heads=2, init=init, pooling=pooling)  # type: ignore[arg-type]
+    config = LanguageAdapterConfig(width=12, layers=2, heads=2, hidden=hidden, init=init, pooling=pooling)  # type: ignore[arg-type]
     adapter = LanguageAdapter(config, input_dim=2 * student.hidden_size, output_dim=base.embedding_dim)
     tiny_models.randomised(adapter, 3)
     model = LanguageAdapted(base, student, adapter, layers=(0, -1), name="tiny")

@@ -195,7 +195,7 @@ def write_text_encoder(link: Any, folder: Path) -> float:
     return _checked(_text_difference(link, folder), link.name)
 
 
-_ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "pooling", "init")
+_ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "hidden", "pooling", "init")
 
 
 def _write_for_sentence_transformers(folder: Path, prefix: str) -> None:

@@ -30,7 +30,7 @@ class AdaptedTextConfig(PretrainedConfig):
         encoder: configuration of the encoder, with its `model_type`.
         states: which hidden states of the encoder the adapter reads, side by side; 0 is the embeddings.
         hidden_size: D of the unit vectors.
-        adapter: `width`, `layers`, `heads`, `feedforward`, `pooling` and `init`.
+        adapter: `width`, `layers`, `heads`, `feedforward`, `hidden`, `pooling` and `init`.
         prefix: to be set before every text; "" for none.
         prefix_span: columns [start, stop) of its tokens, whose states are left out.
     """
@@ -119,6 +119,11 @@ class _Adapter(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.zeros(width)) if self.pooling == "attention" else None
         self.up = nn.Linear(width, dim)
+        self.hidden: int = about["hidden"]
+        if self.hidden:
+            self.word_norm = nn.LayerNorm(input_dim)
+            self.word_in = nn.Linear(input_dim, self.hidden)
+            self.word_out = nn.Linear(self.hidden, dim, bias=False)
         self.linear = nn.Linear(input_dim, dim) if about["init"] == "ridge" else None
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, H) -> (B, T, W), (B, D)
@@ -128,8 +133,11 @@ class _Adapter(nn.Module):
             x = layer(x, mask[:, None, None, :])
         x = self.norm(x)
         output = self.up(self._pooled(x, mask))
+        mean = _mean(states, mask)  # (B, H)
+        if self.hidden:
+            output = output + self.word_out(F.gelu(self.word_in(self.word_norm(mean))))
         if self.linear is not None:
-            output = output + self.linear(_mean(states, mask))
+            output = output + self.linear(mean)
         return x, output * self.output_std + self.output_mean
 
     def _pooled(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W) -> (B, W)
