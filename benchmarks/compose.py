@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from domain import Grocery
 
 import trimtab
 from trimtab.adapters.adapted import load, load_adapted
 from trimtab.adapters.composed import Composed
 from trimtab.adapters.composing import load_composed
+from trimtab.adapters.prompt import Pictures
+from trimtab.adapters.prompted import PromptClassifier
 from trimtab.config import DomainRecipe, load_recipe, recipe_from_mapping
 from trimtab.data.manifests import read_classification
 from trimtab.files import write_json, write_text
 from trimtab.recipes.compose import read_aliases
 from trimtab.towers.classifier import Classifier
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.prompting import image_tokens
 
 HERE = Path(__file__).parent
 NAMES = HERE / "grocery_zh.csv"
@@ -121,6 +126,7 @@ def measure(
     """Every combination: its links, and top-1 in percent by the way in which classes are named."""
     base = load(base_name)
     language = load_adapted(folders["language"], base=base)
+    seen = Seen([item.path for item in items])
     rows = []
     for links in (
         (), ("language",), ("domain",), ("prompt",), ("language", "domain"), ("language", "prompt"),
@@ -131,7 +137,7 @@ def measure(
         if links:
             known = aliases if prompted else None
             model = load_composed([folders[name] for name in links], base=base, student=language.student, aliases=known)
-        rows.append({"links": list(links), **scores(model, english, chinese, items, prompted)})
+        rows.append({"links": list(links), **scores(model, english, chinese, items, prompted, seen)})
         print(rows[-1], flush=True)
     # What `trimtab compose` refuses: prompts of the base on towers that a domain has changed.
     domain = load_adapted(folders["domain"], base=base)
@@ -139,32 +145,63 @@ def measure(
     moved = Composed(base, domain=domain, prompt=type(prompt)(
         domain, prompt.prompt, classes=prompt.classes, templates=prompt.templates, class_scale=prompt.class_scale
     ))  # fmt: skip
-    rows.append({"links": ["domain", "prompt"], "refused": True, **scores(moved, english, chinese, items, True)})
+    rows.append({"links": ["domain", "prompt"], "refused": True, **scores(moved, english, chinese, items, True, seen)})
     print(rows[-1], flush=True)
     return rows
 
 
-def scores(
-    model: Any, english: list[str], chinese: list[str], items: Sequence[Any], prompted: bool
-) -> dict[str, float | None]:
-    paths = [item.path for item in items]
-    labels = np.array([item.label for item in items])
-    images = model.encode_image(paths)
+class Seen:
+    """The test pictures, through each image tower once: combinations differ in it by the domain link alone."""
 
-    def top1(classifier: Classifier, given: Any) -> float:
-        return round(100 * float((classifier.scores(given).argmax(axis=1) == labels).mean()), 1)
+    def __init__(self, paths: Sequence[Path], *, batch_size: int = 32) -> None:
+        self.paths, self.batch_size = list(paths), batch_size
+        self._known: dict[str, Pictures] = {}
+
+    @torch.no_grad()
+    def by(self, model: DualEncoder) -> Pictures:
+        """Embeddings (N, D) and patch tokens (N, P, W) of all pictures."""
+        if (key := model.image_fingerprint) not in self._known:
+            batches = model.pixel_batches(self.paths, batch_size=self.batch_size)
+            found = [image_tokens(model, pixels) for pixels in batches]
+            embeddings = torch.nn.functional.normalize(torch.cat([one.features for one in found]).float(), dim=-1)
+            masks = [one.mask for one in found if one.mask is not None]
+            tokens = torch.cat([one.tokens for one in found])
+            self._known[key] = Pictures(embeddings, tokens, torch.cat(masks) if masks else None)
+        return self._known[key]
+
+    @torch.no_grad()
+    def scored(self, model: DualEncoder, classifier: PromptClassifier) -> np.ndarray:
+        """Scores (N, C) behind prompts, in the order of `classifier.scores` of the pictures themselves."""
+        pictures, (classes, embeddings) = self.by(model), classifier._known
+        parts = []
+        for start in range(0, len(self.paths), self.batch_size):
+            some = slice(start, start + self.batch_size)
+            parts.append(classes.scores(Pictures(*(one if one is None else one[some] for one in pictures)), embeddings))
+        return torch.cat(parts).cpu().numpy()
+
+
+def scores(
+    model: Any, english: list[str], chinese: list[str], items: Sequence[Any], prompted: bool, seen: Seen
+) -> dict[str, float | None]:
+    labels = np.array([item.label for item in items])
+    images = seen.by(model).embeddings.cpu().numpy()
+
+    def top1(classifier: Classifier) -> float:
+        behind = isinstance(classifier, PromptClassifier)
+        found = seen.scored(model, classifier) if behind else classifier.scores(images)
+        return round(100 * float((found.argmax(axis=1) == labels).mean()), 1)
 
     reads_chinese = hasattr(model, "student") or getattr(model, "language", None) is not None
     found: dict[str, float | None] = {
-        "english": top1(Classifier(model, english, templates=ENGLISH), images),
-        "chinese": top1(Classifier(model, chinese), images),
+        "english": top1(Classifier(model, english, templates=ENGLISH)),
+        "chinese": top1(Classifier(model, chinese)),
         "english_prompts": None,
         "chinese_prompts": None,
     }
     if prompted:
-        found["english_prompts"] = top1(model.classifier(), paths)
+        found["english_prompts"] = top1(model.classifier())
         if reads_chinese:
-            found["chinese_prompts"] = top1(model.classifier(chinese), paths)
+            found["chinese_prompts"] = top1(model.classifier(chinese))
     return found
 
 

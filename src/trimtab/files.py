@@ -98,9 +98,17 @@ def build_folder(folder: Path, last: str, build: Callable[[Path], object]) -> Pa
                     built = Path(scratch) / "built"
                     built.mkdir()
                     build(built)
+                    open_up(built)
                     shutil.rmtree(folder, ignore_errors=True)
                     built.rename(folder)
     return folder
+
+
+def open_up(folder: str | Path) -> None:
+    """Give all files in a folder the rights of ordinary new ones: those of safetensors are closed to other users."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
 
 
 def write_text(target: str | Path, text: str) -> None:

@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 
 from tiny_language import toy_pairs
+from trimtab.adapters.adapted import load
 from trimtab.config import recipe_from_mapping
-from trimtab.data.fashion import FashionFiles
+from trimtab.data.fashion import CHINESE, FashionFiles
 from trimtab.data.pictures import Captioned
 from trimtab.recipes import quickstart as module
-from trimtab.recipes import quickstart_language, quickstart_prompt
+from trimtab.recipes import quickstart_language, quickstart_prompt, quickstart_together
+from trimtab.recipes.compose import compose
 from trimtab.recipes.quickstart_domain import domain_sentence
 
 CLASSES = ("bag", "coat", "dress")
@@ -166,6 +168,31 @@ def test_the_prompt_part_has_its_rows_and_its_folder(out: Path) -> None:
     assert "Few pictures: clothes from a few pictures" in text
     assert text.index("The dial alpha") < text.index("Few pictures") < text.index("Make it again")
     assert "learns prompts that name" in text
+
+
+def test_its_three_folders_go_together(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    found = {(row["row"], row["metric"]): row["value"] for row in results["together"]["rows"]}
+    assert {row for row, _ in found} == set(quickstart_together.LABELS)
+    assert found["base", "top1"] == found["language", "top1"]  # English keeps the base's tower
+    clothes = {row["row"]: row["value"] for row in results["domain"]["rows"] if row["metric"] == "top1"}
+    assert found["domain", "top1"] == clothes["adapter_hard"]
+    assert found["language+domain+prompt", "top1"] == results["prompt"]["adapted"]["test"]["top1"]
+
+    folders = [out / name for name in ("language-zh", "domain", "prompt")]
+    names = out / "pictures/fashion/names.csv"
+    compose(folders, out.parent / "all", names=names, device="cpu")
+    model: Any = load(out.parent / "all", device="cpu")
+    assert set(model.links) == {"domain", "language", "prompt"}
+    rows = [line.split(",") for line in (out / "pictures/fashion/test.csv").read_text().splitlines()[1:]]
+    paths = [str(out / "pictures/fashion" / path) for path, _ in rows]
+    for given in (CLASSES, [CHINESE[name] for name in CLASSES]):
+        best = model.classifier(given).scores(paths).argmax(axis=1)
+        right = [CLASSES[at] == label for at, (_, label) in zip(best, rows, strict=True)]
+        assert 100 * sum(right) / len(right) == pytest.approx(found["language+domain+prompt", "top1"])
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert text.index("Few pictures") < text.index("All links in one model") < text.index("Make it again")
+    assert f"--names {names}" in text
 
 
 def _is_english_mr(row: dict[str, Any]) -> bool:

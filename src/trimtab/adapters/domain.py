@@ -49,6 +49,7 @@ from trimtab.towers.layers import (
     sites,
     tower_module,
 )
+from trimtab.towers.prompting import ImageTokens, image_tokens
 
 LINK = "domain"
 _LOGIT_SCALE = "logit_scale"
@@ -343,6 +344,20 @@ class DomainAdapted(DualEncoder):
                 return self._gated(self.gate, pixels)
             with self.adapters.attach(self.base):
                 return self.base.pixel_features(pixels)
+
+    def image_tokens(self, pixels: dict[str, Tensor]) -> ImageTokens:
+        """Features and patch tokens (B, N, Wi) of pictures; both as far as the gate lets the adapters change them."""
+        with self._lock:
+            if self.alpha == 0:
+                return image_tokens(self.base, pixels)
+            with self.adapters.attach(self.base):
+                adapted = image_tokens(self.base, pixels)
+            if self.gate is None:
+                return adapted
+            plain = image_tokens(self.base, pixels)
+            share = self.gate(plain.features)  # (B,)
+            tokens = torch.lerp(plain.tokens, adapted.tokens, share[:, None, None].to(plain.tokens.dtype))
+            return ImageTokens(mixed(plain.features, adapted.features, share), tokens, plain.mask)
 
     def _gated(self, gate: DomainGate, pixels: dict[str, Tensor]) -> Tensor:
         cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))

@@ -30,6 +30,11 @@ CLASSES = (
 )
 """Everyday names of the classes, in the order of the labels."""
 
+CHINESE = dict(
+    zip(CLASSES, ("T恤", "裤子", "套头毛衣", "连衣裙", "外套", "凉鞋", "衬衫", "运动鞋", "包", "短靴"), strict=True)
+)
+"""The same names in Chinese, by us."""
+
 CAPTION = "a photo of a {}"
 SIDE = 28
 _BYTE = 8  # code of unsigned bytes in an idx file

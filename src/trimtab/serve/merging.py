@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from trimtab.errors import ModelError
-from trimtab.files import explain_disk_errors, write_json, write_text
+from trimtab.files import explain_disk_errors, open_up, write_json, write_text
 from trimtab.serve.export import TEXTS, made_pictures
 from trimtab.towers import efficientnet, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
@@ -59,6 +59,7 @@ def merge(model: DualEncoder, out: str | Path) -> dict[str, Any]:
             worst = write_base(plain, built / BASE if language else built)
             if language is not None:
                 worst = max(worst, write_text_encoder(language, built))
+            open_up(built)
             if out.is_dir():
                 out.rmdir()
             built.rename(out)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.data.images import ImageError, SkippedImage, SkippedImages, read_image
 from trimtab.errors import DataError, ModelError, TrimtabError
-from trimtab.files import explain_disk_errors
+from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.tokens import TextInputs
 
 if TYPE_CHECKING:
@@ -290,6 +290,7 @@ class DualEncoder:
                     raise
                 except Exception as error:  # safetensors hides the number of an OSError in its text
                     raise TrimtabError(f"cannot write {folder}: {error}") from error
+                open_up(temporary)
                 folder.mkdir(exist_ok=True)
                 for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
                     path.replace(folder / path.name)

@@ -345,6 +345,12 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
     Raises:
         RecipeError: the tower has no patch tokens; the message says what it has.
     """
+    # Adapters of a domain may act on some pictures only: such a model knows by itself what its tokens are.
+    base = getattr(base, "core", base)
+    while not hasattr(base, "image_tokens") and hasattr(base, "base"):
+        base = base.base
+    if hasattr(base, "image_tokens"):
+        return base.image_tokens(pixels)
     try:
         tower: Any = tower_module(base, "image")
     except ModelError as error:
