@@ -17,8 +17,9 @@ import tiny_models
 import trimtab
 from tiny_models import randomised
 from tiny_towers import BUILDERS, TEXTS, TOWERS, features_of, inputs_of
-from trimtab.adapters.domain import KINDS, ConvBottleneck, DomainAdapted, DomainAdapters, PictureNorm, save_domain
+from trimtab.adapters.domain import DomainAdapted, DomainAdapters, save_domain
 from trimtab.adapters.files import read_adapter
+from trimtab.adapters.kinds import KINDS, ConvBottleneck, PictureNorm
 from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
 from trimtab.errors import ModelError, RecipeError, TrimtabError
 from trimtab.towers.dual_encoder import DualEncoder

@@ -123,7 +123,8 @@ def assert_same_weights(out: Path, other: Path, **tolerance: float) -> None:
 
 
 def process(*arguments: Any, **environment: str) -> subprocess.Popen[str]:
-    search = {"PYTHONPATH": str(Path(tiny_domain.__file__).parent), "OMP_NUM_THREADS": "1"}
+    places = [str(Path(tiny_domain.__file__).parent), str(Path(trimtab.__file__).parents[1])]
+    search = {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, tiny_domain.__file__, *map(str, arguments)],
         env={**os.environ, **search, **environment},
@@ -131,6 +132,17 @@ def process(*arguments: Any, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def two_ranks(recipe: Path, *last: Any) -> list[subprocess.Popen[str]]:
+    """Both ranks of a run; `last` goes to the second alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        process(recipe, *(last if rank else ()), RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)
+    ]
 
 
 # What a run does
@@ -452,11 +464,7 @@ def test_two_processes_train_as_one(toy: Any, tmp_path: Path) -> None:
     """Batches of 6 on each of two are one batch of 12; the bank is the same."""
     recipe = toy(training={"epochs": 3, "precision": "fp32"}, objective={"hard_negatives": 3})
     adapt(recipe, [f"out={tmp_path / 'one'}"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [process(recipe, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    ranks = two_ranks(recipe)
     try:
         errors = [rank.communicate(timeout=180)[1] for rank in ranks]
     finally:
@@ -464,3 +472,23 @@ def test_two_processes_train_as_one(toy: Any, tmp_path: Path) -> None:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert_same_weights(tmp_path / "out", tmp_path / "one", rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_other_and_both_go_on_later(toy: Any, tmp_path: Path) -> None:
+    recipe = toy(training={"epochs": 3, "checkpoint_every": 2, "precision": "fp32"})
+    errors = []
+    for last in ((7, "SIGKILL"), ()):
+        ranks = two_ranks(recipe, *last)
+        try:
+            errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        codes = [rank.returncode for rank in ranks]
+        if last:
+            assert codes[1] == -signal.SIGKILL, errors
+            assert codes[0] != 0, "the first rank must not wait for ever, nor call the run finished"
+            assert not (tmp_path / "out").exists()
+    assert codes == [0, 0], errors
+    assert "resuming at step" in errors[0]

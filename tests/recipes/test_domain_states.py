@@ -136,6 +136,28 @@ def test_a_picture_that_went_bad_is_named(tiny_base: Any, pairs: Any, cache: Pat
         states.fill(cache)
 
 
+def test_nan_in_a_view_is_named_and_never_cached(
+    tiny_base: Any, pairs: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base("clip")
+    states = picture_states(base, TowerCut(base, "image", None), pairs)
+    original = ImageStates._states
+
+    def poisoned(self: ImageStates, items: list[int], view: int) -> np.ndarray:
+        found = original(self, items, view)
+        if view == 1 and 4 in items:
+            found[list(items).index(4), 0] = np.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStates, "_states", poisoned)
+        with pytest.raises(DataError, match=r"NaN or infinity for .*004\.png.*check"):
+            states.fill(cache)
+    again = picture_states(base, TowerCut(base, "image", None), pairs)
+    again.fill(cache)
+    assert torch.isfinite(again(np.arange(10), np.ones(10, np.int64))["features"]).all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_from_the_embeddings_of_the_base(method: str, tiny_folder: Any, pairs: Any) -> None:
     base = load_base(str(tiny_folder("vision-text-dual-encoder")), device="cpu")

@@ -137,3 +137,12 @@ def test_optimizer_state_round_trip():
     step(other, fresh)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_generators_come_back_from_a_row_of_several_ranks():
+    torch.manual_seed(3)
+    torch.randn(5)
+    states = {name: torch.stack([torch.zeros_like(one), one]) for name, one in checkpoint.rng_tensors().items()}
+    expected = torch.randn(4)
+    checkpoint.restore_rng({name: both[1] for name, both in states.items()})
+    assert torch.equal(torch.randn(4), expected)

@@ -212,6 +212,7 @@ def restore_rng(states: Mapping[str, Tensor]) -> None:
     has_gauss = not math.isnan(numpy_spare)
     cached = numpy_spare if has_gauss else 0.0
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, int(has_gauss), cached))
-    torch.set_rng_state(states["torch"])
+    # Copied: PyTorch reads a row of several ranks' states at the wrong place, which can crash it.
+    torch.set_rng_state(states["torch"].clone())
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"].clone())
