@@ -4,9 +4,9 @@
 
 The plain loop does in every step what the published code of CoOp (arXiv 2109.01134) does: it decodes and augments the
 pictures of the batch, runs the image tower on them and the text tower on the prompts of all classes, in fp32, and goes
-back through the text tower. At 16 shots its full run is as many epochs as CoOp's protocol has, each as long as the steps
-that were timed. Whether both come out alike is seen with fewer shots, where both run to their end: as many steps, with
-the same optimiser and rates, one batch of all pictures in each.
+back through the text tower. At 16 shots its full run is as many epochs as CoOp's protocol has, each as long as the
+steps that were timed. Whether both come out alike is seen with fewer shots, where both run to their end: as many
+steps, with the same optimiser and rates, one batch of all pictures in each.
 
 Seconds are those of the processor, so that other work on the machine does not count; give it one thread
 (OMP_NUM_THREADS=1). Each part runs in a process of its own, one after the other, so that peak memory is its own;
@@ -256,15 +256,15 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([
         "# Few-shot prompts by the clock",
         "",
-        f"Written by `benchmarks/prompt.py`. {loop['classes']} classes, {loop['pictures']} pictures; the plain loop takes "
-        f"{BATCH} in a step. Seconds of one core.",
+        f"Written by `benchmarks/prompt.py`. {loop['classes']} classes, {loop['pictures']} pictures; the plain loop "
+        f"takes {BATCH} in a step. Seconds of one core.",
         "",
         "| | s per epoch | to the end | times faster, epoch | to the end | top-1 | peak GiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
-        f"The plain loop was timed for a few steps; its end is that of CoOp's protocol at {SHOTS} shots. Ours has fewer "
-        "steps, so the times per epoch say what caching saves, and those to the end what a user waits.",
+        f"The plain loop was timed for a few steps; its end is that of CoOp's protocol at {SHOTS} shots. Ours has "
+        "fewer steps, so the times per epoch say what caching saves, and those to the end what a user waits.",
         "",
         f"With {FEW} shots both ran to their end, {STEPS} steps with the same optimiser: plain loop "
         f"{few[0]['seconds_to_the_end']:.0f} s, top-1 {few[0]['top1']:.1f}; here {few[1]['seconds_to_the_end']:.0f} s, "
