@@ -267,8 +267,8 @@ def table(found: dict[str, Any]) -> str:
         f"The plain loop was timed for a few steps; its end is that of CoOp's protocol at {SHOTS} shots. Ours has "
         "fewer steps, so the times per epoch say what caching saves, and those to the end what a user waits.",
         "",
-        f"With {FEW} shots both ran to their end, {STEPS} steps with the same optimiser and one seed; the plain loop draws "
-        f"new views in each step, ours are cached. Plain loop "
+        f"With {FEW} shots both ran to their end, {STEPS} steps with the same optimiser and one seed; the plain loop "
+        f"draws new views in each step, ours are cached. Plain loop "
         f"{few[0]['seconds_to_the_end']:.0f} s, top-1 {few[0]['top1']:.1f}; here {few[1]['seconds_to_the_end']:.0f} s, "
         f"top-1 {few[1]['top1']:.1f}.",
         "",
