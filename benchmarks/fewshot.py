@@ -58,9 +58,8 @@ def main() -> None:
             elif arguments.what == "new":
                 from fewshot_new import base_to_new
 
-                methods = (
-                    tuple(arguments.methods.split(",")) if arguments.methods else ("template", "coop", "structured")
-                )
+                usual = "template,coop,structured,structured_context"
+                methods = tuple((arguments.methods or usual).split(","))
                 base_to_new(recipe, name, methods, seeds, out, say)
             elif name == "grocery":
                 from fewshot_shares import shares

@@ -6,8 +6,6 @@ As a script it adapts a recipe, and may send itself a signal at the start of a t
 
 from __future__ import annotations
 
-import functools
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,32 +14,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import tiny_pairs
 from tiny_language import merged
+from tiny_pictures import COLOURS, noisy, signal_at, write_pictures
 from trimtab.config import DomainRecipe, recipe_from_mapping
 
 # Every word is in the vocabulary of the tiny BERT.
-COLOURS = {"red": (200, 30, 30), "yellow": (220, 210, 40), "blue": (30, 60, 200), "green": (40, 160, 60)}
 CAPTIONS = [f"a {first} car on the {second} road" for first in COLOURS for second in COLOURS if first != second]
 
 
 def picture(number: int) -> Image.Image:
     """The upper half has one colour and the lower half another, with noise that differs for every number."""
     colours = [(a, b) for a in COLOURS.values() for b in COLOURS.values() if a != b]
-    noise = np.random.default_rng(number)
     halves = [np.broadcast_to(np.array(one), (20, 40, 3)) for one in colours[number % len(colours)]]
-    pixels = np.concatenate(halves) + noise.integers(-25, 25, (40, 40, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return noisy(np.concatenate(halves), number, 25)
 
 
 def write_pairs(folder: Path, count: int, *, first: int = 0, name: str = "pairs.csv") -> Path:
     """Pictures and their table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number in range(first, first + count):
-        picture(number).save(folder / f"{number:03d}.png")
-        rows.append((f"{number:03d}.png", CAPTIONS[number % len(CAPTIONS)]))
-    return tiny_pairs.write_table(folder / name, rows)
+    numbers = range(first, first + count)
+    return write_pictures(folder, numbers, picture, lambda at: CAPTIONS[at % len(CAPTIONS)], name)
 
 
 def toy_mapping(base: Path, train: Path, validation: Path, out: Path) -> dict[str, Any]:
@@ -65,27 +56,12 @@ def toy_recipe(*places: Path, **changes: Any) -> DomainRecipe:
     return recipe
 
 
-def signal_at(step: int, number: int) -> None:
-    """Have this process send itself a signal at the start of a training step."""
-    from trimtab.tasks.domain import DomainTask
-
-    original, calls = DomainTask.step, 0
-
-    @functools.wraps(original)
-    def counted(self: Any, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == step:
-            os.kill(os.getpid(), number)
-        return original(self, batch)
-
-    DomainTask.step = counted  # type: ignore[method-assign]
-
-
 if __name__ == "__main__":
     path, *when = sys.argv[1:]
     if when:
-        signal_at(int(when[0]), getattr(signal, when[1]))
+        from trimtab.tasks.domain import DomainTask
+
+        signal_at(DomainTask, int(when[0]), getattr(signal, when[1]))
     sys.argv[1:] = ["adapt", path]
     from trimtab.cli import main
 

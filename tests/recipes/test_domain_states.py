@@ -16,6 +16,7 @@ from trimtab.data.views import make_view
 from trimtab.errors import DataError
 from trimtab.recipes.domain_methods import METHODS
 from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates, base_embeddings, embed, frozen_states
+from trimtab.recipes.picture_views import PictureViews
 from trimtab.towers.hf import load_base
 from trimtab.towers.layers import TowerCut, sites
 
@@ -115,7 +116,7 @@ def test_a_second_fill_computes_nothing(tiny_base: Any, pairs: Any, cache: Path,
     first = picture_states(base, cut, pairs)
     first.fill(cache)
     second = picture_states(base, cut, pairs)
-    monkeypatch.setattr(ImageStates, "_decoded", None)
+    monkeypatch.setattr(PictureViews, "pixels", None)
     second.fill(cache)
     items = np.arange(10)
     assert torch.equal(first(items, items % 3)["features"], second(items, items % 3)["features"])

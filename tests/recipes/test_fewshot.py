@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from typer.testing import CliRunner
 import tiny_pairs
 from tiny_prompt import NAMES, toy_mapping, toy_recipe, write_labelled
 from trimtab.cli import app
-from trimtab.config import PromptRecipe
+from trimtab.config import PromptRecipe, load_recipe
 from trimtab.errors import DataError, RecipeError
+from trimtab.files import digest_of
 from trimtab.recipes import fewshot as module
 from trimtab.recipes import fewshot_methods as methods_module
-from trimtab.recipes.fewshot import Plan, fewshot, mean_rows, read_fewshot, read_runs
+from trimtab.recipes.fewshot import Plan, fewshot, mean_rows, read_fewshot, read_runs, setting
 from trimtab.recipes.fewshot_methods import METHODS, PROMPT_METHODS, Episode, Fitted, right
 
+ROOT = Path(__file__).parents[2]
 FAMILY = "vision-text-dual-encoder"
 QUICK = (
     *("template", "ensemble", "linear_probe", "linear_probe_patches", "lp_plus_plus"),
@@ -166,8 +169,27 @@ def test_prompt_methods_are_the_recipe_less_some_parts(recipe: PromptRecipe) -> 
 
     assert _parts(recipe) == recipe
     assert _parts(recipe, instance=False).prompt.instance is None
-    assert not _parts(recipe, domain=False).prompt.domain.residual
+    bare = _parts(recipe, domain=False).prompt.domain
+    assert (bare.tokens, bare.residual, bare.patches) == (0, False, False)
     assert set(PROMPT_METHODS) <= set(METHODS)
+
+
+def test_later_options_leave_the_names_of_earlier_runs_alone() -> None:
+    """Those of the committed lines of `benchmarks/results`, as far as the recipe is in them."""
+    recipe = load_recipe(ROOT / "recipes" / "prompt-fewshot.yaml")
+    assert isinstance(recipe, PromptRecipe)
+    found = {
+        name: digest_of(setting(recipe, name))[:16] for name in ("template", "structured", "general_domain", "coop")
+    }
+    assert found == {
+        "template": "0f56ce71efc2b618",
+        "structured": "d83705658629135a",
+        "general_domain": "85f628fd5e54184e",
+        "coop": "04793881b3c7b225",
+    }
+    averaged = replace(recipe, training=replace(recipe.training, bell=(0.8, 0.2)))
+    assert setting(averaged, "structured") != setting(recipe, "structured")
+    assert setting(recipe, "structured_context") != setting(recipe, "structured")
 
 
 def changed(recipe: PromptRecipe, tables: dict[str, Path], **data: Any) -> PromptRecipe:

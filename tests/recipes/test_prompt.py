@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from safetensors.torch import load_file
 
 import trimtab
 from tiny_language import merged
-from tiny_prompt import NAMES, picture, toy_mapping, write_labelled
-from trimtab.config import recipe_from_mapping
+from tiny_prompt import NAMES, picture, toy_mapping, toy_recipe, write_labelled
+from trimtab.config import ContextConfig, recipe_from_mapping
 from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
+from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
 from trimtab.tasks.prompt import PromptTask
 from trimtab.towers.prompting import _no_patches
 
@@ -146,6 +148,42 @@ def test_killed_and_started_again_it_ends_the_same(toy: Callable[..., Path], tmp
     mine, theirs = (load_file(Path(one["folder"]) / "adapter.safetensors") for one in (outcome, whole))
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_context_may_learn_first(places: tuple[Path, Path], tmp_path: Path) -> None:
+    """And names that training did not have are then read behind what it learned."""
+    recipe = toy_recipe(*places, tmp_path / "out", prompt={"domain": {"tokens": 1}}, context={"steps": 8})
+    base = trimtab.load(places[0])
+    sets = prompt_recipe.read_sets(recipe)
+    features = {name: part.fill() for name, part in prompt_recipe.frozen_features(recipe, base, sets).items()}
+    train, validation = (
+        LabelledFeatures(features[name], sets.as_dict()[name].labels) for name in ("train", "validation")
+    )
+    kept = replace(recipe, select="loss", training=replace(recipe.training, learning_rate=1e-12))
+    fitted = fit_prompt(base, kept, train, validation, NAMES)
+    plain = fit_prompt(base, replace(kept, context=None), train, validation, NAMES)
+    alone = fit_prompt(base, recipe.of_context(), train, validation, NAMES)
+    torch.testing.assert_close(fitted.prompt.general, alone.prompt.general, atol=1e-6, rtol=0)
+    assert not torch.allclose(fitted.prompt.general, plain.prompt.general, atol=1e-4)
+    assert alone.steps == 8
+    assert alone.prompt.instance is None
+    assert not alone.prompt.vectors()
+
+    other = fitted.for_classes(["black car", NAMES[1], "white dog"])
+    torch.testing.assert_close(other.prompt.general, fitted.prompt.general)
+    assert torch.equal(other.prompt.patches[1], fitted.prompt.patches[1])
+    assert not other.prompt.patches[[0, 2]].any()
+    torch.testing.assert_close(other.prompt.class_tokens[0], fitted.prompt.class_tokens.mean(dim=0))
+    logits = other.logits(features["validation"])
+    assert logits.shape == (len(validation), 3)
+    # A class that training had scores as before, except where it is left out of the best that are refined.
+    every = fitted.for_classes(NAMES[::-1]).logits(features["validation"])[:, ::-1]
+    np.testing.assert_allclose(every, fitted.logits(features["validation"]), atol=1e-4)
+
+
+def test_a_context_of_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match="steps=0"):
+        ContextConfig(steps=0)
 
 
 def test_a_dry_run_says_what_it_would_do(

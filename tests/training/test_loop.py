@@ -12,7 +12,7 @@ from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrainingStopped
 from trimtab.training import Selection
 from trimtab.training.checkpoint import CheckpointFolder
-from trimtab.training.optimiser import MovingAverage, adamw, learning_rate, trainable
+from trimtab.training.optimiser import BellAverage, MovingAverage, adamw, learning_rate, trainable
 
 
 def test_loss_falls_and_history_tells(tmp_path):
@@ -176,6 +176,33 @@ def test_moving_average_restores_the_weights_after_use():
     with average.applied():
         torch.testing.assert_close(model.weight.detach(), start + 0.5)
     torch.testing.assert_close(model.weight.detach(), start + 1)
+
+
+@pytest.mark.parametrize(("centre", "width"), [(0.8, 0.2), (0.0, 0.1), (1.0, 1e-3)])
+def test_bell_is_the_weighted_mean_of_all_steps(centre, width):
+    model, steps = torch.nn.Linear(2, 1, bias=False), 12
+    average = BellAverage(trainable(model), steps, centre, width)
+    weights = average.weights
+    assert float(weights.sum()) == pytest.approx(1)
+    assert int(weights.argmax()) == max(0, round(centre * steps) - 1)
+    expected = torch.zeros(1, 2, dtype=torch.float64)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(1, 2))
+        average.update(step)
+        expected += weights[step - 1] * model.weight.detach()
+        so_far = expected / weights[:step].sum()  # the start has no part in it
+        if weights[:step].sum() > 1e-30:
+            torch.testing.assert_close(average.tensors["weight"].double(), so_far, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(average.tensors["weight"].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bell", [[0.5], [1.5, 0.1], [0.5, 0.0]])
+def test_a_bell_that_is_none_is_refused(bell):
+    with pytest.raises(RecipeError, match="bell"):
+        TrainingConfig(bell=tuple(bell))
+    with pytest.raises(RecipeError, match=r"bell.*ema"):
+        TrainingConfig(bell=(0.8, 0.2), ema=0.9)
 
 
 def test_more_processes_than_rows_is_refused(tmp_path, monkeypatch):

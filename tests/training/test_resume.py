@@ -46,19 +46,19 @@ def test_kill_9_in_mid_epoch_then_resume_is_bit_identical(tmp_path, uninterrupte
     assert result.history == history
 
 
-@pytest.mark.parametrize("ema", [0.9, None])
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, ema):
+@pytest.mark.parametrize("average", [{"ema": 0.9}, {"ema": None}, {"ema": None, "bell": (0.8, 0.2)}])
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, average):
     whole = Problem()
-    whole.train(tmp_path / "whole", settings=settings(ema=ema), select=None)
+    whole.train(tmp_path / "whole", settings=settings(**average), select=None)
 
     problem = Problem()
     problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 5 else None
     with pytest.raises(TrainingStopped, match=r"interrupted at step 5 of 21.*step-00000005.*same command"):
-        problem.train(tmp_path / "run", settings=settings(ema=ema), select=None)
+        problem.train(tmp_path / "run", settings=settings(**average), select=None)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     again = Problem()
-    assert again.train(tmp_path / "run", settings=settings(ema=ema), select=None).resumed_from == 5
+    assert again.train(tmp_path / "run", settings=settings(**average), select=None).resumed_from == 5
     assert equal(again.model, whole.model)
 
 

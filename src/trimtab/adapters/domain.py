@@ -26,6 +26,7 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     load_into,
+    reading_config,
     save_adapter,
 )
 from trimtab.adapters.gate import DomainGate, mixed
@@ -345,11 +346,8 @@ def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
         ModelError: the description is incomplete or does not fit its tensors.
     """
     where = described.folder / DESCRIPTION_FILE
-    try:
+    with reading_config(where):
         mappings, alpha = list(described.config["adapters"]), float(described.config["alpha"])
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong value ({error})"
-        raise ModelError(f"{where} {reason}: copy the folder again") from error
     groups = tuple(from_mapping(DomainAdapterConfig, mapping, str(where)) for mapping in mappings)
     adapters = DomainAdapters(base, groups, alpha=alpha)
     tensors = dict(described.tensors)

@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trimtab.errors import ModelError
+from trimtab.errors import DataError, ModelError
 from trimtab.files import atomic_path
 
 if TYPE_CHECKING:
@@ -328,3 +328,18 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+@contextlib.contextmanager
+def reading_config(where: Path) -> Iterator[None]:
+    """Within it, a missing or wrong value of a description's config is a `ModelError` that names the file.
+
+    Args:
+        where: the description.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(f"{where} lacks config {error}: copy the folder again") from error
+    except (TypeError, ValueError, DataError) as error:
+        raise ModelError(f"{where} has a wrong value ({error}): copy the folder again") from error

@@ -19,6 +19,7 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     load_into,
+    reading_config,
     save_adapter,
 )
 from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
@@ -208,13 +209,10 @@ def load_prompt(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
         ModelError: the description is incomplete or does not fit its tensors.
     """
     where = described.folder / DESCRIPTION_FILE
-    try:
+    with reading_config(where):
         mapping = described.config["prompt"]
         classes, templates = (check_class_names(described.config[key]) for key in ("classes", "templates"))
         class_scale, patch_width = float(described.config["class_scale"]), int(described.config["patch_width"])
-    except (KeyError, TypeError, ValueError, DataError) as error:
-        reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong value ({error})"
-        raise ModelError(f"{where} {reason}: copy the folder again") from error
     if not class_scale > 0:
         raise ModelError(f"{where} has class_scale={class_scale}, no number above 0: copy the folder again")
     tower = PromptTower(base)

@@ -32,6 +32,7 @@ from trimtab.config.language import (
     TextSource,
 )
 from trimtab.config.prompt import (
+    ContextConfig,
     DomainPartConfig,
     GeneralConfig,
     InstanceConfig,
@@ -47,6 +48,7 @@ from trimtab.strict_yaml import from_mapping, to_mapping, to_yaml
 
 __all__ = [
     "RECIPES",
+    "ContextConfig",
     "ContrastiveConfig",
     "DistillationConfig",
     "DomainAdapterConfig",

@@ -204,6 +204,29 @@ class PromptObjective:
         require(self, "classes_per_step", few is None or few >= 2, "at least 2, or null for all")
 
 
+@dataclass(frozen=True)
+class ContextConfig:
+    """A first phase in which the general tokens learn alone, with all classes in every step.
+
+    Class vectors explain few pictures so well that nothing is left for the context to learn beside them; a context
+    that has learned first serves classes without vectors as well.
+
+    Attributes:
+        steps: optimiser steps; the last weights go on to the second phase.
+        learning_rate: of this phase.
+        template: weight of the distance of class embeddings from those of hand templates in this phase.
+    """
+
+    steps: int = 50
+    learning_rate: float = 1e-2
+    template: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self, "steps", self.steps >= 1, "at least 1")
+        require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        require(self, "template", self.template >= 0, "at least 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptRecipe:
     """The prompt link: few labelled pictures turn a base into a classifier.
@@ -219,6 +242,8 @@ class PromptRecipe:
         select: which weights are kept: ``last``, or those with the best top-1 (``top1``) or the least loss (``loss``)
             on validation, among those at the start and after each epoch.
         templates: hand templates of the frozen class embeddings; empty chooses by the script of the names.
+        context: a phase before all else in which the general tokens learn alone; null for none, and for ``coop`` and
+            ``cocoop``.
     """
 
     link: Literal["prompt"] = "prompt"
@@ -232,6 +257,7 @@ class PromptRecipe:
     steps: int | None = 30
     select: Literal["last", "top1", "loss"] = "loss"
     templates: tuple[str, ...] = ()
+    context: ContextConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
@@ -264,4 +290,30 @@ class PromptRecipe:
                 template=0.0,
                 classes_per_step=own.classes_per_step,
             ),
+            context=None,
+        )
+
+    def of_context(self) -> PromptRecipe:
+        """The recipe of the first phase.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.context is None:
+            raise ValueError("this recipe has no context")
+        training = dataclasses.replace(
+            self.training, epochs=1, batch_size=2 * self.training.batch_size, learning_rate=self.context.learning_rate
+        )
+        return dataclasses.replace(
+            self,
+            prompt=PromptConfig(self.prompt.general, None, DomainPartConfig(patches=False, solve=False)),
+            objective=PromptObjective(
+                logit_scale=self.objective.logit_scale,
+                label_smoothing=self.objective.label_smoothing,
+                template=self.context.template,
+            ),
+            steps=self.context.steps,
+            select="last",
+            context=None,
+            training=training,
         )

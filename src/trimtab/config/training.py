@@ -21,6 +21,9 @@ class TrainingConfig:
         log_every: optimiser steps between records for trackers and history.
         ema: decay of an exponential moving average of the weights that is validated and kept instead of
             them; null for none.
+        bell: centre and width of a Gaussian over the run, as shares of its steps: the mean of the weights of all steps
+            under it is validated and kept instead of them (PromptSRC: Khattak et al., arXiv 2307.06948), for example
+            ``[0.8, 0.2]``; null for none.
         collapse_at: training stops when validation reports a collapse above this: 0 is as spread out as the
             teacher's features, 1 a constant output.
         processes: number of processes expected; null takes what the launcher gives.
@@ -38,6 +41,7 @@ class TrainingConfig:
     log_every: int = 20
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     ema: float | None = None
+    bell: tuple[float, ...] | None = None
     collapse_at: float = 0.95
     processes: int | None = None
 
@@ -50,5 +54,9 @@ class TrainingConfig:
         require(self, "clip", self.clip is None or self.clip > 0, "above 0, or null for no clipping")
         require(self, "trackers", len(set(self.trackers)) == len(self.trackers), "without repeats")
         require(self, "ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or null for none")
+        bell = self.bell
+        fits = bell is None or (len(bell) == 2 and 0 <= bell[0] <= 1 and bell[1] > 0)
+        require(self, "bell", fits, "two numbers, the first from 0 to 1 and the second above 0, or null for none")
+        require(self, "bell", bell is None or self.ema is None, "null beside ema")
         require(self, "collapse_at", 0 < self.collapse_at <= 1, "above 0 and at most 1")
         require(self, "processes", self.processes is None or self.processes >= 1, "at least 1, or null")

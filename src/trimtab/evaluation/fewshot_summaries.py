@@ -29,6 +29,7 @@ METHODS = {
     "general_instance": ("General + Instance", "without Domain"),
     "general_domain": ("General + Domain", "without Instance"),
     "structured": ("Structured prompt", "General, Instance and Domain"),
+    "structured_context": ("Structured, General first", "General learns alone before the others"),
 }
 """Names and explanations, in the order of tables."""
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,17 @@ from torch import Tensor
 
 from trimtab.config import DomainRecipe, ViewsConfig
 from trimtab.data.cache import CachedArrays, PackedStates, Progress, cached_arrays, cached_states, cached_vectors
-from trimtab.data.images import ImageError
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.shards import PictureFile
-from trimtab.data.views import make_view
-from trimtab.errors import DataError
 from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.domain_methods import Method
+from trimtab.recipes.picture_views import PictureViews
 from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut
 from trimtab.training.trackers import progress_reporter
 
-_THREADS = 4
 _BATCH = 64
 
 
@@ -61,15 +57,16 @@ class ImageStates:
         self.base, self.cut = base, cut
         self.images = list(images)
         self.viewed, self.views = viewed, views
-        self.options, self.seed = options, seed
+        self.options = options
         self.seconds = 0.0
-        self._keys = [f"{image.digest()} {image.name}" for image in self.images] if cut else []
+        self._source = PictureViews(base, self.images, options, seed)
+        self._keys = self._source.keys() if cut else []
         self._cached: list[CachedArrays] = []
 
     def __call__(self, items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
         """Tensors of images (B,), each in one of its views (B,)."""
         if self.cut is None:
-            return self._decoded(items.tolist(), views.tolist())
+            return self._source.pixels(items.tolist(), views.tolist())
         flat = np.empty((len(items), *self._cached[0].shape[1:]), self._cached[0].dtype)
         for view in np.unique(views):
             rows = views == view
@@ -101,7 +98,7 @@ class ImageStates:
                     ]
                 )
 
-            drawn = [f"view {view} {self.seed} {sorted(asdict(self.options).items())}"] if view else []
+            drawn = self._source.cache_parts(view)
             self._cached.append(cached_arrays(folder, [*parts, *drawn], keys, compute, progress=progress))
         self.seconds = time.monotonic() - started
 
@@ -110,7 +107,7 @@ class ImageStates:
 
     def inputs(self, items: np.ndarray) -> dict[str, Tensor]:
         """Pixel tensors of pictures (B,) as they are."""
-        return self._decoded(items.tolist(), [0] * len(items))
+        return self._source.pixels(items.tolist(), [0] * len(items))
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +126,7 @@ class ImageStates:
 
     def _states(self, items: Sequence[int], view: int) -> np.ndarray:
         assert self.cut is not None
-        pixels = self._decoded(items, [view] * len(items))
+        pixels = self._source.pixels(items, [view] * len(items))
         with fast_inference(self.base.device):
             below = self.cut.lower(pixels)
         # Named tensors of any shape side by side in one row.
@@ -144,19 +141,6 @@ class ImageStates:
             below[name] = part.float() if dtype.is_floating_point else part.to(dtype)
             start += size
         return below
-
-    def _pixels(self, item: int, view: int) -> dict[str, Tensor]:
-        image = self.images[item]
-        try:
-            picture = make_view(image.read(), view, seed=self.seed, key=image.name, options=self.options)
-            return self.base.preprocess(picture)
-        except ImageError as error:
-            raise DataError(f"{image}: {error.reason}; it could be read when the run began: start again") from error
-
-    def _decoded(self, items: Sequence[int], views: Sequence[int]) -> dict[str, Tensor]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            pixels = list(pool.map(self._pixels, items, views))
-        return {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
 
 
 class TextStates:

@@ -23,7 +23,7 @@ import torch
 
 import trimtab
 from trimtab.adapters.adapted import load
-from trimtab.config import LabelSource, PromptRecipe, to_mapping
+from trimtab.config import LabelSource, PromptRecipe
 from trimtab.data.labelled import LabelledPictures, load_labelled
 from trimtab.data.shards import PictureFile
 from trimtab.data.shots import Shots, apart, draw_shots
@@ -32,6 +32,7 @@ from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import cache_home, digest_of, explain_disk_errors
 from trimtab.precision import tune_allocator
 from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROMPT_METHODS, Episode, Split, right
+from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.training.trackers import progress_reporter
@@ -259,7 +260,7 @@ def mean_per_class(taken: torch.Tensor, labels: torch.Tensor) -> float:
 
 def setting(recipe: PromptRecipe, method: str) -> str:
     """What of a recipe decides the outcome of a method, data and base apart."""
-    mapping = to_mapping(CHANGES[method](recipe) if method in CHANGES else recipe)
+    mapping = used(CHANGES[method](recipe) if method in CHANGES else recipe)
     views = str([mapping["data"][name] for name in ("views", "augmentation", "allow_fewer")])
     if method not in PROMPT_METHODS:
         return views

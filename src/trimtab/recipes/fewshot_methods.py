@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.adapters.prompt import Pictures
-from trimtab.config import PromptRecipe
+from trimtab.config import ContextConfig, DomainPartConfig, PromptRecipe
 from trimtab.data.shots import Shots
 from trimtab.errors import RecipeError
 from trimtab.objectives.probes import KeyCache, Linear, fit_logistic, fit_lp_plus_plus, train_keys
@@ -315,8 +315,13 @@ def _parts(recipe: PromptRecipe, *, instance: bool = True, domain: bool = True, 
     if not residual:
         prompt = replace(prompt, domain=replace(prompt.domain, residual=False))
     if not domain:
-        prompt = replace(prompt, domain=replace(prompt.domain, tokens=0, residual=False))
+        prompt = replace(prompt, domain=DomainPartConfig(tokens=0, residual=False, patches=False, solve=False))
     return replace(recipe, method="structured", prompt=prompt)
+
+
+def _context_first(recipe: PromptRecipe) -> PromptRecipe:
+    """The structured prompt whose general tokens learn alone before all else."""
+    return replace(_parts(recipe), context=recipe.context or ContextConfig())
 
 
 def coop(recipe: PromptRecipe) -> PromptRecipe:
@@ -333,6 +338,7 @@ def coop(recipe: PromptRecipe) -> PromptRecipe:
 
 CHANGES: dict[str, Callable[[PromptRecipe], PromptRecipe]] = {
     "structured": _parts,
+    "structured_context": _context_first,
     "general_domain": functools.partial(_parts, instance=False),
     "general_instance": functools.partial(_parts, domain=False),
     "general": functools.partial(_parts, instance=False, domain=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from trimtab.adapters.files import CARD_FILE, DESCRIPTION_FILE, TENSORS_FILE, is_adapted_folder
 from trimtab.config import Recipe, to_mapping
@@ -22,12 +23,22 @@ def training_folder(out: str) -> Path:
 def recipe_digest(recipe: Recipe) -> str:
     """Names what decides the weights: not where they are written, nor how often something is saved or logged, nor
     what is only measured."""
-    mapping = to_mapping(recipe)
+    mapping = used(recipe)
     for name in ("out", "general", "alphas"):
         mapping.pop(name, None)
     for name in ("checkpoint_every", "log_every", "trackers", "processes"):
         del mapping["training"][name]
     return digest_of(str(mapping))
+
+
+def used(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a mapping, without options that came after the first runs were named by theirs and are not used:
+    so those names stay as they were."""
+    mapping: dict[str, Any] = to_mapping(recipe)
+    for part, name in ((mapping, "context"), (mapping["training"], "bell")):
+        if part.get(name) is None:
+            part.pop(name, None)
+    return mapping
 
 
 def portable(name: str) -> str:

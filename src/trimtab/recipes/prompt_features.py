@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +18,13 @@ from torch.nn import functional as F
 from trimtab.adapters.prompt import Pictures
 from trimtab.config import ViewsConfig
 from trimtab.data.cache import CachedArrays, Progress, cached_arrays
-from trimtab.data.images import ImageError
 from trimtab.data.shards import PictureFile
-from trimtab.data.views import make_view
-from trimtab.errors import DataError
 from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.recipes.picture_views import PictureViews
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import image_tokens
 
-_THREADS = 4
 _BATCH = 64
 
 
@@ -56,10 +51,9 @@ class PictureFeatures:
     ) -> None:
         self.base = base
         self.views, self.tokens = views, tokens
-        self._files = list(pictures)
-        self._options, self._seed = options or ViewsConfig(), seed
+        self._source = PictureViews(base, pictures, options or ViewsConfig(), seed)
         self._cached: list[CachedArrays] = []
-        self._rows = np.arange(len(self._files))
+        self._rows = np.arange(len(self._source))
         self._dim = base.embedding_dim
         self._shape: tuple[int, int] = (0, 0)
         self._masked = False
@@ -81,12 +75,12 @@ class PictureFeatures:
     @property
     def files(self) -> list[PictureFile]:
         """The pictures."""
-        return [self._files[at] for at in self._rows]
+        return [self._source.pictures[at] for at in self._rows]
 
     @property
     def nbytes(self) -> int:
         """Bytes that the cache takes."""
-        return 2 * self._width * len(self._files) * (1 + self.views)
+        return 2 * self._width * len(self._source) * (1 + self.views)
 
     def fill(self, folder: Path | None = None, progress: Progress | None = None) -> PictureFeatures:
         """Compute what is not in the cache yet; returns itself.
@@ -98,10 +92,10 @@ class PictureFeatures:
         precision = "bf16" if has_fast_bf16(base.device) else "fp32"
         tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
         parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
-        keys = [f"{picture.digest()} {picture.name}" for picture in self._files]
+        keys = self._source.keys()
         place = {key: at for at, key in enumerate(keys)}
         for view in range(self.views + 1):
-            drawn = [f"view {view} {self._seed} {sorted(asdict(self._options).items())}"] if view else []
+            drawn = self._source.cache_parts(view)
 
             def compute(some: list[str], view: int = view) -> np.ndarray:
                 batches = [some[start : start + _BATCH] for start in range(0, len(some), _BATCH)]
@@ -148,9 +142,7 @@ class PictureFeatures:
 
     @torch.no_grad()
     def _encode(self, positions: Sequence[int], view: int) -> np.ndarray:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            pixels = list(pool.map(lambda at: self._pixels(at, view), positions))
-        stacked = {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+        stacked = self._source.pixels(positions, [view] * len(positions))
         if not self.tokens:
             return F.normalize(self.base.pixel_features(stacked).float(), dim=-1).cpu().numpy()
         found = image_tokens(self.base, stacked)
@@ -158,11 +150,3 @@ class PictureFeatures:
         if found.mask is not None:
             parts.append(found.mask.float())
         return torch.cat(parts, dim=1).cpu().numpy()
-
-    def _pixels(self, at: int, view: int) -> dict[str, Tensor]:
-        picture = self._files[at]
-        try:
-            image = make_view(picture.read(), view, seed=self._seed, key=picture.name, options=self._options)
-            return self.base.preprocess(image)
-        except ImageError as error:
-            raise DataError(f"{picture}: {error.reason}; it could be read when the run began: start again") from error

@@ -148,6 +148,19 @@ def fit_prompt(
     names = check_class_names(classes)
     tower = PromptTower(base)
     prompt = new_prompt(recipe, tower, train_set.features.patch_width, len(names), seed)
+    if recipe.context is not None:
+        first = fit_prompt(
+            base,
+            recipe.of_context(),
+            train_set,
+            validation_set,
+            names,
+            seed,
+            checkpoints=checkpoints and checkpoints / "context",
+            digest=f"{digest} context",
+            show_progress=show_progress,
+        )
+        prompt.general.data.copy_(first.prompt.general.data)
     templates = recipe.templates or tuple(default_templates(names)[1])
     task = PromptTask(
         PromptedClasses(tower, prompt, names),

@@ -54,9 +54,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        """Take in the weights as they are after `step` updates, from 1 on."""
+        share = self.share(step)
         for name, parameter in self.parameters.items():
-            self.tensors[name].lerp_(parameter, 1 - decay)
+            self.tensors[name].lerp_(parameter, share)
+
+    def share(self, step: int) -> float:
+        """Share that these weights get of the average; what it held before gets the rest."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -72,3 +77,34 @@ class MovingAverage:
     def _fill(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+class BellAverage(MovingAverage):
+    """Mean of the weights after each step, weighted by a Gaussian over the run (PromptSRC: arXiv 2307.06948).
+
+    It is the mean over the steps so far at any time, and the start has no part in it. Shares depend on the step
+    alone, so a resumed run needs nothing but the tensors.
+
+    Args:
+        steps: of the whole run.
+        centre, width: mean and standard deviation of the Gaussian, as shares of the run.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], steps: int, centre: float, width: float) -> None:
+        super().__init__(parameters, decay=0.0)
+        at = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        self.weights = (-0.5 * ((at - centre) / width) ** 2).softmax(dim=0)  # have the sum 1 whatever underflows
+        total = self.weights.cumsum(dim=0)
+        # Before the first weight that is no zero, the last weights are the average.
+        self._shares = torch.where(total > 0, self.weights / total, 1.0).tolist()
+
+    def share(self, step: int) -> float:
+        return float(self._shares[step - 1])
+
+
+def weight_average(parameters: dict[str, nn.Parameter], settings: TrainingConfig, steps: int) -> MovingAverage | None:
+    """The average that the settings ask for, of a run of so many steps; None for none."""
+    if settings.bell is not None:
+        centre, width = settings.bell
+        return BellAverage(parameters, steps, centre, width)
+    return None if settings.ema is None else MovingAverage(parameters, settings.ema)

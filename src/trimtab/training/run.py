@@ -25,7 +25,7 @@ from trimtab.training.checkpoint import (
     seed_everything,
 )
 from trimtab.training.distributed import World
-from trimtab.training.optimiser import MovingAverage, adamw, learning_rate, trainable
+from trimtab.training.optimiser import adamw, learning_rate, trainable, weight_average
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Run:
             raise ValueError("nothing to train: no parameter of modules requires a gradient")
         self.trained = list(self.named.values())
         self.optimizer = adamw(self.named, self.settings)
-        self.average = MovingAverage(self.named, self.settings.ema) if self.settings.ema else None
+        self.average = weight_average(self.named, self.settings, self.total)
         self.rate = 0.0
         self.started = time.monotonic()
 
@@ -194,7 +194,7 @@ class Run:
         if saved is None:
             distributed.copy_from_main(self.modules, self.world)
             if self.average:
-                self.average = MovingAverage(self.named, self.average.decay)
+                self.average = weight_average(self.named, self.settings, self.total)
             return
         if saved.state["digest"] != self.digest:
             raise RecipeError(
