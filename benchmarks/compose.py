@@ -172,7 +172,7 @@ class Seen:
     @torch.no_grad()
     def scored(self, model: DualEncoder, classifier: PromptClassifier) -> np.ndarray:
         """Scores (N, C) behind prompts, in the order of `classifier.scores` of the pictures themselves."""
-        pictures, (classes, embeddings) = self.by(model), classifier._known
+        pictures, (_, (classes, embeddings)) = self.by(model), classifier._known
         parts = []
         for start in range(0, len(self.paths), self.batch_size):
             some = slice(start, start + self.batch_size)

@@ -40,9 +40,11 @@ def save_tiny_domain(folder: Path, base: DualEncoder, *, seed: int = 1, **option
     return save_domain(folder, adapters, base=base, **options)
 
 
-def save_tiny_prompt(folder: Path, base: DualEncoder, *, instance: bool = False, seed: int = 2) -> Path:
+def save_tiny_prompt(
+    folder: Path, base: DualEncoder, *, instance: bool = False, patches: bool = False, seed: int = 2
+) -> Path:
     part = InstanceConfig(tokens=2, heads=2) if instance else None
-    config = PromptConfig(instance=part, domain=DomainPartConfig(patches=instance, rate=1.0))
+    config = PromptConfig(instance=part, domain=DomainPartConfig(patches=instance or patches, rate=1.0))
     prompt = StructuredPrompt(config, PromptTower(base), patch_width=16, classes=len(CLASSES), seed=seed)
     tiny_models.randomised(prompt, seed)
     return save_prompt(

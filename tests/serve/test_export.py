@@ -79,6 +79,43 @@ def test_all_links_are_inside(composed: Any, pictures: list[Image.Image], tmp_pa
     assert not np.allclose(encoder.encode_image(pictures), base, atol=1e-3)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_prompts_that_look_at_patches(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path, gated: bool) -> None:
+    base = tiny_base("clip")
+    domain: Any = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
+    if gated:
+        centre = torch.from_numpy(base.encode_image(pictures[:1]))
+        near = np.sort(base.encode_image(pictures) @ centre[0].numpy())
+        domain = DomainAdapted(base, domain.adapters, gate=DomainGate(centre, float(near[1]), float(near[3])))
+    model = load_adapted(save_tiny_prompt(tmp_path / "prompt", domain, patches=True), base=domain)
+    about = export_onnx(model, tmp_path / "out", pictures=pictures)
+    assert about["parity"]["classes"] < 1e-5
+    encoder = check(model, tmp_path / "out", pictures)
+    assert encoder.classes == list(CLASSES)
+    classifier = model.classifier()
+    for some in (pictures[:1], pictures):
+        assert np.allclose(encoder.class_scores(some), classifier.scores(some), atol=1e-5)
+    assert encoder.predict(pictures) == [CLASSES[at] for at in classifier.scores(pictures).argmax(axis=1)]
+    without = embedding_scores(model, pictures)
+    assert not np.allclose(without, classifier.scores(pictures), atol=1e-3)  # so patches do count
+
+
+def embedding_scores(model: Any, pictures: list[Image.Image]) -> np.ndarray:
+    classes, embeddings = model.classifier()._known[1]
+    with torch.no_grad():
+        vectors = classes.weights(embeddings).numpy()
+    scores = np.exp(model.class_scale * model.encode_image(pictures) @ vectors.T)
+    return scores / scores.sum(axis=1, keepdims=True)
+
+
+def test_prompts_of_each_picture_are_left_out(tiny_base: Any, tmp_path: Path) -> None:
+    base = tiny_base("clip")
+    model = load_adapted(save_tiny_prompt(tmp_path / "prompt", base, instance=True), base=base)
+    assert "classes" not in export_onnx(model, tmp_path / "out")["parity"]
+    with pytest.raises(FileNotFoundError, match="no prompts with classes"):
+        Encoder(tmp_path / "out").predict([])
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_gate_is_inside(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path, kind: str) -> None:
     base = tiny_base("clip")

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from trimtab import __version__
 from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.gate import mixed
+from trimtab.adapters.prompt import Pictures
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, write_json
 from trimtab.serve import onnx_runtime
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, lowest_site
+from trimtab.towers.prompting import image_tokens
 
 SCHEMA_VERSION = 1
 EXPORT_FILE = "export.json"
@@ -176,8 +178,10 @@ def export_onnx(
             core.image_processor.save_pretrained(built)
             shutil.copy(onnx_runtime.__file__, built / RUNTIME_FILE)
             write_json(built / EXPORT_FILE, about)
-            _write_classes(model, built)
+            has_classes = _write_classes(model, built)
             about["parity"] = parity(core, built, checked, [*texts, *TEXTS], tolerance)
+            if has_classes:
+                about["parity"]["classes"] = class_parity(model, built, checked, tolerance)
             write_json(built / EXPORT_FILE, about)
             shutil.rmtree(out, ignore_errors=True)
             built.rename(out)
@@ -213,6 +217,23 @@ def parity(
     return found
 
 
+def class_parity(model: Any, folder: Path, pictures: Sequence[Image.Image], tolerance: float) -> float:
+    """Largest difference of any class's probability from that of `model.classifier()`.
+
+    Raises:
+        ModelError: it is above the tolerance.
+    """
+    wanted = model.classifier().scores(list(pictures))
+    got = onnx_runtime.Encoder(folder).class_scores(list(pictures))
+    worst = float(np.abs(wanted - got).max())
+    if not worst <= tolerance:
+        raise ModelError(
+            f"the exported classes of {model.name} differ from PyTorch's by {worst:.1e}, more than the tolerance of "
+            f"{tolerance:g}: nothing was written"
+        )
+    return worst
+
+
 # Pieces
 
 
@@ -226,7 +247,9 @@ def _write_towers(model: DualEncoder, routes: Sequence[TextRoute], folder: Path)
         _trace(TextTower(route.model), tokens, dict.fromkeys(tokens, axes), folder / f"{route.name}.onnx")
 
 
-def _trace(tower: nn.Module, inputs: dict[str, Tensor], axes: dict[str, dict[int, str]], path: Path) -> None:
+def _trace(
+    tower: nn.Module, inputs: dict[str, Tensor], axes: dict[str, dict[int, str]], path: Path, output: str = "embedding"
+) -> None:
     try:
         with _plain_attention(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -235,8 +258,8 @@ def _trace(tower: nn.Module, inputs: dict[str, Tensor], axes: dict[str, dict[int
                 tuple(inputs.values()),
                 str(path),
                 input_names=list(inputs),
-                output_names=["embedding"],
-                dynamic_axes={**axes, "embedding": {0: "batch"}},
+                output_names=[output],
+                dynamic_axes={**axes, output: {0: "batch"}},
                 opset_version=_OPSET,
                 # Traces in seconds what the newer exporter takes minutes for; parity is checked in any case.
                 dynamo=False,
@@ -323,18 +346,40 @@ def _write_tokenizer(model: DualEncoder, path: Path) -> None:
     write_json(path, {**raw, "truncation": None, "padding": None})
 
 
-def _write_classes(model: Any, folder: Path) -> None:
-    """Class vectors of prompts, where pictures do not change them."""
+class ClassScores(nn.Module):
+    """Pixels (B, 3, H, W) to scores (B, C) of classes behind prompts that look at patch tokens."""
+
+    def __init__(self, prompt: Any, weights: Tensor) -> None:
+        super().__init__()
+        self.encoder, self.prompt = prompt.base, prompt.prompt
+        self.parts = nn.ModuleList(_modules(prompt.base))
+        self.register_buffer("weights", weights)
+        self.weights: Tensor
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        features, tokens, mask = image_tokens(self.encoder, {"pixel_values": pixel_values})
+        embeddings = nn.functional.normalize(features.float(), dim=-1)
+        pooled = self.prompt.pooled(Pictures(embeddings, tokens.float(), mask))
+        return embeddings @ self.weights.T + pooled @ self.prompt.patches.T
+
+
+def _write_classes(model: Any, folder: Path) -> bool:
+    """Classes of prompts: vectors, or a graph where they look at patch tokens. Prompts that are made anew for each
+    picture would take the text tower along, and are left out."""
     prompt = getattr(model, "prompt", None) if hasattr(model, "core") else model
-    if prompt is None or not hasattr(prompt, "prompt_tower"):
-        return
-    if prompt.prompt.instance is not None or prompt.prompt.config.reads_patches:
-        return
+    if prompt is None or not hasattr(prompt, "prompt_tower") or prompt.prompt.instance is not None:
+        return False
     with torch.no_grad():
         classes = prompt.prompted(prompt.classes)
-        vectors = classes.weights(classes.embeddings()).float().cpu().numpy()
-    np.save(folder / "classes.npy", vectors, allow_pickle=False)
+        vectors = classes.weights(classes.embeddings()).float().cpu()
+    if prompt.prompt.config.reads_patches:
+        pixels = torch.cat([prompt.base.preprocess(one)["pixel_values"] for one in made_pictures()[:2]])
+        graph = ClassScores(prompt, vectors)
+        _trace(graph, {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}, folder / "classify.onnx", "scores")
+    else:
+        np.save(folder / "classes.npy", vectors.numpy(), allow_pickle=False)
     write_json(folder / "classes.json", {"classes": list(prompt.classes), "scale": prompt.class_scale})
+    return True
 
 
 def made_pictures() -> list[Image.Image]:

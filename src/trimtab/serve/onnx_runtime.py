@@ -36,6 +36,7 @@ class Encoder:
         self.embedding_dim: int = self.about["embedding_dim"]
         self.logit_scale: float = self.about["logit_scale"]
         self._int8, self._threads = int8, threads
+        self._classify: Any = None
         self._image = self._session(self.about["image"]["file"])
         self._texts = [_TextTower(self, about) for about in self.about["texts"]]
 
@@ -54,6 +55,39 @@ class Encoder:
         """(N, D) float32 of `pixels`."""
         return np.asarray(self._image.run(None, {"pixel_values": pixels})[0])
 
+    def class_scores(self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 32) -> np.ndarray:
+        """(N, C) probabilities of the classes in `classes`, by the prompts that were exported."""
+        about = self._classes()
+        parts = [np.zeros((0, len(about["classes"])), np.float32)]
+        for start in range(0, len(images), batch_size):
+            pixels = self.pixels(images[start : start + batch_size])
+            if (self.folder / "classify.onnx").is_file():
+                if self._classify is None:
+                    self._classify = self._session("classify.onnx", whole=True)
+                scores = np.asarray(self._classify.run(None, {"pixel_values": pixels})[0])
+            else:
+                scores = self.encode_pixels(pixels) @ np.load(self.folder / "classes.npy").T
+            scores = about["scale"] * scores
+            powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+            parts.append(powers / powers.sum(axis=1, keepdims=True))
+        return np.concatenate(parts)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that the prompts know."""
+        return list(self._classes()["classes"])
+
+    def predict(self, images: Sequence[str | Path | Image.Image]) -> list[str]:
+        """The likeliest class of each picture."""
+        names = self.classes
+        return [names[at] for at in self.class_scores(images).argmax(axis=1)]
+
+    def _classes(self) -> dict[str, Any]:
+        path = self.folder / "classes.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: the exported model has no prompts with classes of their own")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
         """(N, D) float32; texts in Latin script may have a tower of their own."""
         vectors = np.zeros((len(texts), self.embedding_dim), np.float32)
@@ -64,14 +98,14 @@ class Encoder:
                 vectors[some] = tower([texts[at] for at in some])
         return vectors
 
-    def _session(self, file: str) -> Any:
+    def _session(self, file: str, *, whole: bool = False) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self._threads:
             options.intra_op_num_threads = self._threads
-        path = self.folder / (file.replace(".onnx", "-int8.onnx") if self._int8 else file)
+        path = self.folder / (file.replace(".onnx", "-int8.onnx") if self._int8 and not whole else file)
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
