@@ -102,6 +102,7 @@ def recipe_for(settings: Settings, folder: Path) -> Any:
         f"data.validation_size={settings.validation}",
         "data.exclude=[]",
         "data.phrases=0",
+        "data.templates=0",
         "data.epoch_pairs=null",
         f"training.epochs={settings.epochs}",
         "training.trackers=[]",
