@@ -43,12 +43,15 @@ VARIANTS: dict[str, list[str]] = {
     "objective: with Gram term": ["objective.gram=10"],
     "start: random": ["adapter.init=random"],
     "adapter: one layer": ["adapter.layers=1"],
+    "adapter: no hidden layer for words": ["adapter.hidden=0"],
+    "adapter: 512 hidden for words": ["adapter.hidden=512"],
     "adapter: width 128": ["adapter.width=128"],
     "adapter: width 384": ["adapter.width=384"],
     "pooling: attention": ["adapter.pooling=attention"],
     "English-English pairs: none": ["data.english_share=0"],
     "English-English pairs: 10%": ["data.english_share=0.1"],
     "pairs: with composed phrases": ["data.phrases=25000"],
+    "pairs: no nouns in templates": ["data.templates=0"],
     "student: layer -1": ["student.layers=[-1]"],
     "student: layer 8, stopped there": ["student.layers=[8]"],
     "student: layers 6 and 10, stopped there": ["student.layers=[6, 10]"],
@@ -108,7 +111,7 @@ def other_sources(recipe: LanguageRecipe) -> dict[str, list[str]]:
     names = [source.path for source in recipe.data.train]
     rows = {f"pairs: without {left_out}": [only([name for name in names if name != left_out])] for left_out in names}
     if "cedict" in names:
-        rows["pairs: dictionary alone"] = [only(["cedict"]), "data.phrases=0"]
+        rows["pairs: dictionary alone"] = [only(["cedict"]), "data.phrases=0", "data.templates=0"]
     return rows if len(names) > 1 else {}
 
 

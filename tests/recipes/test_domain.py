@@ -36,7 +36,6 @@ from trimtab.recipes.info import describe
 from trimtab.tasks.domain import DomainTask
 
 FAMILY = "clip"
-CHANCE = 100 / len(CAPTIONS)
 ROOT = Path(__file__).parents[2]
 
 
