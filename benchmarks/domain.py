@@ -3,8 +3,8 @@
     python benchmarks/domain.py --data path/to/grocery --seeds 1,2,3
 
 Every row trains `recipes/domain-grocery.yaml` with one method on the same pairs, as many of them drawn. It is measured
-once on the test split, on pictures of no particular domain before and after, and by the clock, which starts with an
-empty cache of features. Each finished run is a line of the output file, and is not repeated while the recipe stays the
+once on the test split (in bf16 where the machine is fast in it), on pictures of no particular domain before and after,
+and by the clock, which starts with an empty cache of features. Each finished run is a line of the output file, and is not repeated while the recipe stays the
 same. The table beside the file is made of them, and so is the answer to which goals are reached.
 
     python benchmarks/domain.py --data path/to/grocery --validation-only --warm --set bank.gamma=2 --out study.jsonl
@@ -44,6 +44,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.classification import classify
 from trimtab.evaluation.forgetting import forgetting, measure
 from trimtab.files import cache_home, digest_of, write_text
+from trimtab.precision import fast_inference
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.domain_pairs import general_sets, read_pairs, readable
 from trimtab.recipes.folders import recipe_digest, training_folder
@@ -375,7 +376,8 @@ def scores(model: Any, *, grocery: Grocery, splits: Sequence[str]) -> dict[str, 
             true, taken = np.array([item.label for item in items]), model.predict(items)
             counts = np.ones(len(items))
         else:
-            result = classify(model, items, grocery.classes, [TEMPLATE])
+            with fast_inference(model.device):
+                result = classify(model, items, grocery.classes, [TEMPLATE])
             cells = np.array(list(result.confusion)).reshape(-1, 2)
             true, taken, counts = cells[:, 0], cells[:, 1], np.array(list(result.confusion.values()))
             if result.skipped:
