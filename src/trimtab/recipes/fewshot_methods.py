@@ -329,7 +329,7 @@ def coop(recipe: PromptRecipe) -> PromptRecipe:
     return replace(
         recipe,
         method="coop",
-        steps=50,
+        steps=400,
         select="last",
         objective=replace(recipe.objective, classes_per_step=None),
         training=replace(recipe.training, epochs=1, batch_size=128, learning_rate=1e-2),
