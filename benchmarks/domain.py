@@ -2,10 +2,11 @@
 
     python benchmarks/domain.py --data path/to/grocery --seeds 1,2,3
 
-Every row trains `recipes/domain-grocery.yaml` with one method on the same pairs, as many of them drawn. It is measured
-once on the test split (in bf16 where the machine is fast in it), on pictures of no particular domain before and after,
-and by the clock, which starts with an empty cache of features. Each finished run is a line of the output file, and is not repeated while the recipe stays the
-same. The table beside the file is made of them, and so is the answer to which goals are reached.
+Every row trains `recipes/domain-grocery.yaml` with one method on the same pairs, as many of them drawn. It is
+measured once on the test split (in bf16 where the machine is fast in it), on pictures of no particular domain before
+and after, and by the clock, which starts with an empty cache of features. Each finished run is a line of the output
+file, and is not repeated while the recipe stays the same. The table beside the file is made of them, and so is the
+answer to which goals are reached.
 
     python benchmarks/domain.py --data path/to/grocery --validation-only --warm --set bank.gamma=2 --out study.jsonl
 
