@@ -47,6 +47,22 @@ def test_best_weights_by_the_direction_given(tmp_path, greater, expected):
     assert torch.equal(problem.model[0].weight, seen[expected])
 
 
+@pytest.mark.parametrize(("start", "expected"), [(9.0, -1), (0.0, 1)])
+def test_the_start_may_be_the_best(tmp_path, start, expected):
+    problem = Problem()
+    weights = problem.model[0].weight.detach().clone()
+    scores = {-1: start, 0: 1.0, 1: 2.0}
+    select = Selection("score", with_start=True)
+    result = problem.train(
+        tmp_path, settings=settings(epochs=2), validate=lambda epoch: {"score": scores[epoch]}, select=select
+    )
+    assert result.history[0]["kind"] == "validation"
+    assert result.history[0]["step"] == 0
+    assert result.best is not None
+    assert result.best["epoch"] == expected
+    assert torch.equal(problem.model[0].weight, weights) == (expected == -1)
+
+
 def test_validation_sees_eval_mode_no_gradients_and_averaged_weights(tmp_path):
     problem = Problem()
     weights = []

@@ -114,7 +114,8 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         ),
         seed=recipe.seed,
         validate=lambda _: validate(task, frozen, text),
-        select=Selection("match"),
+        # With few pairs nothing that is trained beats the closed form.
+        select=Selection("match", with_start=recipe.adapter.init == "ridge"),
         run_config=to_mapping(recipe),
         accelerator=accelerator,
     )

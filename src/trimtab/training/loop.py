@@ -115,6 +115,10 @@ def train(
         stack.enter_context(_explain_out_of_memory(run))
         if resumed_from:
             terminal.say(f"resuming at step {run.step} of {run.total}")
+        elif validate and select and select.with_start:
+            record = run.validate(validate, -1, select)
+            _log(trackers, "validation", record)
+            terminal.say(f"start  {_numbers(record)}")
 
         for epoch in range(run.epochs_done, settings.epochs):
             modules.train()

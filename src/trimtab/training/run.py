@@ -30,10 +30,15 @@ from trimtab.training.optimiser import adamw, learning_rate, trainable, weight_a
 
 @dataclass(frozen=True)
 class Selection:
-    """The validation metric by which the best weights are kept, and its direction."""
+    """The validation metric by which the best weights are kept, and its direction.
+
+    Attributes:
+        with_start: the weights before the first step are judged too, as those of epoch -1.
+    """
 
     metric: str
     greater_is_better: bool = True
+    with_start: bool = False
 
     def improves(self, new: float, old: float | None) -> bool:
         if not math.isfinite(new):
