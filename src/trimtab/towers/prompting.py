@@ -229,7 +229,17 @@ class PromptTower:
     # Prompts of which a part joins at a later layer
 
     def entering(self, layout: PromptLayout, layer: int, prompt: Tensor, extra: Tensor | None = None) -> Tensor:
-        """States (R, T, state_width) that enter a layer, from 1 on; other arguments as for `assemble`."""
+        """States (R, T, state_width) that enter a layer, from 1 on; other arguments as for `assemble`.
+
+        Raises:
+            ModelError: the text tower has adapters, which a pass that ends or begins at a layer would miss.
+        """
+        placed = self.base.adapters.placed() if hasattr(self.base, "adapters") else []
+        if any(site.tower == "text" for site, _ in placed):
+            raise ModelError(
+                f"{self.base.name} has adapters on its text tower, and instance.layer={layer} would pass them by: set "
+                "instance.layer=0, or train the domain with tower: image alone"
+            )
         cut = TowerCut(self.base, "text", self._sites[layer])
         with self._reading(self.assemble(layout, prompt, extra)):
             return cut.entering(layout.inputs)
