@@ -36,6 +36,7 @@ from trimtab.recipes.info import describe
 from trimtab.tasks.domain import DomainTask
 
 FAMILY = "clip"
+CHANCE = 100 / len(CAPTIONS)
 ROOT = Path(__file__).parents[2]
 
 
@@ -149,6 +150,7 @@ def two_ranks(recipe: Path, *last: Any) -> list[subprocess.Popen[str]]:
 
 def test_it_learns_the_domain(finished: dict[str, Any]) -> None:
     outcome = finished["outcome"]
+    assert outcome["validation"]["top1"] > 3 * CHANCE
     recall = [record["mR"] for record in outcome["history"] if record["kind"] == "validation"]
     assert max(recall) > recall[0] + 15  # of 12 pictures, so top-1 moves in steps of 8 points
     tops = [record["top1"] for record in outcome["history"] if record["kind"] == "validation"]

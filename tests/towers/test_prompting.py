@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from tiny_towers import BUILDERS, inputs_of
-from trimtab.errors import DataError, RecipeError
+from trimtab.adapters.domain import DomainAdapted, DomainAdapters
+from trimtab.config import DomainAdapterConfig
+from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.towers import prompting
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
@@ -92,6 +95,17 @@ def test_a_shift_at_a_later_layer_changes_only_what_is_above(name: str, base_of:
     some = tower.shifted(layout, last, states, rows, shift)
     assert (some - none).abs().max() > 1e-3
     close(some[1:], tower.shifted(layout, last, states, rows[1:], shift[1:]))  # rows are independent
+
+
+def test_a_later_layer_refuses_a_text_tower_with_adapters(base_of: Any) -> None:
+    """A pass that ends or begins at a layer would miss them."""
+    base = base_of("clip")
+    for place, refused in (("text", True), ("image", False)):
+        adapters = DomainAdapters(base, [DomainAdapterConfig(tower=place, width=4)])  # type: ignore[arg-type]
+        tower = PromptTower(DomainAdapted(base, adapters))
+        layout = tower.layout(NAMES, prompt=1)
+        with pytest.raises(ModelError, match=r"instance\.layer=1") if refused else contextlib.nullcontext():
+            tower.entering(layout, 1, torch.zeros(1, 1, tower.width))
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "starter"])

@@ -27,7 +27,7 @@ from trimtab.towers.merged_text import AdaptedTextConfig, AdaptedTextModel
 
 BASE = "base"
 CODE = "text_encoder.py"
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 _OURS = "trimtab_"  # how the kinds of our own towers start
 _INSTEAD = "`trimtab export --format onnx` writes it with everything inside"
 
