@@ -46,10 +46,17 @@ def adapt(
         recipe = load_recipe(recipe, overrides)
     atexit.unregister(_part)
     atexit.register(_part)
-    return LINKS[recipe.link](recipe, dry_run=dry_run)
+    outcome = LINKS[recipe.link](recipe, dry_run=dry_run)
+    if _in_company():
+        dist.barrier()  # the main process still writes when the others are done: none leaves before it
+    return outcome
 
 
 def _part() -> None:
     """Part from the other processes in good order; else a thread that waits for them may abort a finished program."""
-    if dist.is_available() and dist.is_initialized():
+    if _in_company():
         dist.destroy_process_group()
+
+
+def _in_company() -> bool:
+    return dist.is_available() and dist.is_initialized()
