@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from tiny_language import toy_pairs, toy_recipe, write_pairs
+from trimtab.adapters.adapted import LanguageAdapted, load_adapted
 from trimtab.adapters.language import LanguageAdapter
 from trimtab.config import LanguageRecipe
+from trimtab.data import corpora
 from trimtab.data.parallel import ParallelText
 from trimtab.errors import ModelError, RecipeError
 from trimtab.recipes import language
@@ -252,3 +254,50 @@ def test_the_card_is_read_by_machines_and_people(make: Any) -> None:
 def test_a_prepared_text_needs_no_counts() -> None:
     text = ParallelText.from_pairs([("猫", "cat")])
     assert PreparedText(text, text).counts == {}
+
+
+# The translation memory
+
+
+def test_a_run_with_a_memory_looks_words_up(
+    make: Any, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "concrete_nouns", lambda: frozenset(english for _, english in PAIRS))
+    monkeypatch.setattr(language, "_MATCH_LOSS", 100.0)  # among so few words any memory disturbs the others
+    recipe = make(adapter={"memory": 60})
+    outcome = adapt(recipe)
+    assert outcome is not None
+    assert {"match_without_memory", "memory_weight"} <= set(outcome["validation"])
+    model = load_adapted(tmp_path / "out", base=base)
+    assert isinstance(model, LanguageAdapted)
+    memory = model.adapter.memory
+    assert memory is not None
+    assert model.adapter.config.memory == len(memory) == 60
+    words = prepare(recipe).words
+    assert words is not None
+    wanted = base.encode_text(words.pairs.english)
+    strength = memory.weight.clone()
+    cosines = []
+    for weight in (torch.tensor(0.0), strength):
+        memory.weight.copy_(weight)
+        cosines.append((model.encode_text(words.pairs.targets) * wanted).sum(1))
+    assert strength == 8
+    assert cosines[1].mean() > cosines[0].mean()
+    assert cosines[1].mean() > 0.95
+
+
+def test_a_memory_that_costs_match_is_weakened(
+    make: Any, base: Any, student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "concrete_nouns", lambda: frozenset(english for _, english in PAIRS))
+    monkeypatch.setattr(language, "_MATCH_LOSS", -200.0)  # nothing is good enough
+    outcome = adapt(make(adapter={"memory": 60}))
+    assert outcome is not None
+    assert outcome["validation"]["memory_weight"] == 0
+    assert outcome["validation"]["match"] == outcome["validation"]["match_without_memory"]
+
+
+def test_a_memory_needs_nouns(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "concrete_nouns", frozenset)
+    with pytest.raises(RecipeError, match=r"adapter\.memory=60.*no nouns.*set adapter\.memory=0"):
+        adapt(make(adapter={"memory": 60}))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +377,38 @@ def test_files_alone_touch_no_package(recipe: Any, monkeypatch: pytest.MonkeyPat
     for name in PREPARED:
         monkeypatch.setitem(PREPARED, name, unused)
     assert len(prepare(recipe(english_share=0.1)).train) > 150
+
+
+@pytest.mark.parametrize(("language", "count"), [("zh", 3), ("zh", 1000), ("ja", 1000)])
+def test_nouns_go_into_a_memory(
+    language: str, count: int, recipe: Any, tmp_path: Path, packages: Callable[..., None]
+) -> None:
+    packages()
+    source = {"path": str(tmp_path / "pairs.csv"), "language": language}
+    asked = recipe([*toy_pairs(100), *NOUNS], train=[source], validation_size=2)
+    assert prepare(asked).words is None
+    text = prepare(replace(asked, adapter=replace(asked.adapter, memory=count)))
+    assert text.words is not None
+    known = {noun: name for noun, name in NOUNS if noun in set(text.train.targets)}
+    own, english = ("一张{}的照片", "a photo of a {}") if language == "zh" else ("{}", "{}")
+    made = dict(zip(text.words.pairs.targets, text.words.pairs.english, strict=True))
+    expected = {own.replace("{}", noun): english.replace("{}", name) for noun, name in known.items()}
+    assert made.items() <= expected.items()
+    assert len(made) == min(count, len(expected)) == text.counts["words in the memory"]["kept"]
+    ways = DEFAULT_TEMPLATES.get(language, [])
+    assert text.words.templates == len(ways)
+    assert len(text.words.variants) == len(made) * len(ways)
+    for at in range(0, len(text.words.variants), max(1, len(ways))):
+        first = text.words.variants[at]
+        noun = next(noun for noun in known if own.replace("{}", noun) == first)
+        assert list(text.words.variants[at : at + len(ways)]) == [way.replace("{}", noun) for way in ways]
+
+
+def test_a_memory_holds_no_test_text(recipe: Any, tmp_path: Path, packages: Callable[..., None]) -> None:
+    packages()
+    target = f"一张{NOUNS[0][0]}的照片"
+    (tmp_path / "test.csv").write_text(f"text\n{target}\n", encoding="utf-8")
+    asked = recipe([*toy_pairs(100), *NOUNS], exclude=[str(tmp_path / "test.csv")], validation_size=2)
+    text = prepare(replace(asked, adapter=replace(asked.adapter, memory=100)))
+    assert text.words is not None
+    assert target not in text.words.pairs.targets

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tiny_links import save_language, save_tiny_domain, save_tiny_prompt
@@ -119,17 +120,31 @@ def test_starter_brings_its_towers_along(tmp_path: Path, pictures: list[Image.Im
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "attention"])
-@pytest.mark.parametrize(("init", "hidden"), [("ridge", 0), ("random", 0), ("ridge", 7)])
-def test_every_adapter(tiny_base: Any, tiny_folder: Any, tmp_path: Path, pooling: str, init: str, hidden: int) -> None:
+@pytest.mark.parametrize(("init", "hidden", "memory"), [("ridge", 0, 0), ("random", 0, 5), ("ridge", 7, 0)])
+def test_every_adapter(
+    tiny_base: Any, tiny_folder: Any, tmp_path: Path, pooling: str, init: str, hidden: int, memory: int
+) -> None:
     import tiny_models
     from trimtab.adapters.adapted import LanguageAdapted
     from trimtab.adapters.language import LanguageAdapter
     from trimtab.config import LanguageAdapterConfig
 
     base, student = tiny_base("clip"), TextEncoder.load(tiny_folder("bert"), device="cpu")
-    config = LanguageAdapterConfig(width=12, layers=2, heads=2, hidden=hidden, init=init, pooling=pooling)  # type: ignore[arg-type]
+    config = LanguageAdapterConfig(
+        width=12,
+        layers=2,
+        heads=2,
+        hidden=hidden,
+        init=init,  # type: ignore[arg-type]
+        pooling=pooling,  # type: ignore[arg-type]
+        memory=memory,
+    )
     adapter = LanguageAdapter(config, input_dim=2 * student.hidden_size, output_dim=base.embedding_dim)
     tiny_models.randomised(adapter, 3)
+    if adapter.memory is not None:
+        adapter.memory.fill(*torch.randn(2, memory, base.embedding_dim), torch.randn(4, 3, base.embedding_dim))
+        adapter.memory.weight.fill_(4.0)
+        adapter.memory.sharpness.fill_(1.0)
     model = LanguageAdapted(base, student, adapter, layers=(0, -1), name="tiny")
     assert merging.write_text_encoder(model, tmp_path / "out") < 1e-5
 

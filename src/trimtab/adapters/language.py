@@ -2,7 +2,8 @@
 
 Down linear -> Transformer layers -> pooling -> Up linear, beside a linear path from the mean-pooled states that
 `fit_linear` sets in closed form and, where asked for, a wide network of one hidden layer on the same pooled states,
-which learns single words by heart. Both start at zero, so a new adapter is exactly the closed-form map.
+which learns single words by heart. Both start at zero, so a new adapter is exactly the closed-form map. A translation
+memory may follow when all is trained.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.adapters.memory import TranslationMemory
 from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageAdapterConfig
 
@@ -92,10 +94,12 @@ class LanguageAdapter(nn.Module):
             self.linear = nn.Linear(input_dim, output_dim).requires_grad_(False)
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
+        self.memory = TranslationMemory(config.memory, output_dim) if config.memory else None
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, H), (B, T) bool -> (B, D)
         states = self.standardised(states)
-        return self.features(self.token_states(states, mask), states, mask)
+        features = self.features(self.token_states(states, mask), states, mask)
+        return features if self.memory is None else self.memory(features)
 
     def standardised(self, states: Tensor) -> Tensor:  # (B, T, H) -> (B, T, H)
         return (states - self.input_mean).div_(self.input_std)

@@ -115,6 +115,8 @@ class LanguageAdapterConfig:
         feedforward: inner width of the feed-forward block as a multiple of `width`.
         hidden: width of one hidden layer on the mean of the states, which learns single words by heart; 0 for none.
         init: ``ridge`` starts from the closed-form linear map, ``random`` from nothing.
+        memory: most nouns of the training pairs whose English features are kept after training, to look them up; see
+            `trimtab.adapters.memory`. 0 for none.
     """
 
     width: int = 384
@@ -125,6 +127,7 @@ class LanguageAdapterConfig:
     pooling: Literal["mean", "cls", "attention"] = "mean"
     dropout: float = 0.0
     init: Literal["ridge", "random"] = "ridge"
+    memory: int = 0
 
     def __post_init__(self) -> None:
         require(self, "heads", self.heads >= 1, "at least 1")
@@ -133,6 +136,7 @@ class LanguageAdapterConfig:
         require(self, "layers", 0 <= self.layers <= 12, "from 0 to 12")
         require(self, "feedforward", self.feedforward >= 1, "at least 1")
         require(self, "hidden", self.hidden >= 0, "at least 0")
+        require(self, "memory", self.memory >= 0, "at least 0")
         require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
 from trimtab.adapters.language import LanguageAdapter, masked_mean
+from trimtab.adapters.memory import TranslationMemory
 from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageRecipe, to_mapping, to_yaml
 from trimtab.data.cache import CachedArrays, PackedStates, cache_bytes_needed, cached_states, cached_vectors
@@ -29,7 +30,7 @@ from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
 from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
-from trimtab.recipes.sources import PreparedText, drawing_probability, prepare
+from trimtab.recipes.sources import PreparedText, Words, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
@@ -45,6 +46,9 @@ _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
 _BATCH = 1000  # pairs that are pooled at a time
 _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE = 0.3
+_MEMORY_WEIGHTS = (8.0, 4.0, 2.0, 1.0, 0.0)
+_NO_WORDS = Words(ParallelText.from_pairs([]))
+_MATCH_LOSS = 0.3  # points of validation match, on words that the memory does not hold, that it may cost
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class FrozenFeatures:
     Attributes:
         states: the student's token states of the training targets, validation targets, validation English.
         teacher: (texts, D) the base's embeddings of the English texts.
-        english: (pairs,) row in `teacher` of each training pair; `validation` the same for validation pairs.
+        english: (pairs,) row in `teacher` of each training pair; `validation` and `words` the same for validation
+            pairs and for the words of a memory, whose states follow those of the validation pairs.
         seconds: spent on encoding, near 0 when the cache had them.
     """
 
@@ -62,6 +67,7 @@ class FrozenFeatures:
     teacher: CachedArrays
     english: np.ndarray
     validation: np.ndarray
+    words: np.ndarray
     seconds: float
 
 
@@ -77,8 +83,10 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix, device=device)
     check_pairing(recipe, base, student, text.train)
     torch.manual_seed(recipe.seed)
-    adapter = LanguageAdapter(
-        recipe.adapter, input_dim=student.hidden_size * len(recipe.student.layers), output_dim=base.embedding_dim
+    adapter = LanguageAdapter(  # what is trained has no memory yet: what is kept there depends on it
+        replace(recipe.adapter, memory=0),
+        input_dim=student.hidden_size * len(recipe.student.layers),
+        output_dim=base.embedding_dim,
     )
     if dry_run:
         print(plan(recipe, text, base, student, adapter))
@@ -121,9 +129,12 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     )
     if int(os.environ.get("RANK", "0")) != 0:
         return None
+    best = dict(result.best or {})
+    if text.words is not None:
+        best |= remember(task, frozen, text)
     outcome = {
         "folder": recipe.out,
-        "validation": dict(result.best or {}),
+        "validation": best,
         "pairs": len(text.train),
         "counts": text.counts,
         "languages": text.train.language_counts(),
@@ -175,7 +186,8 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
     started = time.monotonic()
     folder = cache_home() / "features"
     precision = "bf16" if has_fast_bf16(base.device) else "fp32"
-    english = list(dict.fromkeys([*text.train.english, *text.validation.english]))
+    words = text.words or _NO_WORDS
+    english = list(dict.fromkeys([*text.train.english, *text.validation.english, *words.pairs.english]))
     place = {sentence: i for i, sentence in enumerate(english)}
 
     def teach(texts: list[str]) -> np.ndarray:
@@ -191,6 +203,7 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
     layers = ",".join(map(str, recipe.student.layers))
     parts = ("student", student.fingerprint, student.prefix, layers, str(student.max_tokens), precision)
     items = [*text.train.targets, *text.validation.targets, *text.validation.english]
+    items += [*words.pairs.targets, *words.variants]
     with progress_reporter("student") as report:
         states = cached_states(folder, parts, items, read, progress=report)
     return FrozenFeatures(
@@ -198,6 +211,7 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
         teacher,
         np.array([place[sentence] for sentence in text.train.english]),
         np.array([place[sentence] for sentence in text.validation.english]),
+        np.array([place[sentence] for sentence in words.pairs.english], dtype=int),
         time.monotonic() - started,
     )
 
@@ -241,6 +255,31 @@ def validate(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> 
     }
 
 
+@torch.no_grad()
+def remember(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> dict[str, float]:
+    """Give the trained adapter its translation memory, as strong as new words bear; what validation says of it."""
+    assert text.words is not None
+    adapter, words = task.adapter, text.words
+    first, count = len(text.train) + 2 * len(text.validation), len(words.pairs)
+    keys = torch.from_numpy(_features(task, frozen.states, np.arange(first, first + count)))
+    variants = None
+    if words.templates:
+        rows = np.arange(first + count, first + count + len(words.variants))
+        variants = torch.from_numpy(_features(task, frozen.states, rows)).unflatten(0, (-1, words.templates))
+    values = torch.from_numpy(frozen.teacher[frozen.words].astype(np.float32))
+    memory = TranslationMemory(count, len(adapter.output_mean))
+    memory.fill(keys, values, variants)
+    alone = validate(task, frozen, text)["match"]
+    adapter.config = replace(adapter.config, memory=count)
+    adapter.memory = memory.to(task.device)
+    for weight in _MEMORY_WEIGHTS:
+        memory.weight.fill_(weight)
+        found = validate(task, frozen, text)
+        if found["match"] >= alone - _MATCH_LOSS:
+            break
+    return {**found, "match_without_memory": alone, "memory_weight": weight}
+
+
 def narrowing(student: float, teacher: float) -> float:
     """How far a student's mean pairwise cosine has gone from its teacher's (0) towards a constant output (1)."""
     return max(0.0, (student - teacher) / max(1 - teacher, 1e-6))
@@ -260,8 +299,9 @@ def plan(
     """What a run would do: resolved recipe, parameters, cache, and time measured on a few hundred texts."""
     trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = sum(p.numel() for model in (base.model, student.model) for p in model.parameters())
-    targets = list(dict.fromkeys(text.train.targets))
-    english = list(dict.fromkeys(text.train.english))
+    words = text.words or _NO_WORDS
+    targets = list(dict.fromkeys([*text.train.targets, *words.pairs.targets, *words.variants]))
+    english = list(dict.fromkeys([*text.train.english, *words.pairs.english]))
     sample, sample_english = targets[:: max(1, len(targets) // 256)], english[:: max(1, len(english) // 256)]
     with fast_inference(student.device):
         states = student.token_states(sample, recipe.student.layers)
@@ -324,7 +364,7 @@ def save(
         link="language",
         tensors=adapter.state_dict(),
         config={
-            "adapter": to_mapping(recipe.adapter),
+            "adapter": to_mapping(adapter.config),
             "input_dim": len(adapter.input_mean),
             "output_dim": len(adapter.output_mean),
             "english": recipe.english,

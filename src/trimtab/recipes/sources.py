@@ -7,7 +7,7 @@ import functools
 import random
 import unicodedata
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,23 @@ PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
 
 _LOCALES = {"cldr": "cldr:ja", "cataclysm": "cataclysm:zh_CN"}  # sources that need a locale, and an example
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_VARIANTS = 200  # nouns that show in which directions templates differ
 _LONGEST_NOUN = (8, 24)  # characters of the target and of the English name that make a phrase
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a translation memory is made of: nouns of the training pairs.
+
+    Attributes:
+        pairs: every noun in its language's first template, or alone where a language has none.
+        variants: some nouns in all templates of their language, the templates of one noun side by side.
+        templates: how many that are for each noun; 0 if there are no variants.
+    """
+
+    pairs: ParallelText
+    variants: tuple[str, ...] = ()
+    templates: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,11 +55,13 @@ class PreparedText:
 
     Attributes:
         counts: for each source and for the whole, pairs read, dropped by each rule and kept.
+        words: for a translation memory; null without one.
     """
 
     train: ParallelText
     validation: ParallelText
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    words: Words | None = None
 
 
 def read_source(source: TextSource) -> ParallelText:
@@ -127,7 +145,13 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
         english, _ = _exclude(_english_pairs(train, data.english_share, recipe.seed), test_texts)
         counts["English-English pairs"] = {"kept": len(english)}
         train = train.concat(english)
-    return PreparedText(train, validation, counts)
+    known = None
+    if count := recipe.adapter.memory:
+        known = _memory_words(words, count, recipe.seed)
+        pairs, _ = _exclude(_without(known.pairs, held_out)[0], test_texts)
+        counts["words in the memory"] = {"kept": len(pairs)}
+        known = replace(known, pairs=pairs)
+    return PreparedText(train, validation, counts, known)
 
 
 def drawing_probability(text: ParallelText, data: LanguageData) -> np.ndarray:
@@ -233,6 +257,24 @@ def _in_templates(train: ParallelText, count: int, seed: int) -> ParallelText:
             made.append((fill(own, names[place][0]), fill(english, names[place][1])))
         parts.append(ParallelText.from_pairs(made, language))
     return parts[0].concat(*parts[1:])
+
+
+def _memory_words(train: ParallelText, count: int, seed: int) -> Words:
+    """At most `count` nouns as a translation memory holds them, shared out between languages by their number."""
+    languages = {language for language in train.languages if language != "en"}
+    nouns = _nouns(train, languages, f"adapter.memory={count}", "a translation memory")
+    total = sum(map(len, nouns.values()))
+    pairs, variants, templates = [], [], 0
+    for language, known in nouns.items():
+        names = random.Random(seed).sample(list(known.items()), min(len(known), round(count * len(known) / total)))
+        ways = list(zip(DEFAULT_TEMPLATES.get(language, ["{}"]), DEFAULT_TEMPLATES["en"], strict=False))
+        own, english = ways[0] if len(ways) > 1 else ("{}", "{}")
+        made = [(fill(own, name), fill(english, meaning)) for name, meaning in names]
+        pairs.append(ParallelText.from_pairs(made, language))
+        if len(ways) > 1:
+            templates = len(ways)
+            variants += [fill(way, name) for name, _ in names[:_VARIANTS] for way, _ in ways]
+    return Words(pairs[0].concat(*pairs[1:]), tuple(variants), templates)
 
 
 def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str) -> dict[str, dict[str, str]]:

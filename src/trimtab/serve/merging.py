@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimtab.adapters.memory import DIRECTIONS
 from trimtab.errors import ModelError
 from trimtab.files import explain_disk_errors, open_up, write_json, write_text
 from trimtab.serve.export import TEXTS, made_pictures
@@ -171,7 +172,7 @@ def write_text_encoder(link: Any, folder: Path) -> float:
         encoder=student.model.config.to_dict(),
         states=student._checked_layers(link.layers),
         hidden_size=link.embedding_dim,
-        adapter={name: getattr(adapter.config, name) for name in _ADAPTER_KEYS},
+        adapter={**{name: getattr(adapter.config, name) for name in _ADAPTER_KEYS}, "directions": DIRECTIONS},
         prefix=inputs.prefix,
         prefix_span=[span.start, span.stop] if span else [0, 0],
     )
@@ -196,7 +197,7 @@ def write_text_encoder(link: Any, folder: Path) -> float:
     return _checked(_text_difference(link, folder), link.name)
 
 
-_ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "hidden", "pooling", "init")
+_ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "hidden", "pooling", "init", "memory")
 
 
 def _write_for_sentence_transformers(folder: Path, prefix: str) -> None:

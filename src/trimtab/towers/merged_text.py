@@ -30,7 +30,8 @@ class AdaptedTextConfig(PretrainedConfig):
         encoder: configuration of the encoder, with its `model_type`.
         states: which hidden states of the encoder the adapter reads, side by side; 0 is the embeddings.
         hidden_size: D of the unit vectors.
-        adapter: `width`, `layers`, `heads`, `feedforward`, `hidden`, `pooling` and `init`.
+        adapter: `width`, `layers`, `heads`, `feedforward`, `hidden`, `pooling` and `init`, and for a
+            translation memory `memory` words and `directions`.
         prefix: to be set before every text; "" for none.
         prefix_span: columns [start, stop) of its tokens, whose states are left out.
     """
@@ -125,6 +126,7 @@ class _Adapter(nn.Module):
             self.word_in = nn.Linear(input_dim, self.hidden)
             self.word_out = nn.Linear(self.hidden, dim, bias=False)
         self.linear = nn.Linear(input_dim, dim) if about["init"] == "ridge" else None
+        self.memory = _Memory(about["memory"], about["directions"], dim) if about["memory"] else None
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, H) -> (B, T, W), (B, D)
         states = (states - self.input_mean) / self.input_std
@@ -138,7 +140,8 @@ class _Adapter(nn.Module):
             output = output + self.word_out(F.gelu(self.word_in(self.word_norm(mean))))
         if self.linear is not None:
             output = output + self.linear(mean)
-        return x, output * self.output_std + self.output_mean
+        features = output * self.output_std + self.output_mean
+        return x, features if self.memory is None else self.memory(features)
 
     def _pooled(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W) -> (B, W)
         if self.pooling == "cls":
@@ -147,6 +150,34 @@ class _Adapter(nn.Module):
             return _mean(x, mask)
         scores = (x @ self.query) / math.sqrt(x.shape[-1])  # (B, T)
         return torch.einsum("bt,btw->bw", scores.masked_fill(~mask, -torch.inf).softmax(dim=-1), x)
+
+
+class _Memory(nn.Module):
+    """Moves features that lie near a known word towards the features of its translation."""
+
+    def __init__(self, count: int, directions: int, dim: int) -> None:
+        super().__init__()
+        for name in ("key", "value"):
+            self.register_buffer(f"{name}s", torch.zeros(count, dim, dtype=torch.int8))
+            self.register_buffer(f"{name}_scale", torch.zeros(count))
+        self.register_buffer("directions", torch.zeros(dim, directions))
+        self.register_buffer("sharpness", torch.tensor(0.0))
+        self.register_buffer("weight", torch.tensor(0.0))
+        self.keys: Tensor
+        self.key_scale: Tensor
+        self.values: Tensor
+        self.value_scale: Tensor
+        self.directions: Tensor
+        self.sharpness: Tensor
+        self.weight: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:  # (B, D) -> (B, D)
+        unit = F.normalize(features.float(), dim=-1)
+        word = F.normalize(unit - unit @ self.directions @ self.directions.T, dim=-1)
+        cosines = word @ self.keys.float().T * self.key_scale  # (B, N)
+        near = (self.sharpness * (cosines - 1)).exp()
+        recalled = (near * self.value_scale) @ self.values.float() / near.sum(dim=-1, keepdim=True).clamp_min(1)
+        return F.normalize(unit + self.weight * recalled, dim=-1)
 
 
 class _Layer(nn.Module):

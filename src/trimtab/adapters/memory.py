@@ -1,0 +1,81 @@
+"""A translation memory: words whose English features are known are looked up rather than regressed.
+
+A regression from thousands of words to their English features keeps the neighbours of each, but only half of its
+direction, and nearness to pictures needs the direction. So what lies near a word of the training pairs is moved to
+where the word's translation lies: nearest neighbours beside a trained model, as in kNN-MT (Khandelwal et al., arXiv
+2010.00710) and, for images, in Tip-Adapter (Zhang et al., arXiv 2111.03930). Nothing here is trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DIRECTIONS = 16  # most directions in which sentences around a word may differ
+
+
+class TranslationMemory(nn.Module):
+    """Features (B, D) to unit features (B, D), moved towards the translations of the nearest words.
+
+    Nearness is told without the directions in which one template differs from another, so that a word is known in any
+    of them. With cosines c to the keys and w = exp(sharpness * (c - 1)), the result is the direction of
+    f + weight * sum(w v) / max(1, sum(w)): far from every word that is f, at a word nearly its translation.
+
+    Args:
+        count: words, N.
+        dim: D.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor
+    value_scale: Tensor
+    directions: Tensor
+    sharpness: Tensor
+    weight: Tensor
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        for name in ("key", "value"):  # whole numbers of 8 bits: a quarter of the size, and the same neighbours
+            self.register_buffer(f"{name}s", torch.zeros(count, dim, dtype=torch.int8))
+            self.register_buffer(f"{name}_scale", torch.zeros(count))
+        self.register_buffer("directions", torch.zeros(dim, DIRECTIONS))
+        self.register_buffer("sharpness", torch.tensor(15.0))
+        self.register_buffer("weight", torch.tensor(0.0))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @torch.no_grad()
+    def fill(self, keys: Tensor, values: Tensor, variants: Tensor | None = None) -> None:
+        """Take words in.
+
+        Args:
+            keys: (N, D) what the adapter makes of them.
+            values: (N, D) what it should have made: the features of their translations.
+            variants: (S, T, D) what the adapter makes of S words in T templates each, the same for all words.
+        """
+        if variants is not None and variants.shape[1] > 1:
+            means = F.normalize(variants.float(), dim=-1).mean(dim=0)  # (T, D)
+            rank = min(len(means) - 1, DIRECTIONS)
+            _, _, rows = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
+            self.directions.zero_()
+            self.directions[:, :rank] = rows[:rank].T
+        pairs = ((self.keys, self.key_scale, self._apart(keys)), (self.values, self.value_scale, values))
+        for whole, scale, rows in pairs:
+            unit = F.normalize(rows.float(), dim=-1)
+            scale.copy_(unit.abs().amax(dim=-1).clamp_min(1e-12) / 127)
+            whole.copy_((unit / scale[:, None]).round())
+
+    def forward(self, features: Tensor) -> Tensor:  # (B, D) -> (B, D)
+        unit = F.normalize(features.float(), dim=-1)
+        cosines = self._apart(unit) @ self.keys.float().T * self.key_scale  # (B, N)
+        near = (self.sharpness * (cosines - 1)).exp()
+        recalled = (near * self.value_scale) @ self.values.float() / near.sum(dim=-1, keepdim=True).clamp_min(1)
+        return F.normalize(unit + self.weight * recalled, dim=-1)
+
+    def _apart(self, features: Tensor) -> Tensor:
+        """Without what templates add."""
+        features = features.float()
+        return F.normalize(features - features @ self.directions @ self.directions.T, dim=-1)
