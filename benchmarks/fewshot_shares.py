@@ -84,7 +84,7 @@ def trunk(classes: int) -> nn.Module:
 
 
 NETWORKS = {
-    "resnet": Budget(resnet, side=112, epochs=20, learning_rate=1e-3, half=True),
+    "resnet": Budget(resnet, side=96, epochs=15, learning_rate=1e-3, half=True),
     "trunk": Budget(trunk, side=128, epochs=8, learning_rate=5e-4),
 }
 
