@@ -84,12 +84,17 @@ def base_to_new(
                 ]
             run: dict[str, Any] = {
                 "method": method, "dataset": dataset, "shots": SHOTS, "seed": seed, "base": found[0], "new": found[1],
-                "harmonic": 2 * found[0] * found[1] / max(1e-9, sum(found)),
+                "harmonic": harmonic_mean(*found),
                 "n_base": len(tests[0]), "n_new": len(tests[1]), "seconds": round(time.monotonic() - started, 1),
                 "key": key,
             }  # fmt: skip
             append_run(out, run)
             say(f"{dataset}, {method}, seed {seed}: base {found[0]:.1f}, new {found[1]:.1f}")
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Of two accuracies; 0 when either is, so that neither can be bought with the other."""
+    return 2 * base * new / (base + new) if base and new else 0.0
 
 
 @torch.no_grad()
