@@ -281,7 +281,7 @@ def test_a_run_with_a_memory_looks_words_up(
     for weight in (torch.tensor(0.0), strength):
         memory.weight.copy_(weight)
         cosines.append((model.encode_text(words.pairs.targets) * wanted).sum(1))
-    assert strength == 8
+    assert strength == 16
     assert cosines[1].mean() > cosines[0].mean()
     assert cosines[1].mean() > 0.95
 

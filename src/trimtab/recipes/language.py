@@ -46,9 +46,9 @@ _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
 _BATCH = 1000  # pairs that are pooled at a time
 _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE = 0.3
-_MEMORY_WEIGHTS = (8.0, 4.0, 2.0, 1.0, 0.0)
+_MEMORY_WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.0)
 _NO_WORDS = Words(ParallelText.from_pairs([]))
-_MATCH_LOSS = 0.3  # points of validation match, on words that the memory does not hold, that it may cost
+_MATCH_LOSS = 0.5  # points of validation match, on words that the memory does not hold, that it may cost
 
 
 @dataclass(frozen=True)
