@@ -45,6 +45,7 @@ VARIANTS: dict[str, list[str]] = {
     "adapter: one layer": ["adapter.layers=1"],
     "adapter: no hidden layer for words": ["adapter.hidden=0"],
     "adapter: 512 hidden for words": ["adapter.hidden=512"],
+    "adapter: no translation memory": ["adapter.memory=0"],
     "adapter: width 128": ["adapter.width=128"],
     "adapter: width 384": ["adapter.width=384"],
     "pooling: attention": ["adapter.pooling=attention"],

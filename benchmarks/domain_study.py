@@ -1,0 +1,129 @@
+"""Choices of `recipes/domain-grocery.yaml`, one change at a time, on validation pictures of other scenes.
+
+    python benchmarks/domain_study.py --data path/to/grocery
+
+Every row trains the recipe with one change, for 4 of its 10 epochs, and is judged by the share of validation pictures
+that get their own fine class; the test split is never read. One seed: differences of two points are noise. Rows that
+stand in the output file already, with the same recipe, are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from domain import RECIPE, Grocery, append, is_done, make_job, read_runs, run
+from domain_tables import Run
+
+from trimtab.adapters.adapted import load
+from trimtab.config import load_recipe
+from trimtab.errors import TrimtabError
+from trimtab.files import write_text
+
+EPOCHS = 4
+SEED = 1
+AS_IT_IS = "recipe as it is"
+
+
+def conv(first: int, width: int = 128) -> str:
+    """Adapters as the recipe has them, elsewhere or of another width."""
+    groups = (
+        f"{{tower: image, kind: conv, first: {first}, last: -1, width: {width}}}, "
+        "{tower: image, kind: bottleneck, width: 64}"
+    )
+    return f"adapters=[{groups}]"
+
+
+# By name: the row of `domain.ROWS` that is trained, and the changes to it.
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    AS_IT_IS: ("adapter_hard", []),
+    "no bank: pairs alike, no hard negatives": ("adapter", []),
+    "hard negatives alone: pairs alike": ("adapter_negatives", []),
+    "bank: gamma 2": ("adapter_hard", ["bank.gamma=2"]),
+    "bank: difficulty by rank": ("adapter_hard", ["bank.difficulty=rank"]),
+    "bank: learnability": ("adapter_hard", ["bank.difficulty=learnability"]),
+    "bank: importance correction 0.5": ("adapter_hard", ["bank.importance=0.5"]),
+    "adapters from block 14": ("adapter_hard", [conv(14)]),
+    "adapters from block 11": ("adapter_hard", [conv(11)]),
+    "adapters half as wide": ("adapter_hard", [conv(8, 64)]),
+    "adapters twice as wide": ("adapter_hard", [conv(8, 256)]),
+    "logit_scale 20": ("adapter_hard", ["objective.logit_scale=20"]),
+    "label smoothing 0.1": ("adapter_hard", ["objective.label_smoothing=0.1"]),
+    "batches of 16, rate 3.5e-3": ("adapter_hard", ["training.batch_size=16", "training.learning_rate=3.5e-3"]),
+    "batches of 64, rate 7e-3": ("adapter_hard", ["training.batch_size=64", "training.learning_rate=7e-3"]),
+    "no augmented view": ("adapter_hard", ["data.views=0"]),
+    "two augmented views": ("adapter_hard", ["data.views=2"]),
+    "LoRA by peft, pairs alike": ("lora", []),
+    "continual fine-tuning, pairs alike": ("full", []),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the grocery photos")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-domain"))
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="names of rows")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain_study.jsonl"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only) - VARIANTS.keys():
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    grocery = Grocery.prepare(arguments.data, arguments.work)
+    fingerprint = load(load_recipe(RECIPE).base).fingerprint
+    try:
+        for name in arguments.only:
+            row, changes = VARIANTS[name]
+            asked = as_domain_asks(arguments, row, changes)
+            job = make_job(asked, grocery, row, SEED, fingerprint)
+            if not is_done(asked, job):
+                append(arguments.out, {**run(asked, grocery, job), "change": name})
+                write_text(arguments.out.with_suffix(".md"), as_table(read_runs(arguments.out)))
+    except TrimtabError as error:
+        sys.exit(f"error: {error}")
+    write_text(arguments.out.with_suffix(".md"), as_table(read_runs(arguments.out)))
+
+
+def as_domain_asks(arguments: argparse.Namespace, row: str, changes: Sequence[str]) -> argparse.Namespace:
+    """The options of `domain.py` for one row of this study."""
+    wanted = [f"training.epochs={EPOCHS}", *changes]
+    return argparse.Namespace(
+        recipe=RECIPE,
+        share=1.0,
+        out=arguments.out,
+        work=arguments.work,
+        set=[],
+        set_row=[(row, change) for change in wanted],
+        validation_only=True,
+        no_general=True,
+        no_curve=True,
+        warm=True,
+    )
+
+
+def as_table(runs: Sequence[Run]) -> str:
+    """Rows in the study's order, the recipe's first."""
+    found = {run["change"]: run for run in runs}
+    known = found.get(AS_IT_IS)
+    lines = [
+        "| change | fine top-1, validation | against the recipe | coarse | trained, % of base | training, minutes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in (name for name in VARIANTS if name in found):
+        run = found[name]
+        fine = run["val"]["fine"]
+        gain = "" if known is None or name == AS_IT_IS else f"{fine - known['val']['fine']:+.1f}"
+        trained = 100 * run["trained_parameters"] / run["base_parameters"]
+        cells = (
+            f"{fine:.1f}",
+            gain,
+            f"{run['val']['coarse']:.1f}",
+            f"{trained:.2f}",
+            f"{run['seconds']['training'] / 60:.1f}",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
