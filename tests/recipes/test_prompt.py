@@ -197,7 +197,13 @@ def test_a_dry_run_says_what_it_would_do(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_may_stand_on_an_adapted_domain(toy: Callable[..., Path], places: Any, tmp_path: Path) -> None:
+def test_a_prompt_may_stand_on_an_adapted_domain(
+    toy: Callable[..., Path],
+    places: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from trimtab.adapters.domain import DomainAdapters, save_domain
     from trimtab.config import DomainAdapterConfig
 
@@ -210,6 +216,14 @@ def test_a_prompt_may_stand_on_an_adapted_domain(toy: Callable[..., Path], place
     domain = save_domain(tmp_path / "domain", adapters, base=base)
     outcome = adapt(toy(base=str(domain)))
     assert outcome is not None
+    assert not caplog.records
+    with monkeypatch.context() as patch:  # as if the domain had seen these pictures
+        patch.setattr(prompt_recipe, "zero_shot", lambda *_: 100.0)
+        adapt(toy(base=str(domain), out=str(tmp_path / "again")))
+        assert "100% of the validation pictures right without a prompt" in caplog.text
+        caplog.clear()
+        adapt(toy(out=str(tmp_path / "plain")))  # a base that is simply good
+    assert not caplog.records
     model = trimtab.load(outcome["folder"], device="cpu")
     assert model.fingerprint == trimtab.load(domain, device="cpu").fingerprint != base.fingerprint
     plain = base.encode_image([picture(0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.adapters.adapted import load
+from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.prompted import save_prompt
 from trimtab.config import PromptRecipe, to_mapping, to_yaml
 from trimtab.data.labelled import LabelledPictures, load_labelled
@@ -25,7 +27,10 @@ from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
 from trimtab.training.trackers import progress_reporter
 
+logger = logging.getLogger(__name__)
+
 _MEASURED = 16
+_TOO_GOOD = 99.0  # percent of the validation pictures that an adapted base names right before it has any prompt
 
 
 def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, Any] | None:
@@ -71,6 +76,13 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         "steps": fitted.steps,
         "history": fitted.history,
     }
+    if isinstance(base, DomainAdapted) and outcome["validation"]["zero_shot"] >= _TOO_GOOD:
+        logger.warning(
+            "%s names %.0f%% of the validation pictures right without a prompt. If it was trained on these pictures, "
+            "validation says nothing here: keep some apart from both trainings, in data.validation and data.test",
+            recipe.base,
+            outcome["validation"]["zero_shot"],
+        )
     if sets.test is not None:  # opened once, when all is chosen
         test = labelled["test"]
         outcome["test"] = fitted.figures(test) | {"zero_shot": zero_shot(base, fitted, test)}
