@@ -30,12 +30,19 @@ _TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every weight, norms and biases too, a sizeable random part, so that no mistake hides in a zero."""
+    """Give every weight, norms and biases too, a sizeable random part, so that no mistake hides in a zero.
+
+    Matrices are drawn anew: transformers drew them from the generator of the process, and a test that learns from them
+    would pass on one day and fail on another.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 0:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            if parameter.ndim > 1:
+                parameter.copy_(noise)
+            elif parameter.ndim == 1:
+                parameter.add_(noise)
     return model.eval()
 
 

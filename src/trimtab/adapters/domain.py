@@ -256,22 +256,15 @@ class DomainAdapted(DualEncoder):
         with self._lock:
             if self.alpha == 0:
                 return image_tokens(self.base, pixels)
+            with self.adapters.attach(self.base):
+                adapted = image_tokens(self.base, pixels)
             if self.gate is None:
-                return self._adapted_tokens(pixels)
+                return adapted
+            # Of all pictures, in and outside: an export to ONNX cannot choose between them.
             plain = image_tokens(self.base, pixels)
             share = self.gate(plain.features)  # (B,)
-            inside = share > 0
-            if not inside.any():
-                return plain
-            adapted = self._adapted_tokens({name: one[inside] for name, one in pixels.items()})
-            features, tokens, part = plain.features.clone(), plain.tokens.clone(), share[inside]
-            features[inside] = mixed(features[inside], adapted.features, part)
-            tokens[inside] = torch.lerp(tokens[inside], adapted.tokens, part[:, None, None].to(tokens.dtype))
-            return ImageTokens(features, tokens, plain.mask)
-
-    def _adapted_tokens(self, pixels: dict[str, Tensor]) -> ImageTokens:
-        with self.adapters.attach(self.base):
-            return image_tokens(self.base, pixels)
+            tokens = torch.lerp(plain.tokens, adapted.tokens, share[:, None, None].to(plain.tokens.dtype))
+            return ImageTokens(mixed(plain.features, adapted.features, share), tokens, plain.mask)
 
     def _gated(self, gate: DomainGate, pixels: dict[str, Tensor]) -> Tensor:
         cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
