@@ -37,9 +37,9 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 or "embedding" in name:
                 parameter.copy_(noise)
             elif parameter.ndim == 1:
                 parameter.add_(noise)

@@ -51,7 +51,7 @@ def seen(base: DualEncoder, pictures: list[Image.Image]) -> Pictures:
 def prompted(base: DualEncoder, config: PromptConfig, pictures: Pictures, *, moved: float = 0) -> PromptedClasses:
     assert pictures.tokens is not None
     tower = PromptTower(base)
-    prompt = StructuredPrompt(config, tower, patch_width=pictures.tokens.shape[2], classes=len(NAMES), seed=1)
+    prompt = StructuredPrompt(config, tower, patch_width=pictures.tokens.shape[2], classes=len(NAMES), seed=3)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in prompt.parameters():
