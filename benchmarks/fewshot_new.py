@@ -6,6 +6,7 @@ classes of its own half (Zhou et al., arXiv 2203.05557).
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -94,7 +95,7 @@ def base_to_new(
 
 def harmonic_mean(base: float, new: float) -> float:
     """Of two accuracies; 0 when either is, so that neither can be bought with the other."""
-    return 2 * base * new / (base + new) if base and new else 0.0
+    return statistics.harmonic_mean((base, new))
 
 
 @torch.no_grad()

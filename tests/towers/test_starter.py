@@ -104,6 +104,32 @@ def test_the_alignment_adds_to_the_mixture() -> None:
         torch.testing.assert_close(alignment(states[-1], probabilities + 0.5), added + 0.75)
 
 
+def test_layers_are_those_of_pytorch_with_gradients_and_without() -> None:
+    alignment = StarterAlignment(vision_config()).eval()
+    layer = alignment.layers[0]
+    plain = torch.nn.TransformerEncoderLayer(
+        layer.linear1.in_features,
+        layer.self_attn.num_heads,
+        layer.linear1.out_features,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    ).eval()
+    plain.load_state_dict(layer.state_dict())
+    x = alignment.embed(feature_maps()).detach()
+    gradients = []
+    for one in (layer, plain):
+        image = x.clone().requires_grad_()
+        output = one(image)
+        output.square().sum().backward()
+        assert image.grad is not None
+        gradients.append(image.grad)
+        with torch.no_grad():
+            torch.testing.assert_close(one(x), output)
+    torch.testing.assert_close(*gradients)
+
+
 def test_every_place_of_the_feature_map_counts() -> None:
     alignment = randomised(StarterAlignment(vision_config()))
     maps = feature_maps(1).repeat(49, 1, 1, 1)

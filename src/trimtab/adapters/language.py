@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.adapters.memory import TranslationMemory
 from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageAdapterConfig
+from trimtab.towers.memory import TranslationMemory
 
 _SHORT = 128  # tokens up to which the (T, T) scores of a batch are small beside its other activations
 

@@ -116,7 +116,7 @@ class LanguageAdapterConfig:
         hidden: width of one hidden layer on the mean of the states, which learns single words by heart; 0 for none.
         init: ``ridge`` starts from the closed-form linear map, ``random`` from nothing.
         memory: most nouns of the training pairs whose English features are kept after training, to look them up; see
-            `trimtab.adapters.memory`. 0 for none.
+            `trimtab.towers.memory`. 0 for none.
     """
 
     width: int = 384

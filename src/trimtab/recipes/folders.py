@@ -35,8 +35,9 @@ def used(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a mapping, without options that came after the first runs were named by theirs and are not used:
     so those names stay as they were."""
     mapping: dict[str, Any] = to_mapping(recipe)
-    for part, name in ((mapping, "context"), (mapping["training"], "bell")):
-        if part.get(name) is None:
+    later = ((mapping, "context", None), (mapping["training"], "bell", None), (mapping.get("adapter", {}), "memory", 0))
+    for part, name, unused in later:
+        if part.get(name) == unused:
             part.pop(name, None)
     return mapping
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
 from trimtab.adapters.language import LanguageAdapter, masked_mean
-from trimtab.adapters.memory import TranslationMemory
 from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageRecipe, to_mapping, to_yaml
 from trimtab.data.cache import CachedArrays, PackedStates, cache_bytes_needed, cached_states, cached_vectors
@@ -34,6 +33,7 @@ from trimtab.recipes.sources import PreparedText, Words, drawing_probability, pr
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
+from trimtab.towers.memory import TranslationMemory
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 from trimtab.training import distributed
@@ -46,8 +46,8 @@ _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
 _BATCH = 1000  # pairs that are pooled at a time
 _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE = 0.3
-_MEMORY_WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.0)
 _NO_WORDS = Words(ParallelText.from_pairs([]))
+_MEMORY_WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.0)
 _MATCH_LOSS = 0.5  # points of validation match, on words that the memory does not hold, that it may cost
 
 

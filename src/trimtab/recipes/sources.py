@@ -17,7 +17,7 @@ from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
 from trimtab.data.parallel import ParallelText, clean, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
-from trimtab.data.templates import DEFAULT_TEMPLATES, fill
+from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all
 from trimtab.errors import DataError, RecipeError
 
 PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
@@ -267,13 +267,13 @@ def _memory_words(train: ParallelText, count: int, seed: int) -> Words:
     pairs, variants, templates = [], [], 0
     for language, known in nouns.items():
         names = random.Random(seed).sample(list(known.items()), min(len(known), round(count * len(known) / total)))
-        ways = list(zip(DEFAULT_TEMPLATES.get(language, ["{}"]), DEFAULT_TEMPLATES["en"], strict=False))
-        own, english = ways[0] if len(ways) > 1 else ("{}", "{}")
+        ways = DEFAULT_TEMPLATES.get(language, [])
+        own, english = (ways[0], DEFAULT_TEMPLATES["en"][0]) if ways else ("{}", "{}")
         made = [(fill(own, name), fill(english, meaning)) for name, meaning in names]
         pairs.append(ParallelText.from_pairs(made, language))
-        if len(ways) > 1:
+        if ways:
             templates = len(ways)
-            variants += [fill(way, name) for name, _ in names[:_VARIANTS] for way, _ in ways]
+            variants += fill_all(ways, [name for name, _ in names[:_VARIANTS]])
     return Words(pairs[0].concat(*pairs[1:]), tuple(variants), templates)
 
 

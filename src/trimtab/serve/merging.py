@@ -8,20 +8,18 @@ folder of `starter` (`trimtab.towers.starter_model`). Such folders load with `tr
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from trimtab.adapters.memory import DIRECTIONS
 from trimtab.errors import ModelError
 from trimtab.files import explain_disk_errors, open_up, write_json, write_text
 from trimtab.serve.export import TEXTS, made_pictures
-from trimtab.towers import efficientnet, merged_text, starter_model
+from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.merged_text import AdaptedTextConfig, AdaptedTextModel
@@ -130,7 +128,7 @@ def write_base(model: DualEncoder, folder: Path) -> float:
     model.to("cpu")
     model.save_pretrained(folder)
     if own_kinds(model):
-        _bring_code(folder, [efficientnet, starter_model])
+        _bring_code(folder, {"efficientnet.py": efficientnet, "starter_model.py": starter_model})
         names = {"AutoConfig": "StarterConfig", "AutoModel": "StarterModel"}
         _point_to(folder, {kind: f"starter_model.{name}" for kind, name in names.items()})
     again = load_base(str(folder), device="cpu")
@@ -141,12 +139,11 @@ def write_base(model: DualEncoder, folder: Path) -> float:
     return _checked(worst, model.name)
 
 
-def _bring_code(folder: Path, modules: Sequence[Any]) -> None:
-    for module in modules:
-        path = Path(module.__file__)
+def _bring_code(folder: Path, modules: Mapping[str, Any]) -> None:
+    for name, module in modules.items():
         # Inside the folder the files are a package of their own.
-        code = path.read_text(encoding="utf-8").replace("from trimtab.towers.", "from .")
-        write_text(folder / path.name, code)
+        code = Path(module.__file__).read_text(encoding="utf-8").replace("from trimtab.towers.", "from .")
+        write_text(folder / name, code)
 
 
 def _point_to(folder: Path, classes: dict[str, str]) -> None:
@@ -172,7 +169,7 @@ def write_text_encoder(link: Any, folder: Path) -> float:
         encoder=student.model.config.to_dict(),
         states=student._checked_layers(link.layers),
         hidden_size=link.embedding_dim,
-        adapter={**{name: getattr(adapter.config, name) for name in _ADAPTER_KEYS}, "directions": DIRECTIONS},
+        adapter={name: getattr(adapter.config, name) for name in _ADAPTER_KEYS},
         prefix=inputs.prefix,
         prefix_span=[span.start, span.stop] if span else [0, 0],
     )
@@ -189,7 +186,7 @@ def write_text_encoder(link: Any, folder: Path) -> float:
     merged.save_pretrained(folder)
     inputs.tokenizer.model_max_length = inputs.limit
     inputs.tokenizer.save_pretrained(folder)
-    shutil.copy(Path(str(merged_text.__file__)), folder / CODE)
+    _bring_code(folder, {CODE: merged_text, "memory.py": memory})
     names = {"AutoConfig": "AdaptedTextConfig", "AutoModel": "AdaptedTextModel"}
     _point_to(folder, {kind: f"{CODE[:-3]}.{name}" for kind, name in names.items()})
     _write_for_sentence_transformers(folder, inputs.prefix)

@@ -40,7 +40,9 @@ class SamePadConv(nn.Conv2d):
 
     def _slow_in_halves(self, x: Tensor) -> bool:
         """Where the CPU's backward pass of a depthwise convolution takes 3 to 10 times as long in bf16 as in fp32."""
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or self.groups == 1 or not torch.is_grad_enabled():
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or self.weight.dtype != torch.float32:
+            return False
+        if self.groups == 1 or not torch.is_grad_enabled():
             return False
         return self.stride[0] > 1 or (self.kernel_size[0] > 3 and self.weight.requires_grad)
 

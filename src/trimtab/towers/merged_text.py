@@ -1,13 +1,14 @@
 """The text side of a language link as a model of its own: a frozen encoder, the adapter on it, unit vectors.
 
-`trimtab export --format merged` copies this file into the folder that it writes, where transformers finds it:
+`trimtab export --format merged` copies this file and `memory.py` into the folder that it writes, where transformers
+finds them:
 
     from transformers import AutoModel, AutoTokenizer
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     vectors = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).pooler_output
 
-So it imports torch and transformers alone, and only computes; training is in `trimtab.adapters.language`.
+So they import torch, transformers and each other alone, and only compute; training is in `trimtab.adapters.language`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from trimtab.towers.memory import TranslationMemory
+
 
 class AdaptedTextConfig(PretrainedConfig):
     """Sizes of encoder and adapter.
@@ -30,8 +33,7 @@ class AdaptedTextConfig(PretrainedConfig):
         encoder: configuration of the encoder, with its `model_type`.
         states: which hidden states of the encoder the adapter reads, side by side; 0 is the embeddings.
         hidden_size: D of the unit vectors.
-        adapter: `width`, `layers`, `heads`, `feedforward`, `hidden`, `pooling` and `init`, and for a
-            translation memory `memory` words and `directions`.
+        adapter: `width`, `layers`, `heads`, `feedforward`, `hidden`, `pooling`, `init` and `memory`.
         prefix: to be set before every text; "" for none.
         prefix_span: columns [start, stop) of its tokens, whose states are left out.
     """
@@ -126,7 +128,7 @@ class _Adapter(nn.Module):
             self.word_in = nn.Linear(input_dim, self.hidden)
             self.word_out = nn.Linear(self.hidden, dim, bias=False)
         self.linear = nn.Linear(input_dim, dim) if about["init"] == "ridge" else None
-        self.memory = _Memory(about["memory"], about["directions"], dim) if about["memory"] else None
+        self.memory = TranslationMemory(about["memory"], dim) if about["memory"] else None
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, H) -> (B, T, W), (B, D)
         states = (states - self.input_mean) / self.input_std
@@ -150,34 +152,6 @@ class _Adapter(nn.Module):
             return _mean(x, mask)
         scores = (x @ self.query) / math.sqrt(x.shape[-1])  # (B, T)
         return torch.einsum("bt,btw->bw", scores.masked_fill(~mask, -torch.inf).softmax(dim=-1), x)
-
-
-class _Memory(nn.Module):
-    """Moves features that lie near a known word towards the features of its translation."""
-
-    def __init__(self, count: int, directions: int, dim: int) -> None:
-        super().__init__()
-        for name in ("key", "value"):
-            self.register_buffer(f"{name}s", torch.zeros(count, dim, dtype=torch.int8))
-            self.register_buffer(f"{name}_scale", torch.zeros(count))
-        self.register_buffer("directions", torch.zeros(dim, directions))
-        self.register_buffer("sharpness", torch.tensor(0.0))
-        self.register_buffer("weight", torch.tensor(0.0))
-        self.keys: Tensor
-        self.key_scale: Tensor
-        self.values: Tensor
-        self.value_scale: Tensor
-        self.directions: Tensor
-        self.sharpness: Tensor
-        self.weight: Tensor
-
-    def forward(self, features: Tensor) -> Tensor:  # (B, D) -> (B, D)
-        unit = F.normalize(features.float(), dim=-1)
-        word = F.normalize(unit - unit @ self.directions @ self.directions.T, dim=-1)
-        cosines = word @ self.keys.float().T * self.key_scale  # (B, N)
-        near = (self.sharpness * (cosines - 1)).exp()
-        recalled = (near * self.value_scale) @ self.values.float() / near.sum(dim=-1, keepdim=True).clamp_min(1)
-        return F.normalize(unit + self.weight * recalled, dim=-1)
 
 
 class _Layer(nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from trimtab.adapters.memory import DIRECTIONS, TranslationMemory
+from trimtab.towers.memory import DIRECTIONS, TranslationMemory
 
 WORDS, DIM, TEMPLATES = 40, 48, 5
 
