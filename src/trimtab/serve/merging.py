@@ -7,9 +7,10 @@ folder of `starter` (`trimtab.towers.starter_model`). Such folders load with `tr
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trimtab.serve.export import TEXTS, made_pictures
 from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
+from trimtab.towers.memory import TranslationMemory
 from trimtab.towers.merged_text import AdaptedTextConfig, AdaptedTextModel
 
 BASE = "base"
@@ -128,7 +130,7 @@ def write_base(model: DualEncoder, folder: Path) -> float:
     model.to("cpu")
     model.save_pretrained(folder)
     if own_kinds(model):
-        _bring_code(folder, {"efficientnet.py": efficientnet, "starter_model.py": starter_model})
+        _bring_code(folder, [efficientnet, starter_model])
         names = {"AutoConfig": "StarterConfig", "AutoModel": "StarterModel"}
         _point_to(folder, {kind: f"starter_model.{name}" for kind, name in names.items()})
     again = load_base(str(folder), device="cpu")
@@ -139,11 +141,12 @@ def write_base(model: DualEncoder, folder: Path) -> float:
     return _checked(worst, model.name)
 
 
-def _bring_code(folder: Path, modules: Mapping[str, Any]) -> None:
-    for name, module in modules.items():
+def _bring_code(folder: Path, modules: Sequence[Any]) -> None:
+    for module in modules:
         # Inside the folder the files are a package of their own.
-        code = Path(module.__file__).read_text(encoding="utf-8").replace("from trimtab.towers.", "from .")
-        write_text(folder / name, code)
+        path = Path(module.__file__)
+        code = path.read_text(encoding="utf-8").replace("from trimtab.towers.", "from .")
+        write_text(folder / path.name, code)
 
 
 def _point_to(folder: Path, classes: dict[str, str]) -> None:
@@ -186,12 +189,20 @@ def write_text_encoder(link: Any, folder: Path) -> float:
     merged.save_pretrained(folder)
     inputs.tokenizer.model_max_length = inputs.limit
     inputs.tokenizer.save_pretrained(folder)
-    _bring_code(folder, {CODE: merged_text, "memory.py": memory})
+    write_text(folder / CODE, _text_code())
     names = {"AutoConfig": "AdaptedTextConfig", "AutoModel": "AdaptedTextModel"}
     _point_to(folder, {kind: f"{CODE[:-3]}.{name}" for kind, name in names.items()})
     _write_for_sentence_transformers(folder, inputs.prefix)
     write_text(folder / "README.md", _card(link))
     return _checked(_text_difference(link, folder), link.name)
+
+
+def _text_code() -> str:
+    """One file: transformers finds no second one where its package of such files was imported before the folder."""
+    line = "from trimtab.towers.memory import TranslationMemory\n"
+    code = Path(str(merged_text.__file__)).read_text(encoding="utf-8")
+    assert line in code
+    return f"{code.replace(line, '')}\n\nDIRECTIONS = {memory.DIRECTIONS}\n\n\n{inspect.getsource(TranslationMemory)}"
 
 
 _ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "hidden", "pooling", "init", "memory")

@@ -5,7 +5,7 @@ direction, and nearness to pictures needs the direction. So what lies near a wor
 where the word's translation lies: nearest neighbours beside a trained model, as in kNN-MT (Khandelwal et al., arXiv
 2010.00710) and, for images, in Tip-Adapter (Zhang et al., arXiv 2111.03930). Nothing here is trained.
 
-`trimtab export --format merged` copies this file: it imports torch alone.
+`trimtab export --format merged` copies the class: it needs torch alone.
 """
 
 from __future__ import annotations

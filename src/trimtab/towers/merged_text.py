@@ -1,14 +1,14 @@
 """The text side of a language link as a model of its own: a frozen encoder, the adapter on it, unit vectors.
 
-`trimtab export --format merged` copies this file and `memory.py` into the folder that it writes, where transformers
-finds them:
+`trimtab export --format merged` writes this file, with `TranslationMemory` at its end, into its folder, where
+transformers finds it:
 
     from transformers import AutoModel, AutoTokenizer
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     vectors = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).pooler_output
 
-So they import torch, transformers and each other alone, and only compute; training is in `trimtab.adapters.language`.
+So it needs torch and transformers alone, and only computes; training is in `trimtab.adapters.language`.
 """
 
 from __future__ import annotations
