@@ -40,6 +40,7 @@ from domain_tables import Run, report
 from trimtab.adapters.adapted import load
 from trimtab.adapters.domain import DomainAdapted
 from trimtab.config import DomainRecipe, PairSource, load_recipe, to_mapping
+from trimtab.data.captions import split_sentences
 from trimtab.data.manifests import read_classification
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.classification import classify
@@ -57,14 +58,16 @@ NAMES = ("train.txt", "val.txt", "classes.csv")  # test.txt is looked at when it
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PENALTIES = tuple(10.0**power for power in range(-6, 2))
 
-# Baselines draw all pairs alike, as they are published. Choose their learning rates by --validation-only and --set-row.
+# Baselines draw all pairs alike and are trained by AdamW, as they are published. Choose their learning rates by
+# --validation-only and --set-row.
 UNIFORM = "bank.enabled=false"
+ADAMW = "training.optimizer=adamw"
 ROWS: dict[str, list[str]] = {
     "base": [],
-    "full": ["method=full", "training.learning_rate=3e-4", UNIFORM],
-    "full_hard": ["method=full", "training.learning_rate=3e-4"],
-    "lora": ["method=lora", UNIFORM],
-    "probe": ["method=probe", UNIFORM],
+    "full": ["method=full", ADAMW, "training.learning_rate=3e-4", UNIFORM],
+    "full_hard": ["method=full", ADAMW, "training.learning_rate=3e-4"],
+    "lora": ["method=lora", ADAMW, "training.learning_rate=5e-3", UNIFORM],
+    "probe": ["method=probe", ADAMW, "training.learning_rate=5e-3", UNIFORM],
     "linear_probe": [],
     "adapter": [UNIFORM],
     "adapter_negatives": ["bank.gamma=0"],  # hard negatives from the bank, but pairs drawn alike
@@ -94,7 +97,7 @@ class Grocery:
 
     @classmethod
     def prepare(cls, root: Path, work: Path) -> Grocery:
-        """Read the lists and write train.csv, val.csv, val-labels.csv and classes.txt."""
+        """Read the lists and write the tables of pairs, those of classes, classes.txt and descriptions.csv."""
         if lacking := [name for name in NAMES if not (root / name).is_file()]:
             raise SystemExit(
                 f"{root} has no {lacking[0]}: --data must be the folder of the grocery photos "
@@ -112,7 +115,10 @@ class Grocery:
             items = grocery.listed(split)
             texts = [(path, TEMPLATE.format(classes[fine])) for path, fine in items]
             grocery._write(f"{split}.csv", "text", texts)
-        grocery._write("val-labels.csv", "label", [(path, classes[fine]) for path, fine in grocery.listed("val")])
+        for split in ("train", "val"):
+            items = grocery.listed(split)
+            grocery._write(f"{split}-labels.csv", "label", [(path, classes[fine]) for path, fine in items])
+        grocery._write_descriptions([row[5] for row in rows])
         return grocery
 
     def labels(self, split: str) -> Path:
@@ -127,6 +133,16 @@ class Grocery:
         lines = (self.root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
         cells = [[cell.strip() for cell in line.rsplit(",", 2)] for line in lines if line.strip()]
         return [(path, int(fine)) for path, fine, _ in cells]
+
+    def _write_descriptions(self, places: Sequence[str]) -> None:
+        """The first sentence of each class's description: later ones tell of coffee and vitamins, not of looks."""
+        with (self.work / "descriptions.csv").open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["class", "description"])
+            for name, place in zip(self.classes, places, strict=True):
+                path = self.root / place.strip().lstrip("/")
+                sentences = split_sentences(path.read_text(encoding="utf-8")) if path.is_file() else []
+                writer.writerow([name, *(sentences[:1] or [TEMPLATE.format(name)])])
 
     def _write(self, name: str, column: str, rows: Sequence[tuple[str, str]]) -> Path:
         with (self.work / name).open("w", encoding="utf-8", newline="") as stream:
@@ -166,6 +182,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the training pairs; as many are drawn in any case")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-domain"), help="tables and runs in progress")
+    parser.add_argument("--described", action="store_true", help="a first sentence of descriptions as a second caption")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for the rows of adapters")
     parser.add_argument(
         "--set-row", action="append", nargs=2, default=[], metavar=("ROW", "KEY=VALUE"), help="for one row"
@@ -202,10 +219,13 @@ def make_job(arguments: argparse.Namespace, grocery: Grocery, row: str, seed: in
     epochs = round(load_recipe(arguments.recipe).training.epochs / arguments.share)
     asked = [*(arguments.set if row in ADAPTERS else ()), *(value for name, value in arguments.set_row if name == row)]
     train = {"path": str(grocery.work / "train.csv"), "root": str(grocery.root), "share": arguments.share}
+    if arguments.described:
+        train |= {"path": str(grocery.work / "train-labels.csv"), "label": "label", "templates": [TEMPLATE]}
+        train["descriptions"] = str(grocery.work / "descriptions.csv")
     validation = {"path": str(grocery.work / "val.csv"), "root": str(grocery.root)}
     places = [f"data.train={json.dumps([train])}", f"data.validation={json.dumps([validation])}"]
     # Not the places, but what they hold, decides whether a run is the same.
-    named = ["data.train=train.csv", "data.validation=val.csv"]
+    named = [f"data.train={Path(str(train['path'])).name}", "data.validation=val.csv"]
     common = [f"training.epochs={epochs}", "training.trackers=[]", *ROWS[row], *asked]
     setting = load_recipe(arguments.recipe, [*common, *named])
     assert isinstance(setting, DomainRecipe)

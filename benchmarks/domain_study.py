@@ -25,6 +25,7 @@ from trimtab.files import write_text
 EPOCHS = 4
 SEED = 1
 AS_IT_IS = "recipe as it is"
+DESCRIBED = "captions: names and descriptions"
 
 
 def conv(first: int, width: int = 128) -> str:
@@ -45,18 +46,23 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "bank: difficulty by rank": ("adapter_hard", ["bank.difficulty=rank"]),
     "bank: learnability": ("adapter_hard", ["bank.difficulty=learnability"]),
     "bank: importance correction 0.5": ("adapter_hard", ["bank.importance=0.5"]),
+    DESCRIBED: ("adapter_hard", ["bank.epoch_share=0.25"]),  # twice the pairs, so as many are drawn
     "adapters from block 14": ("adapter_hard", [conv(14)]),
     "adapters from block 11": ("adapter_hard", [conv(11)]),
     "adapters half as wide": ("adapter_hard", [conv(8, 64)]),
     "adapters twice as wide": ("adapter_hard", [conv(8, 256)]),
     "logit_scale 20": ("adapter_hard", ["objective.logit_scale=20"]),
     "label smoothing 0.1": ("adapter_hard", ["objective.label_smoothing=0.1"]),
-    "batches of 16, rate 3.5e-3": ("adapter_hard", ["training.batch_size=16", "training.learning_rate=3.5e-3"]),
-    "batches of 64, rate 7e-3": ("adapter_hard", ["training.batch_size=64", "training.learning_rate=7e-3"]),
+    "AdamW, rate 5e-3": ("adapter_hard", ["training.optimizer=adamw", "training.learning_rate=5e-3"]),
+    "rate 5e-3": ("adapter_hard", ["training.learning_rate=5e-3"]),
+    "rate 2e-2": ("adapter_hard", ["training.learning_rate=2e-2"]),
+    "batches of 16, rate 7e-3": ("adapter_hard", ["training.batch_size=16", "training.learning_rate=7e-3"]),
+    "batches of 64, rate 1.4e-2": ("adapter_hard", ["training.batch_size=64", "training.learning_rate=1.4e-2"]),
     "no augmented view": ("adapter_hard", ["data.views=0"]),
     "two augmented views": ("adapter_hard", ["data.views=2"]),
     "LoRA by peft, pairs alike": ("lora", []),
     "continual fine-tuning, pairs alike": ("full", []),
+    "continual fine-tuning by Muon, pairs alike": ("full", ["training.optimizer=muon"]),
 }
 
 
@@ -74,7 +80,7 @@ def main() -> None:
     try:
         for name in arguments.only:
             row, changes = VARIANTS[name]
-            asked = as_domain_asks(arguments, row, changes)
+            asked = as_domain_asks(arguments, row, changes, described=name == DESCRIBED)
             job = make_job(asked, grocery, row, SEED, fingerprint)
             if not is_done(asked, job):
                 append(arguments.out, {**run(asked, grocery, job), "change": name})
@@ -84,12 +90,15 @@ def main() -> None:
     write_text(arguments.out.with_suffix(".md"), as_table(read_runs(arguments.out)))
 
 
-def as_domain_asks(arguments: argparse.Namespace, row: str, changes: Sequence[str]) -> argparse.Namespace:
+def as_domain_asks(
+    arguments: argparse.Namespace, row: str, changes: Sequence[str], *, described: bool = False
+) -> argparse.Namespace:
     """The options of `domain.py` for one row of this study."""
     wanted = [f"training.epochs={EPOCHS}", *changes]
     return argparse.Namespace(
         recipe=RECIPE,
         share=1.0,
+        described=described,
         out=arguments.out,
         work=arguments.work,
         set=[],

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trimtab.config import DomainRecipe
+from trimtab.data.captions import read_entries
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -69,7 +70,8 @@ def test_without_a_test_split_validation_is_shown() -> None:
 
 
 def grocery_folder(folder: Path) -> Path:
-    names = ["Oat-Milk,0,Milk,0,,", "Sour_Milk,1,Milk,0,,", "Leek,2,Vegetable,1,,"]
+    (folder / "oat.txt").write_text("A white drink. Good in coffee.", encoding="utf-8")
+    names = ["Oat-Milk,0,Milk,0,,/oat.txt", "Sour_Milk,1,Milk,0,,", "Leek,2,Vegetable,1,,"]
     (folder / "classes.csv").write_text("\n".join(["name,id,coarse,id,a,b", *names]) + "\n", encoding="utf-8")
     for split in ("train", "val"):
         lines = [f"{split}/a, b/{fine}.jpg, {fine}, {int(fine == 2)}" for fine in range(3)]
@@ -84,12 +86,22 @@ def test_the_lists_become_tables(tmp_path: Path) -> None:
     lines = (tmp_path / "work" / "train.csv").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["image,text", '"train/a, b/0.jpg",a photo of Oat Milk']
     assert (tmp_path / "work" / "val-labels.csv").read_text(encoding="utf-8").splitlines()[3].endswith(",Leek")
+    assert (tmp_path / "work" / "descriptions.csv").read_text(encoding="utf-8").splitlines() == [
+        "class,description", "Oat Milk,A white drink.", "Sour Milk,a photo of Sour Milk", "Leek,a photo of Leek",
+    ]  # fmt: skip
     with pytest.raises(SystemExit, match=r"has no train\.txt"):
         domain.Grocery.prepare(tmp_path / "absent", tmp_path / "work")
 
 
 def asked(tmp_path: Path, **changes: Any) -> argparse.Namespace:
-    options = {"recipe": domain.RECIPE, "share": 1.0, "set": [], "set_row": [], "out": tmp_path / "runs.jsonl"}
+    options = {
+        "recipe": domain.RECIPE,
+        "share": 1.0,
+        "described": False,
+        "set": [],
+        "set_row": [],
+        "out": tmp_path / "runs.jsonl",
+    }
     return argparse.Namespace(**{**options, "validation_only": False, "no_general": False, "warm": False, **changes})
 
 
@@ -110,6 +122,17 @@ def test_a_run_is_repeated_only_if_something_changed(tmp_path: Path) -> None:
     other = asked(tmp_path, set=["bank.gamma=2"])
     assert not domain.is_done(other, domain.make_job(other, grocery, "adapter_hard", 1, "base"))
     assert not domain.is_done(options, domain.make_job(options, grocery, "adapter_hard", 1, "another base"))
+
+
+def test_descriptions_are_captions_of_another_run(tmp_path: Path) -> None:
+    grocery = domain.Grocery.prepare(grocery_folder(tmp_path), tmp_path / "work")
+    named, described = (
+        domain.make_job(asked(tmp_path, described=flag), grocery, "adapter_hard", 1, "base") for flag in (False, True)
+    )
+    assert named.setting != described.setting
+    (source,) = described.recipe.data.train
+    captions = {text for entry in read_entries(source) for text in entry.texts}
+    assert captions == {"a photo of Oat Milk", "A white drink.", "a photo of Sour Milk", "a photo of Leek"}
 
 
 @pytest.mark.parametrize("row", [row for row in domain.ROWS if row not in ("base", "linear_probe")])

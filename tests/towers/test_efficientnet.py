@@ -202,3 +202,54 @@ def test_half_precise_gradients_are_those_of_full_precision(kernel: int, stride:
         found[name] = (output.float(), image.grad.float(), model.weight.grad.float())
     for half, full in zip(found["half"], found["full"], strict=True):
         assert (half - full).abs().max() < 0.03 * full.abs().max()
+
+
+# Batch norms within convolutions
+
+
+def drawn_block(stride: int) -> InvertedResidual:
+    """A block whose norms have seen something."""
+    torch.manual_seed(0)
+    block = InvertedResidual(8, 8, 5, stride, 6)
+    for module in block.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+            torch.nn.init.normal_(module.bias)
+    return block
+
+
+def unfolded(block: InvertedResidual) -> InvertedResidual:
+    """The same block, every part called by itself."""
+    plain = copy.deepcopy(block)
+    for name in ("expand", "depthwise", "project"):
+        setattr(plain, name, torch.nn.Sequential(*getattr(plain, name)))
+    return plain
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_fixed_norm_within_the_weights_changes_nothing(stride: int) -> None:
+    block = drawn_block(stride).eval()
+    plain = unfolded(block)
+    x = torch.randn(2, 8, 9, 10)
+    outputs, gradients = [], []
+    for model in (block, plain):
+        image = x.clone().requires_grad_()
+        outputs.append(model(image))
+        outputs[-1].square().sum().backward()
+        gradients.append([image.grad, *(one.grad for one in model.parameters())])
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+    assert len(gradients[0]) == 10  # every weight, gain and bias of the three parts still learns
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-3)
+
+
+def test_a_norm_in_training_keeps_its_statistics_up() -> None:
+    block = drawn_block(1).train()
+    plain = unfolded(block)
+    x = torch.randn(4, 8, 9, 10)
+    torch.testing.assert_close(block(x), plain(x))
+    torch.testing.assert_close(block.state_dict(), plain.state_dict())

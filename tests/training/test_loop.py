@@ -12,7 +12,7 @@ from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrainingStopped
 from trimtab.training import Selection
 from trimtab.training.checkpoint import CheckpointFolder
-from trimtab.training.optimiser import BellAverage, MovingAverage, adamw, learning_rate, trainable
+from trimtab.training.optimiser import BellAverage, MovingAverage, learning_rate, make_optimizer, trainable
 
 
 def test_loss_falls_and_history_tells(tmp_path):
@@ -176,7 +176,7 @@ def test_decay_spares_biases_and_norms():
     model[0].bias.requires_grad_(False)
     named = trainable(model)
     assert "0.bias" not in named
-    decayed, spared = adamw(named, TrainingConfig()).param_groups
+    decayed, spared = make_optimizer(named, TrainingConfig()).param_groups
     assert {tuple(p.shape) for p in decayed["params"]} == {(8, 6), (3, 8)}
     assert len(spared["params"]) == 3
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)

@@ -46,7 +46,9 @@ def test_kill_9_in_mid_epoch_then_resume_is_bit_identical(tmp_path, uninterrupte
     assert result.history == history
 
 
-@pytest.mark.parametrize("average", [{"ema": 0.9}, {"ema": None}, {"ema": None, "bell": (0.8, 0.2)}])
+@pytest.mark.parametrize(
+    "average", [{"ema": 0.9}, {"ema": None}, {"ema": None, "bell": (0.8, 0.2)}, {"optimizer": "muon"}]
+)
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, average):
     whole = Problem()
     whole.train(tmp_path / "whole", settings=settings(**average), select=None)

@@ -13,6 +13,7 @@ class TrainingConfig:
     """What the one training loop needs to know, whatever the link.
 
     Attributes:
+        optimizer: ``adamw``, or ``muon`` for matrices with AdamW for all else, at the same learning rate.
         batch_size: items per optimiser step over all processes together.
         warmup: fraction of all steps in which the learning rate rises from 0.
         clip: largest gradient norm; null never clips.
@@ -30,6 +31,7 @@ class TrainingConfig:
     """
 
     epochs: int = 10
+    optimizer: Literal["adamw", "muon"] = "adamw"
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

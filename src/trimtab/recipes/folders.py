@@ -35,7 +35,13 @@ def used(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a mapping, without options that came after the first runs were named by theirs and are not used:
     so those names stay as they were."""
     mapping: dict[str, Any] = to_mapping(recipe)
-    later = ((mapping, "context", None), (mapping["training"], "bell", None), (mapping.get("adapter", {}), "memory", 0))
+    training = mapping["training"]
+    later = (
+        (mapping, "context", None),
+        (training, "bell", None),
+        (training, "optimizer", "adamw"),
+        (mapping.get("adapter", {}), "memory", 0),
+    )
     for part, name, unused in later:
         if part.get(name) == unused:
             part.pop(name, None)

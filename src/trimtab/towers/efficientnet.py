@@ -32,11 +32,12 @@ def channels_last(x: Tensor) -> Tensor:  # (B, C, H, W), the same values in anot
 class SamePadConv(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding: odd remainders go to the bottom and right."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', ceil(H / s), ceil(W / s))
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / s), ceil(W / s)), by the weights given, which need not be its own."""
         if self._slow_in_halves(x):
             with torch.autocast("cpu", enabled=False):
-                return self._padded(x.float()).to(x.dtype)
-        return self._padded(x)
+                return self._padded(x.float(), weight, bias).to(x.dtype)
+        return self._padded(x, weight, bias)
 
     def _slow_in_halves(self, x: Tensor) -> bool:
         """Where the CPU's backward pass of a depthwise convolution takes 3 to 10 times as long in bf16 as in fp32."""
@@ -46,16 +47,41 @@ class SamePadConv(nn.Conv2d):
             return False
         return self.stride[0] > 1 or (self.kernel_size[0] > 3 and self.weight.requires_grad)
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def _padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
         height, width = x.shape[-2:]
         down = max((-(-height // stride) - 1) * stride + kernel - height, 0)
         right = max((-(-width // stride) - 1) * stride + kernel - width, 0)
         if down % 2 == right % 2 == 0:  # the convolution's own padding copies nothing
             sides = (down // 2, right // 2)
-            return F.conv2d(x, self.weight, self.bias, self.stride, sides, self.dilation, self.groups)
+            return F.conv2d(x, weight, bias, self.stride, sides, self.dilation, self.groups)
         x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, batch norm and, where it is given, an activation.
+
+    With the norm's statistics fixed the norm is part of the convolution's weights: maps are passed over once instead of
+    three times, forward and back. The weights are scaled anew in each pass, which costs little beside the maps, so
+    they may be trained, mixed or loaded at any time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / s, W / s)
+        conv, norm, *after = self
+        plain = type(conv) in (nn.Conv2d, SamePadConv)  # LoRA wraps convolutions
+        if not plain or norm.training:
+            return super().forward(x)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C',)
+        shift = norm.bias - norm.running_mean * scale
+        x = conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
+        for module in after:
+            x = module(x)
+        return x
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -70,13 +96,11 @@ class InvertedResidual(nn.Module):
         inner = channels_in * expansion
         self.expand: nn.Module = nn.Identity()
         if expansion != 1:
-            self.expand = nn.Sequential(
-                nn.Conv2d(channels_in, inner, 1, bias=False), _norm(inner), nn.ReLU6(inplace=True)
-            )
-        self.depthwise = nn.Sequential(
+            self.expand = ConvNorm(nn.Conv2d(channels_in, inner, 1, bias=False), _norm(inner), nn.ReLU6(inplace=True))
+        self.depthwise = ConvNorm(
             SamePadConv(inner, inner, kernel, stride, groups=inner, bias=False), _norm(inner), nn.ReLU6(inplace=True)
         )
-        self.project = nn.Sequential(nn.Conv2d(inner, channels_out, 1, bias=False), _norm(channels_out))
+        self.project = ConvNorm(nn.Conv2d(inner, channels_out, 1, bias=False), _norm(channels_out))
         self.residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / s, W / s)
@@ -89,7 +113,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
+        self.stem = ConvNorm(
             SamePadConv(3, STEM_CHANNELS, 3, 2, bias=False), _norm(STEM_CHANNELS), nn.ReLU6(inplace=True)
         )
         blocks, channels = [], STEM_CHANNELS
@@ -98,7 +122,7 @@ class EfficientNetLite0(nn.Module):
                 blocks.append(InvertedResidual(channels, width, kernel, stride if i == 0 else 1, expansion))
                 channels = width
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Sequential(
+        self.head = ConvNorm(
             nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False), _norm(HEAD_CHANNELS), nn.ReLU6(inplace=True)
         )
         self.classifier = nn.Linear(HEAD_CHANNELS, CLASSES)

@@ -1,4 +1,4 @@
-"""AdamW groups, the learning rate as a function of the step, and averaged weights."""
+"""AdamW and Muon, the learning rate as a function of the step, and averaged weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,65 @@ def trainable(modules: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in modules.named_parameters() if p.requires_grad}
 
 
-def adamw(parameters: dict[str, nn.Parameter], settings: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: biases, norm gains and scalars are left alone."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    others = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainingConfig) -> torch.optim.AdamW:
+    """What the settings name, with decay on matrices only: biases, norm gains and scalars are left alone."""
+    muon = settings.optimizer == "muon"
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for one in parameters.values():
+        decay = settings.weight_decay if one.ndim >= 2 else 0.0
+        groups.setdefault((decay, muon and is_matrix(one)), []).append(one)
     # One pass over each parameter instead of a dozen; not every device has it.
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=fused)
+    fused = all(one.device.type in ("cpu", "cuda") for one in parameters.values())
+    kind = Muon if muon else torch.optim.AdamW
+    return kind(
+        [{"params": found, "weight_decay": decay, "matrices": matrices} for (decay, matrices), found in groups.items()],
+        lr=settings.learning_rate,
+        fused=fused,
+    )
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether it maps vectors to vectors: linear layers and convolutions do, depthwise filters do not."""
+    return parameter.ndim >= 2 and parameter.shape[1] > 1
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum whose steps are made orthogonal (Jordan et al. 2024), on groups with `matrices`; AdamW on the others.
+
+    Steps are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate does for both.
+    A step of an adapter's Down or Up moves all its directions alike, not only the few with large gradients.
+    """
+
+    MOMENTUM = 0.95
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all groups; gradients of matrices are gone afterwards."""
+        for group in self.param_groups:
+            for one in group["params"] if group["matrices"] else ():
+                if one.grad is None:
+                    continue
+                state = self.state[one]
+                if not state:  # AdamW reads no state without a count
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(one))
+                momentum = state["momentum"]
+                momentum.mul_(self.MOMENTUM).add_(one.grad)
+                ahead = one.grad.add(momentum, alpha=self.MOMENTUM).flatten(1)  # Nesterov's; (M, N)
+                update = orthogonal(ahead) * (0.2 * math.sqrt(max(ahead.shape)))
+                one.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update.view_as(one))
+                one.grad = None  # so that AdamW passes it by
+        super().step()
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrix (M, N), roughly: its singular values come to between 0.7 and 1.2."""
+    x = matrix.float()
+    x = x / x.norm().clamp_min(1e-12)
+    wide = x if len(x) <= x.shape[1] else x.T
+    for _ in range(5):  # Newton-Schulz iteration with the coefficients of Jordan et al.
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return (wide if len(x) <= x.shape[1] else wide.T).to(matrix.dtype)
 
 
 def learning_rate(step: int, total: int, settings: TrainingConfig) -> float:

@@ -25,7 +25,7 @@ from trimtab.training.checkpoint import (
     seed_everything,
 )
 from trimtab.training.distributed import World
-from trimtab.training.optimiser import adamw, learning_rate, trainable, weight_average
+from trimtab.training.optimiser import learning_rate, make_optimizer, trainable, weight_average
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Run:
         if not self.named:
             raise ValueError("nothing to train: no parameter of modules requires a gradient")
         self.trained = list(self.named.values())
-        self.optimizer = adamw(self.named, self.settings)
+        self.optimizer = make_optimizer(self.named, self.settings)
         self.average = weight_average(self.named, self.settings, self.total)
         self.rate = 0.0
         self.started = time.monotonic()
