@@ -137,3 +137,8 @@ def test_impossible_configurations_are_refused(changes: dict[str, Any]) -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(RecipeError, match="heads=3 must divide the adapter's width=8"):
         Resampler(ResamplerConfig(heads=3), width=8, output_dim=TEACHER)
+
+
+def test_a_translation_memory_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"adapter\.memory=20000.*set adapter\.memory=0"):
+        build(memory=20_000)

@@ -295,6 +295,10 @@ def test_a_memory_that_costs_match_is_weakened(
     assert outcome is not None
     assert outcome["validation"]["memory_weight"] == 0
     assert outcome["validation"]["match"] == outcome["validation"]["match_without_memory"]
+    model = load_adapted(tmp_path / "out", base=base)
+    assert isinstance(model, LanguageAdapted)
+    assert model.adapter.memory is None  # one that does nothing takes no room
+    assert model.adapter.config.memory == 0
 
 
 def test_a_memory_needs_nouns(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

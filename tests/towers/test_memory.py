@@ -91,3 +91,21 @@ def test_nothing_is_trained_and_all_is_saved(tmp_path: Path) -> None:
     again = TranslationMemory(WORDS, DIM)
     again.load_state_dict(load_file(tmp_path / "memory.safetensors"))
     torch.testing.assert_close(again(unit(20, 6)), memory(unit(20, 6)), atol=0, rtol=0)
+
+
+def test_what_is_kept_in_float_follows_every_change() -> None:
+    memory = filled()
+    before = memory(unit(9, 0))
+    assert all(torch.equal(kept, whole.float()) for whole, _, kept in memory._floats.values())
+    other = TranslationMemory(WORDS, DIM)
+    other.fill(unit(WORDS, 0), unit(WORDS, 3))
+    other.weight.fill_(8.0)
+    memory.load_state_dict(other.state_dict())  # in place
+    assert torch.equal(memory(unit(9, 0)), other(unit(9, 0)))
+    memory.fill(unit(WORDS, 0), unit(WORDS, 1))
+    assert torch.equal(memory(unit(9, 0)), before)
+    memory.keys = other.keys.flip(0)  # another tensor
+    assert not torch.equal(memory(unit(9, 0)), before)
+    with torch.inference_mode():
+        again = filled()
+        assert torch.equal(again(unit(9, 0)), before)

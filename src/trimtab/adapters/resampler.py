@@ -147,6 +147,9 @@ class FusionAdapter(nn.Module):
     Args:
         input_dim: width of the student's states, all chosen layers together.
         output_dim: H, width of the teacher's states.
+
+    Raises:
+        RecipeError: a translation memory is asked for.
     """
 
     def __init__(
@@ -158,6 +161,11 @@ class FusionAdapter(nn.Module):
         output_dim: int,
     ) -> None:
         super().__init__()
+        if language.memory:
+            raise RecipeError(
+                f"adapter.memory={language.memory}: a translation memory holds unit features, and a fusion model is fed "
+                "states: set adapter.memory=0"
+            )
         self.output_dim = output_dim
         self.language = LanguageAdapter(language, input_dim=input_dim, output_dim=2 * output_dim)
         self.resampler = Resampler(resampler, width=language.width, output_dim=output_dim)

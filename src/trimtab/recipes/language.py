@@ -277,6 +277,8 @@ def remember(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> 
         found = validate(task, frozen, text)
         if found["match"] >= alone - _MATCH_LOSS:
             break
+    if not weight:  # it would take room and time, and change nothing
+        adapter.config, adapter.memory = replace(adapter.config, memory=0), None
     return {**found, "match_without_memory": alone, "memory_weight": weight}
 
 

@@ -45,6 +45,7 @@ class TranslationMemory(nn.Module):
         self.register_buffer("directions", torch.zeros(dim, DIRECTIONS))
         self.register_buffer("sharpness", torch.tensor(15.0))
         self.register_buffer("weight", torch.tensor(0.0))
+        self._floats: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,10 +73,20 @@ class TranslationMemory(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:  # (B, D) -> (B, D)
         unit = F.normalize(features.float(), dim=-1)
-        cosines = self._apart(unit) @ self.keys.float().T * self.key_scale  # (B, N)
+        cosines = self._apart(unit) @ self._float("keys").T * self.key_scale  # (B, N)
         near = (self.sharpness * (cosines - 1)).exp()
-        recalled = (near * self.value_scale) @ self.values.float() / near.sum(dim=-1, keepdim=True).clamp_min(1)
+        recalled = (near * self.value_scale) @ self._float("values") / near.sum(dim=-1, keepdim=True).clamp_min(1)
         return F.normalize(unit + self.weight * recalled, dim=-1)
+
+    def _float(self, name: str) -> Tensor:
+        """A buffer of whole numbers as float32 (N, D), which takes longer than one text's search and so is kept."""
+        whole: Tensor = getattr(self, name)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or whole.is_inference():
+            return whole.float()
+        kept = self._floats.get(name)
+        if kept is None or kept[0] is not whole or kept[1] != whole._version:  # moved, or filled anew
+            kept = self._floats[name] = (whole, whole._version, whole.float())
+        return kept[2]
 
     def _apart(self, features: Tensor) -> Tensor:
         """Without what templates add."""
