@@ -163,7 +163,7 @@ class FusionAdapter(nn.Module):
         super().__init__()
         if language.memory:
             raise RecipeError(
-                f"adapter.memory={language.memory}: a translation memory holds unit features, and a fusion model is fed "
+                f"adapter.memory={language.memory}: a translation memory holds features, while a fusion model is fed "
                 "states: set adapter.memory=0"
             )
         self.output_dim = output_dim
