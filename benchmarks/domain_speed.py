@@ -31,7 +31,7 @@ from trimtab.precision import tune_allocator
 from trimtab.recipes.domain_methods import METHODS, Method
 from trimtab.tasks.domain import DomainTask, Side
 from trimtab.towers.hf import load_base
-from trimtab.training.optimiser import adamw, trainable
+from trimtab.training.optimiser import make_optimizer, trainable
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "domain-grocery.yaml"
 # Name, method, whether states below the lowest trained layer are given.
@@ -83,7 +83,7 @@ def measure(row: str, path: Path, steps: int) -> dict[str, Any]:
     pixels = {key: torch.rand(size, *one.shape[1:]) for key, one in pixels.items()}
     task = make_task(recipe, method, pixels, cached=cached)
     parameters = trainable(task)
-    optimiser = adamw(parameters, recipe.training)
+    optimiser = make_optimizer(parameters, recipe.training)
     batch = np.arange(size), np.zeros(size, int)
 
     def step() -> None:

@@ -49,7 +49,7 @@ from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
 from trimtab.towers.classifier import check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower, image_tokens
-from trimtab.training.optimiser import adamw, learning_rate, trainable
+from trimtab.training.optimiser import learning_rate, make_optimizer, trainable
 
 SHOTS, SEED, BATCH = 16, 1, 32
 EPOCHS = 200  # of CoOp's protocol at 16 shots
@@ -127,7 +127,7 @@ def plain(recipe: PromptRecipe, draw: Shots, test: LabelledPictures, timed: int 
     coop = CHANGES["coop"](recipe).resolved()
     names = draw.train.classes
     classes = PromptedClasses(tower, StructuredPrompt(coop.prompt, tower, patch_width=0, classes=len(names)), names)
-    optimiser = adamw(trainable(classes.prompt), coop.training)
+    optimiser = make_optimizer(trainable(classes.prompt), coop.training)
     rng = np.random.default_rng(SEED)
     clocks = []
     for step in range(STEPS if timed is None else timed + 1):
