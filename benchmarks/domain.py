@@ -21,6 +21,7 @@ import contextlib
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -46,7 +47,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.classification import classify
 from trimtab.evaluation.forgetting import forgetting, measure
 from trimtab.files import cache_home, digest_of, write_text
-from trimtab.precision import fast_inference
+from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.domain_pairs import general_sets, read_pairs, readable
 from trimtab.recipes.folders import recipe_digest, training_folder
@@ -264,9 +265,15 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
             found = trained(job, out, general, one, curve=not arguments.no_curve)
     finished: Run = {
         "row": job.row, "seed": job.seed, "share": job.share, "set": list(job.changes), "setting": job.setting,
-        "warm": arguments.warm, **found, "recipe": to_mapping(without_places(job.recipe)),
+        "warm": arguments.warm, "machine": machine(), **found, "recipe": to_mapping(without_places(job.recipe)),
     }  # fmt: skip
     return finished
+
+
+def machine() -> str:
+    """What times depend on, as far as it can be told in a line."""
+    fast = has_fast_bf16(torch.device("cpu"))
+    return f"{platform.machine()}, {os.cpu_count()} cores, {'fast' if fast else 'slow'} bf16"
 
 
 def without_places(recipe: DomainRecipe) -> DomainRecipe:

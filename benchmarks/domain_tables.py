@@ -125,7 +125,7 @@ def goals(rows: dict[Key, dict[int, Run]], split: str) -> list[Goal]:
     hard, uniform, full = (rows.get((row, 1.0, ()), {}) for row in ("adapter_hard", "adapter", "full"))
     small = rows.get(("adapter_hard", SMALL_SHARE, ()), {})
     fine = accuracy(split)
-    our_time, their_time = over_seeds(hard, cold_minutes), over_seeds(full, cold_minutes)
+    our_time, their_time = compared_minutes(hard, full)
     found = [
         _lead("continual fine-tuning", hard, full, fine, LEAD_OVER_FULL),
         _lead("the adapter without hard sampling", hard, uniform, fine, LEAD_OVER_UNIFORM),
@@ -218,9 +218,14 @@ def minutes(run: Run) -> float | None:
     return run.get("minutes")
 
 
-def cold_minutes(run: Run) -> float | None:
-    """Only those that began with an empty cache can be compared."""
-    return None if run["warm"] else run.get("minutes")
+def compared_minutes(mine: dict[int, Run], others: dict[int, Run]) -> tuple[Spread | None, Spread | None]:
+    """Only runs that began with an empty cache, and on one machine, can be compared."""
+    sides = [[run for run in seeds.values() if not run["warm"]] for seeds in (mine, others)]
+    for machine in dict.fromkeys(run.get("machine") for run in sides[0]):
+        ours, theirs = ([run["minutes"] for run in side if run.get("machine") == machine] for side in sides)
+        if ours and theirs:
+            return spread(ours), spread(theirs)
+    return None, None
 
 
 def over_seeds(seeds: dict[int, Run], figure: Figure) -> Spread | None:

@@ -48,6 +48,8 @@ def test_goals_without_figures_are_not_reached() -> None:
     assert [one.reached for one in found] == [None, None, None, True, None, None]
     warm = [finished("full", 70.0), finished("adapter_hard", 80.0, warm=True)]
     assert domain_tables.goals(domain_tables.latest(warm), "test")[4].reached is None
+    elsewhere = [finished("full", 70.0, machine="slow"), finished("adapter_hard", 80.0, machine="fast")]
+    assert domain_tables.goals(domain_tables.latest(elsewhere), "test")[4].reached is None
 
 
 def test_forgetting_nothing_is_no_share() -> None:
