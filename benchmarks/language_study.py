@@ -37,7 +37,7 @@ VARIANTS: dict[str, list[str]] = {
     AS_IT_IS: [],
     # The start does not depend on the training that has to follow it.
     "closed-form map only": ["training.learning_rate=1e-12", "training.epochs=1", "data.epoch_pairs=1"],
-    "optimiser: AdamW": ["training.optimizer=adamw"],
+    "optimiser: Muon": ["training.optimizer=muon"],
     "optimiser: twice the rate": ["training.learning_rate=2e-3"],
     "objective: MSE only": ["objective.infonce=0", "objective.mse=1"],
     "objective: cosine only": ["objective.infonce=0", "objective.mse=0", "objective.cosine=1"],
