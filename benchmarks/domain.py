@@ -74,7 +74,7 @@ ROWS: dict[str, list[str]] = {
     "adapter_negatives": ["bank.gamma=0"],  # hard negatives from the bank, but pairs drawn alike
     "adapter_hard": [],
 }
-LONGER = {"full": 10, "full_hard": 10, "lora": 10, "probe": 10}  # epochs, where the recipe has 6
+LONGER = dict.fromkeys(("full", "full_hard", "lora", "probe"), 10)  # epochs
 ADAPTERS = ("adapter", "adapter_negatives", "adapter_hard")
 WITH_CURVE = ("adapter_hard", "full")
 
@@ -114,20 +114,19 @@ class Grocery:
         work.mkdir(parents=True, exist_ok=True)
         write_text(work / "classes.txt", "".join(f"{name}\n" for name in classes))
         for split in ("train", "val"):
-            items = grocery.listed(split)
-            texts = [(path, TEMPLATE.format(classes[fine])) for path, fine in items]
-            grocery._write(f"{split}.csv", "text", texts)
-        for split in ("train", "val"):
-            items = grocery.listed(split)
-            grocery._write(f"{split}-labels.csv", "label", [(path, classes[fine]) for path, fine in items])
-        grocery._write_descriptions([row[5] for row in rows])
+            items = [(path, classes[fine]) for path, fine in grocery.listed(split)]
+            grocery._write(f"{split}.csv", ("image", "text"), [(path, TEMPLATE.format(name)) for path, name in items])
+            grocery._write(f"{split}-labels.csv", ("image", "label"), items)
+        described = [(name, grocery._described(name, row[5])) for name, row in zip(classes, rows, strict=True)]
+        grocery._write("descriptions.csv", ("class", "description"), described)
         return grocery
 
     def labels(self, split: str) -> Path:
         """The table of pictures and fine classes to measure on; only here is the test split read."""
         path = self.work / f"{split}-labels.csv"
         if split == "test":
-            path = self._write("test.csv", "label", [(path, self.classes[fine]) for path, fine in self.listed("test")])
+            items = [(path, self.classes[fine]) for path, fine in self.listed("test")]
+            path = self._write("test.csv", ("image", "label"), items)
         return path
 
     def listed(self, split: str) -> list[tuple[str, int]]:
@@ -136,20 +135,16 @@ class Grocery:
         cells = [[cell.strip() for cell in line.rsplit(",", 2)] for line in lines if line.strip()]
         return [(path, int(fine)) for path, fine, _ in cells]
 
-    def _write_descriptions(self, places: Sequence[str]) -> None:
-        """The first sentence of each class's description: later ones tell of coffee and vitamins, not of looks."""
-        with (self.work / "descriptions.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["class", "description"])
-            for name, place in zip(self.classes, places, strict=True):
-                path = self.root / place.strip().lstrip("/")
-                sentences = split_sentences(path.read_text(encoding="utf-8")) if path.is_file() else []
-                writer.writerow([name, *(sentences[:1] or [TEMPLATE.format(name)])])
+    def _described(self, name: str, place: str) -> str:
+        """The first sentence of a class's description: later ones tell of coffee and vitamins, not of looks."""
+        path = self.root / place.strip().lstrip("/")
+        sentences = split_sentences(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return sentences[0] if sentences else TEMPLATE.format(name)
 
-    def _write(self, name: str, column: str, rows: Sequence[tuple[str, str]]) -> Path:
+    def _write(self, name: str, columns: tuple[str, str], rows: Sequence[tuple[str, str]]) -> Path:
         with (self.work / name).open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["image", column])
+            writer.writerow(columns)
             writer.writerows(rows)
         return self.work / name
 

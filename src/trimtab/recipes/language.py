@@ -270,15 +270,16 @@ def remember(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> 
     memory = TranslationMemory(count, len(adapter.output_mean))
     memory.fill(keys, values, variants)
     alone = validate(task, frozen, text)["match"]
-    adapter.config = replace(adapter.config, memory=count)
     adapter.memory = memory.to(task.device)
     for weight in _MEMORY_WEIGHTS:
         memory.weight.fill_(weight)
         found = validate(task, frozen, text)
         if found["match"] >= alone - _MATCH_LOSS:
             break
-    if not weight:  # it would take room and time, and change nothing
-        adapter.config, adapter.memory = replace(adapter.config, memory=0), None
+    if weight:
+        adapter.config = replace(adapter.config, memory=count)
+    else:  # it would take room and time, and change nothing
+        adapter.memory = None
     return {**found, "match_without_memory": alone, "memory_weight": weight}
 
 
