@@ -223,7 +223,7 @@ def make_job(arguments: argparse.Namespace, grocery: Grocery, row: str, seed: in
     places = [f"data.train={json.dumps([train])}", f"data.validation={json.dumps([validation])}"]
     # Not the places, but what they hold, decides whether a run is the same.
     named = [f"data.train={Path(str(train['path'])).name}", "data.validation=val.csv"]
-    common = [f"training.epochs={epochs}", "training.trackers=[]", *ROWS[row], *asked]
+    common = [f"training.epochs={epochs}", "least_steps=0", "training.trackers=[]", *ROWS[row], *asked]
     setting = load_recipe(arguments.recipe, [*common, *named])
     assert isinstance(setting, DomainRecipe)
     recipe = load_recipe(arguments.recipe, [*common, *places, f"seed={seed}"])

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--shots", default="1,2,4,8,16")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--methods", default="")
+    parser.add_argument("--shares", default="0.125,0.25,0.5,1", help="of the training pictures, for `shares`")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for the recipe")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-fewshot"), help="gets tables and pictures")
@@ -64,7 +65,8 @@ def main() -> None:
             elif name == "grocery":
                 from fewshot_shares import shares
 
-                shares(recipe, photos, arguments.methods.split(",") if arguments.methods else (), seeds, out, say)
+                methods = tuple(arguments.methods.split(",")) if arguments.methods else ()
+                shares(recipe, methods, [float(part) for part in arguments.shares.split(",")], seeds, out, say)
     except TrimtabError as error:
         sys.exit(f"error: {error}")
     if arguments.out is None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fewshot_sets import PhotoSet
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,7 +31,6 @@ from trimtab.recipes.fewshot_methods import METHODS, Episode, Split, right
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.efficientnet import load_packaged
 
-SHARES = (0.125, 0.25, 0.5, 1.0)
 DEFAULT = ("structured", "linear_probe", "coop", "resnet", "trunk")
 
 
@@ -40,7 +38,7 @@ DEFAULT = ("structured", "linear_probe", "coop", "resnet", "trunk")
 class Budget:
     """How a supervised network is trained."""
 
-    build: Callable[[int], nn.Module]
+    build: Callable[[int], nn.Module] = field(repr=False)  # its address is no part of what a run is known by
     side: int
     epochs: int
     learning_rate: float
@@ -91,13 +89,13 @@ NETWORKS = {
 
 def shares(
     recipe: PromptRecipe,
-    photos: PhotoSet,
     methods: Sequence[str],
+    wanted: Sequence[float],
     seeds: Sequence[int],
     out: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Runs that the file does not have yet; of networks with the first seed alone."""
+    """Runs with the `wanted` shares that the file does not have yet; of networks with the first seed alone."""
     data = read_fewshot(recipe)
     assert data.validation is not None
     base = load(recipe.base)
@@ -112,9 +110,8 @@ def shares(
 
     for method in methods or DEFAULT:
         for seed in seeds[:1] if method in NETWORKS else seeds:
-            for share in SHARES:
+            for share in wanted:
                 how = str(NETWORKS[method]) if method in NETWORKS else setting(recipe, method)
-                how = how.split(" at 0x")[0]  # a function's address is no part of its name
                 key = digest_of(how, data.digest, base.fingerprint, "share", method, str(seed), str(share))[:16]
                 if key in known:
                     continue

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"base={chosen.base}",
             f"out={chosen.out}",
             f"training.epochs={chosen.epochs}",
+            "least_steps=0",  # the recipe's own would be more epochs for so few pictures
             "training.batch_size=16",
         ],
     )

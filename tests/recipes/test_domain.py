@@ -314,6 +314,12 @@ def test_fewer_pairs_than_a_batch_are_one_short_batch(toy: Any, tmp_path: Path) 
     assert outcome["steps"] == 2
 
 
+@pytest.mark.parametrize(("least", "epochs"), [(0, 2), (8, 2), (9, 3)])  # 96 pairs: 4 batches of 12 in an epoch
+def test_few_pairs_are_seen_for_more_epochs(least: int, epochs: int, toy: Any) -> None:
+    no_change = domain.long_enough(load_recipe(toy(least_steps=least, training={"epochs": 2})), 96)
+    assert no_change.training.epochs == epochs
+
+
 def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:
     outcome = adapt(toy(data={"validation": [], "validation_share": 0.25}, training={"epochs": 1}))
     assert outcome is not None
@@ -384,7 +390,8 @@ def test_the_recipe_for_grocery_takes_tables_by_path(places: Any, tmp_path: Path
     recipe = load_recipe(ROOT / "recipes" / "domain-grocery.yaml", overrides)
     assert [source.path for source in recipe.data.train] == [str(places[1])]
     assert [source.path for source in recipe.data.validation] == [str(places[2])]
-    small = [f"base={places[0]}", "adapters=[{tower: image, width: 4}]", "training.epochs=1", "training.trackers=[]"]
+    small = [f"base={places[0]}", "adapters=[{tower: image, width: 4}]", "training.epochs=1", "least_steps=2"]
+    small.append("training.trackers=[]")
     assert adapt(ROOT / "recipes" / "domain-grocery.yaml", [*overrides, *small]) is not None
 
 

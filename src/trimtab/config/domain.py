@@ -279,6 +279,7 @@ class DomainRecipe:
             each tower's features.
         adapters: groups of adapters, for ``method: adapter``.
         gate: leaves pictures from elsewhere to the base, for ``method: adapter`` with a frozen text tower.
+        least_steps: optimiser steps that a run has at least; with few pairs it has more epochs than `training.epochs`.
         general: pictures with captions of no particular domain, to tell what is forgotten; never trained on.
         alphas: settings of the dial at which domain and general scores are compared, if there are general pictures.
     """
@@ -294,6 +295,7 @@ class DomainRecipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     bank: MemoryBankConfig = field(default_factory=MemoryBankConfig)
+    least_steps: int = 0
     general: tuple[PairSource, ...] = ()
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -302,6 +304,7 @@ class DomainRecipe:
         require(self, "base", bool(self.base.strip()), "non-empty text")
         require(self, "out", bool(self.out.strip()), "the folder to write")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        require(self, "least_steps", self.least_steps >= 0, "at least 0")
         has = bool(self.adapters)
         require(self, "adapters", has or self.method != "adapter", "at least one group, with method=adapter")
         adapts_texts = self.method == "adapter" and any(one.tower == "text" for one in self.adapters)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     # The user's mistakes first: no model is loaded before the data are known to be good.
     check_out(recipe.out, METHODS[recipe.method].files)
     pairs = read_pairs(recipe)
+    recipe = long_enough(recipe, len(pairs.train))
     general = general_sets(recipe.general, recipe.seed)
     accelerator = distributed.make_accelerator()
     world = distributed.world_of(accelerator)
@@ -111,6 +113,14 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     outcome["report"] = str(write_domain_report(recipe, pairs.train, hardness, outcome, base))
     save(recipe, method, pairs, outcome)
     return outcome
+
+
+def long_enough(recipe: DomainRecipe, pairs: int) -> DomainRecipe:
+    """The recipe with as many epochs as `least_steps` asks for with so many training pairs."""
+    training = recipe.training
+    drawn = pairs_per_epoch(pairs, recipe.bank.epoch_share, training.batch_size)
+    epochs = math.ceil(recipe.least_steps / steps_per_epoch(drawn, training.batch_size))
+    return replace(recipe, training=replace(training, epochs=max(training.epochs, epochs)))
 
 
 def make_task(

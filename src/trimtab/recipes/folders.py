@@ -38,6 +38,7 @@ def used(recipe: Recipe) -> dict[str, Any]:
     training = mapping["training"]
     later = (
         (mapping, "context", None),
+        (mapping, "least_steps", 0),
         (training, "bell", None),
         (training, "optimizer", "adamw"),
         (mapping.get("adapter", {}), "memory", 0),
