@@ -40,7 +40,7 @@ from domain_tables import Run, report
 
 from trimtab.adapters.adapted import load
 from trimtab.adapters.domain import DomainAdapted
-from trimtab.config import DomainRecipe, PairSource, load_recipe, to_mapping
+from trimtab.config import DomainRecipe, MapViewsConfig, PairSource, load_recipe, to_mapping
 from trimtab.data.captions import split_sentences
 from trimtab.data.manifests import read_classification
 from trimtab.errors import TrimtabError
@@ -235,6 +235,8 @@ def make_job(arguments: argparse.Namespace, grocery: Grocery, row: str, seed: in
 def what_counts(recipe: DomainRecipe) -> DomainRecipe:
     """The recipe without what its method does not use: a baseline is not run again because adapters changed."""
     plain = DomainRecipe(data=recipe.data, adapters=recipe.adapters)
+    if recipe.method in ("full", "probe"):
+        recipe = replace(recipe, data=replace(recipe.data, map_augmentation=MapViewsConfig()))
     if recipe.method != "lora":
         recipe = replace(recipe, lora=plain.lora)
     if recipe.method != "adapter":

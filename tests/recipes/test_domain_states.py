@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tiny_domain import toy_recipe, write_pairs
-from trimtab.config import ViewsConfig
+from tiny_towers import BUILDERS
+from trimtab.config import MapViewsConfig, ViewsConfig
+from trimtab.data.map_views import draw_numbers, make_map_views
 from trimtab.data.pairs import load_pairs
 from trimtab.data.views import make_view
-from trimtab.errors import DataError
+from trimtab.errors import DataError, RecipeError
 from trimtab.recipes.domain_methods import METHODS
 from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates, base_embeddings, embed, frozen_states
 from trimtab.recipes.picture_views import PictureViews
@@ -95,6 +97,34 @@ def test_bf16_states_are_near_and_kept_apart(tiny_base: Any, pairs: Any, cache: 
     exact, coarse = found
     assert not torch.equal(exact, coarse)
     assert torch.nn.functional.cosine_similarity(exact, coarse).min() > 0.99
+
+
+def test_maps_are_changed_where_there_are_numbers_and_nowhere_else(pairs: Any, cache: Path, tmp_path: Path) -> None:
+    base, maps = load_base(BUILDERS["starter"](tmp_path / "starter"), device="cpu"), MapViewsConfig(0.5, True, 0.5)
+    states = ImageStates(
+        base,
+        TowerCut(base, "image", sites(base, "image", "blocks")[8]),
+        pairs.images[:3],
+        viewed=3,
+        views=0,
+        options=OPTIONS,
+        seed=3,
+        maps=maps,
+    )
+    states.fill(cache)
+    items, views, numbers = np.array([2, 0]), np.array([0, 0]), draw_numbers(np.random.default_rng(0), (2,))
+    plain, changed = states(items, views), states(items, views, numbers)
+    assert torch.equal(changed["states"], make_map_views(plain["states"], numbers, maps))
+    assert not torch.allclose(changed["states"], plain["states"])
+
+
+def test_states_that_are_no_maps_are_not_changed(tiny_base: Any, pairs: Any) -> None:
+    base, maps = tiny_base("clip"), MapViewsConfig(flip=True)
+    options: dict[str, Any] = {"viewed": 10, "views": 0, "options": OPTIONS, "seed": 3, "maps": maps}
+    ImageStates(base, TowerCut(base, "image", None), pairs.images, **options)
+    ImageStates(base, None, pairs.images, **options)
+    with pytest.raises(RecipeError, match=r"data.map_augmentation .* image.layers.1 have shape \(17, 16\)"):
+        ImageStates(base, TowerCut(base, "image", sites(base, "image", "layers")[1]), pairs.images, **options)
 
 
 def test_without_a_cut_nothing_is_cached(tiny_base: Any, pairs: Any, cache: Path) -> None:

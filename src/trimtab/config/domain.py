@@ -74,6 +74,30 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True)
+class MapViewsConfig:
+    """How far the cached feature map of a picture is changed in a step; see `trimtab.data.map_views`.
+
+    Attributes:
+        crop_min: smallest part of the area that is left; 1 always leaves all of it.
+        flip: mirror every other map; false where writing or handedness matters.
+        erase: share of the maps of which a rectangle is erased, at most a quarter of it.
+    """
+
+    crop_min: float = 1.0
+    flip: bool = False
+    erase: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self, "crop_min", 0 < self.crop_min <= 1, "above 0 and at most 1")
+        require(self, "erase", 0 <= self.erase <= 1, "from 0 to 1")
+
+    @property
+    def changes(self) -> bool:
+        """Whether a map is changed at all."""
+        return self.crop_min < 1 or self.flip or self.erase > 0
+
+
+@dataclass(frozen=True)
 class DomainData:
     """Pictures with captions for the domain link.
 
@@ -83,6 +107,7 @@ class DomainData:
         validation_share: fraction of the images used for validation, every caption alike.
         views: augmented views per image that are cached beside the picture itself; 0 for the picture alone.
         augmentation: how far these views may be from the picture.
+        map_augmentation: how far cached maps are changed further, anew in each step; for cuts in a convolutional trunk.
         check_duplicates: leave training pictures out that validation has too; false only warns of them.
     """
 
@@ -91,6 +116,7 @@ class DomainData:
     validation_share: float = 0.1
     views: int = 0
     augmentation: ViewsConfig = field(default_factory=ViewsConfig)
+    map_augmentation: MapViewsConfig = field(default_factory=MapViewsConfig)
     check_duplicates: bool = True
 
     def __post_init__(self) -> None:

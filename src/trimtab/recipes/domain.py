@@ -17,6 +17,7 @@ import torch
 
 from trimtab.adapters.gate import Gated, fit_gate
 from trimtab.config import DomainRecipe, to_mapping
+from trimtab.data.map_views import draw_numbers
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
 from trimtab.evaluation.forgetting import GeneralSet, alpha_curve, forgetting, mean_score, measure
@@ -175,17 +176,18 @@ def make_gate(
 
 @dataclass(frozen=True, eq=False)
 class PairBatches:
-    """Pairs and a view of each pair's picture, (steps, B) both."""
+    """Pairs and a view of each pair's picture, (steps, B) both, and (steps, B, K) numbers for the views of its map."""
 
     pairs: np.ndarray
     views: np.ndarray
+    numbers: np.ndarray
 
     def __iter__(self) -> Iterator[Batch]:
-        return zip(self.pairs, self.views, strict=True)
+        return zip(self.pairs, self.views, self.numbers, strict=True)
 
     def skip(self, count: int) -> PairBatches:
         """Those after the first `count`, for a run that resumes in their middle."""
-        return PairBatches(self.pairs[count:], self.views[count:])
+        return PairBatches(self.pairs[count:], self.views[count:], self.numbers[count:])
 
 
 def draw_epoch(
@@ -206,7 +208,8 @@ def draw_epoch(
         captions=pairs.caption_index,
     ).batches
     rng = np.random.default_rng([recipe.seed, epoch, _VIEW_STREAM])
-    return PairBatches(drawn, rng.integers(0, recipe.data.views + 1, drawn.shape))
+    views = rng.integers(0, recipe.data.views + 1, drawn.shape)
+    return PairBatches(drawn, views, draw_numbers(rng, drawn.shape))
 
 
 def validate(frozen: FrozenStates, pairs: DomainPairs, gated: Gated | None = None) -> dict[str, float]:

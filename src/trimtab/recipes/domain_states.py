@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trimtab.config import DomainRecipe, ViewsConfig
+from trimtab.config import DomainRecipe, MapViewsConfig, ViewsConfig
 from trimtab.data.cache import CachedArrays, PackedStates, Progress, cached_arrays, cached_states, cached_vectors
+from trimtab.data.map_views import make_map_views
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.shards import PictureFile
+from trimtab.errors import RecipeError
 from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.domain_methods import Method
@@ -41,6 +43,10 @@ class ImageStates:
         cut: None looks pictures up as pixels.
         images: N pictures; the first `viewed` of them have views.
         views: augmented views besides the picture itself.
+        maps: how cached maps are changed when they are looked up with numbers.
+
+    Raises:
+        RecipeError: `maps` changes what enters the cut, which is no map.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class ImageStates:
         views: int,
         options: ViewsConfig,
         seed: int,
+        maps: MapViewsConfig | None = None,
     ) -> None:
         self.base, self.cut = base, cut
         self.images = list(images)
@@ -62,16 +69,26 @@ class ImageStates:
         self._source = PictureViews(base, self.images, options, seed)
         self._keys = self._source.keys() if cut else []
         self._cached: list[CachedArrays] = []
+        # Whole towers see new views anyway, and above a tower there is nothing to crop.
+        self._maps = maps if maps and maps.changes and cut and cut.site else None
+        if self._maps and cut and len(shape := self._layout["states"][0]) != 3:
+            raise RecipeError(
+                f"data.map_augmentation changes maps of a convolutional trunk, but the states that enter {cut.site} "
+                f"have shape {shape}: set data.map_augmentation={{}} and perhaps more data.views"
+            )
 
-    def __call__(self, items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
-        """Tensors of images (B,), each in one of its views (B,)."""
+    def __call__(self, items: np.ndarray, views: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Tensors of images (B,), each in one of its views (B,), and of its map if there are numbers (B, K)."""
         if self.cut is None:
             return self._source.pixels(items.tolist(), views.tolist())
         flat = np.empty((len(items), *self._cached[0].shape[1:]), self._cached[0].dtype)
         for view in np.unique(views):
             rows = views == view
             flat[rows] = self._cached[view][items[rows]]
-        return self._unpacked(torch.from_numpy(flat))
+        below = self._unpacked(torch.from_numpy(flat))
+        if self._maps and numbers is not None:
+            below["states"] = make_map_views(below["states"], numbers, self._maps)
+        return below
 
     def fill(self, folder: Path, progress: Progress | None = None) -> None:
         """Compute what is not in the cache yet: nothing without a cut.
@@ -152,8 +169,8 @@ class TextStates:
         self.seconds = 0.0
         self._states: PackedStates | CachedArrays | None = None
 
-    def __call__(self, items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
-        """Tensors of captions (B,); their `views` mean nothing."""
+    def __call__(self, items: np.ndarray, views: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Tensors of captions (B,); their `views` and `numbers` mean nothing."""
         if self.cut is None:
             return self.inputs(items)
         if isinstance(self._states, PackedStates):
@@ -259,7 +276,7 @@ def frozen_states(
     """What a method leaves frozen; nothing is computed yet.
 
     Raises:
-        RecipeError: a cut above something that is trained.
+        RecipeError: a cut above something that is trained, or maps to be changed where there are none.
     """
     base = method.base
     image_cut, text_cut = method.cut("image"), method.cut("text")
@@ -271,6 +288,7 @@ def frozen_states(
         views=recipe.data.views,
         options=recipe.data.augmentation,
         seed=recipe.seed,
+        maps=recipe.data.map_augmentation,
     )
     texts = TextStates(base, text_cut, [*train.captions, *validation.captions])
     return FrozenStates(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters.files import CARD_FILE, DESCRIPTION_FILE, TENSORS_FILE, is_adapted_folder
-from trimtab.config import Recipe, to_mapping
+from trimtab.config import MapViewsConfig, Recipe, to_mapping
 from trimtab.errors import RecipeError
 from trimtab.files import digest_of, write_text
 
@@ -39,6 +39,7 @@ def used(recipe: Recipe) -> dict[str, Any]:
     later = (
         (mapping, "context", None),
         (mapping, "least_steps", 0),
+        (mapping["data"], "map_augmentation", to_mapping(MapViewsConfig())),
         (training, "bell", None),
         (training, "optimizer", "adamw"),
         (mapping.get("adapter", {}), "memory", 0),

@@ -22,15 +22,18 @@ from trimtab.towers.layers import TowerCut, TowerName
 LARGEST_SCALE = 100.0
 """The logit_scale is kept at or below this, as in CLIP's own training."""
 
-Batch = tuple[np.ndarray, np.ndarray]
-"""Numbers of the pairs (B,) and of the view of each pair's picture (B,)."""
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Numbers of the pairs (B,), of the view of each pair's picture (B,), and (B, K) what its map's view is made of."""
 
 
 class Lookup(Protocol):
     """Where a half-computed tower goes on: what `TowerCut.upper` takes, or what a whole tower takes."""
 
-    def __call__(self, items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
-        """Tensors of the items (B,), each in one of its views (B,); texts have but one."""
+    def __call__(self, items: np.ndarray, views: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Tensors of the items (B,), each in one of its views (B,); texts have but one.
+
+        With `numbers` (B, K) cached maps are changed further, as `trimtab.data.map_views` does.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +55,13 @@ class Side:
     tokens: Callable[[np.ndarray], dict[str, Tensor]] | None = None
     head: nn.Module | None = None
 
-    def features(self, items: np.ndarray, views: np.ndarray | None = None) -> Tensor:
-        """Features (B, D) of images or captions (B,); without `views` of the pictures themselves."""
-        below = self.lookup(items, np.zeros_like(items) if views is None else views)
+    def features(self, items: np.ndarray, views: np.ndarray | None = None, numbers: np.ndarray | None = None) -> Tensor:
+        """Features (B, D) of images or captions (B,); without `views` of the pictures themselves.
+
+        Args:
+            numbers: for the lookup.
+        """
+        below = self.lookup(items, np.zeros_like(items) if views is None else views, numbers)
         return self.upper(below, self.tokens(items) if self.tokens else None)
 
     def upper(self, below: dict[str, Tensor], tokens: dict[str, Tensor] | None) -> Tensor:
@@ -119,9 +126,9 @@ class DomainTask(nn.Module):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Named loss terms of one batch; each caption passes through the text tower once."""
-        pairs, views = batch
+        pairs, views, of_maps = batch
         captions = np.unique(self.caption_of[pairs])
-        images = self.gather(self.image.features(self.image_of[pairs], views))  # (B, D)
+        images = self.gather(self.image.features(self.image_of[pairs], views, of_maps))  # (B, D)
         texts = self.gather(self.text.features(captions))  # (T, D)
         device = images.device
         rows = self.gather(torch.as_tensor(pairs, device=device))
