@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"data.train={train}",
             f"data.validation={validation}",
             "data.views=1",
+            "data.map_augmentation={}",  # the recipe's is for adapters in a convolutional trunk
             # The last layers of any base. Names are new here, so the text tower has an adapter too; a gate would need
             # it frozen.
             "adapters=[{tower: image, first: -2, last: -1}, {tower: text, first: -1, last: -1}]",

@@ -391,7 +391,7 @@ def test_the_recipe_for_grocery_takes_tables_by_path(places: Any, tmp_path: Path
     assert [source.path for source in recipe.data.train] == [str(places[1])]
     assert [source.path for source in recipe.data.validation] == [str(places[2])]
     small = [f"base={places[0]}", "adapters=[{tower: image, width: 4}]", "training.epochs=1", "least_steps=2"]
-    small.append("training.trackers=[]")
+    small += ["data.map_augmentation={}", "training.trackers=[]"]
     assert adapt(ROOT / "recipes" / "domain-grocery.yaml", [*overrides, *small]) is not None
 
 
