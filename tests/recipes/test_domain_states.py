@@ -12,7 +12,6 @@ import torch
 from tiny_domain import toy_recipe, write_pairs
 from tiny_towers import BUILDERS
 from trimtab.config import MapViewsConfig, ViewsConfig
-from trimtab.data.map_views import draw_numbers, make_map_views
 from trimtab.data.pairs import load_pairs
 from trimtab.data.views import make_view
 from trimtab.errors import DataError, RecipeError
@@ -21,6 +20,7 @@ from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates,
 from trimtab.recipes.picture_views import PictureViews
 from trimtab.towers.hf import load_base
 from trimtab.towers.layers import TowerCut, sites
+from trimtab.towers.map_views import draw_numbers, make_map_views
 
 FAMILIES = ["clip", "siglip2", "chinese_clip", "vision-text-dual-encoder", "flava"]
 OPTIONS = ViewsConfig()

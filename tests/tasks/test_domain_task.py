@@ -31,6 +31,7 @@ class Stand(nn.Module):
         self.towers = nn.ModuleDict({"image": nn.Linear(6, DIM), "text": nn.Linear(6, DIM)})
         self.inputs = {"image": torch.randn(4, 3, 6), "text": torch.randn(3, 1, 6)}  # item, view
         self.seen: list[tuple[str, list[int], list[int]]] = []
+        self.numbers: dict[str, np.ndarray | None] = {}
         self.model = nn.Identity()
         self.device = torch.device("cpu")
 
@@ -41,8 +42,9 @@ class Stand(nn.Module):
         return self.towers["text"](inputs["x"])
 
     def side(self, tower: Any) -> Side:
-        def lookup(items: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        def lookup(items: np.ndarray, views: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, Tensor]:
             self.seen.append((tower, items.tolist(), views.tolist()))
+            self.numbers[tower] = numbers
             return {"x": self.inputs[tower][torch.from_numpy(items), torch.from_numpy(views)]}
 
         return Side(self, tower, None, lookup)  # type: ignore[arg-type]
@@ -66,8 +68,8 @@ def make(objective: ContrastiveConfig | None = None, **bank: Any) -> tuple[Stand
     )
 
 
-def batch(*pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(pairs), np.arange(len(pairs)) % 3
+def batch(*pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.array(pairs), np.arange(len(pairs)) % 3, np.array(pairs)[:, None] / 10
 
 
 def test_terms_are_those_of_the_features() -> None:
@@ -89,6 +91,8 @@ def test_each_caption_passes_once_and_pictures_in_their_views() -> None:
     task.step(batch(1, 2, 4, 3))
     assert ("image", [0, 1, 3, 2], [0, 1, 2, 0]) in stand.seen
     assert ("text", [1, 2], [0, 0]) in stand.seen
+    assert np.array_equal(stand.numbers["image"], [[0.1], [0.2], [0.4], [0.3]])
+    assert stand.numbers["text"] is None
 
 
 def test_the_bank_learns_what_the_step_saw() -> None:

@@ -75,7 +75,7 @@ class ViewsConfig:
 
 @dataclass(frozen=True)
 class MapViewsConfig:
-    """How far the cached feature map of a picture is changed in a step; see `trimtab.data.map_views`.
+    """How far the cached feature map of a picture is changed in a step; see `trimtab.towers.map_views`.
 
     Attributes:
         crop_min: smallest part of the area that is left; 1 always leaves all of it.

@@ -17,7 +17,6 @@ import torch
 
 from trimtab.adapters.gate import Gated, fit_gate
 from trimtab.config import DomainRecipe, to_mapping
-from trimtab.data.map_views import draw_numbers
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
 from trimtab.evaluation.forgetting import GeneralSet, alpha_curve, forgetting, mean_score, measure
@@ -34,6 +33,7 @@ from trimtab.recipes.folders import check_out, claim, portable, recipe_digest, t
 from trimtab.tasks.domain import Batch, DomainTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
+from trimtab.towers.map_views import draw_numbers
 from trimtab.training import distributed
 from trimtab.training.distributed import World
 from trimtab.training.loop import train

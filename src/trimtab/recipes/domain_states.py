@@ -20,7 +20,6 @@ from torch import Tensor
 
 from trimtab.config import DomainRecipe, MapViewsConfig, ViewsConfig
 from trimtab.data.cache import CachedArrays, PackedStates, Progress, cached_arrays, cached_states, cached_vectors
-from trimtab.data.map_views import make_map_views
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.shards import PictureFile
 from trimtab.errors import RecipeError
@@ -31,6 +30,7 @@ from trimtab.recipes.picture_views import PictureViews
 from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut
+from trimtab.towers.map_views import make_map_views
 from trimtab.training.trackers import progress_reporter
 
 _BATCH = 64

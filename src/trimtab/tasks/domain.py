@@ -32,7 +32,7 @@ class Lookup(Protocol):
     def __call__(self, items: np.ndarray, views: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, Tensor]:
         """Tensors of the items (B,), each in one of its views (B,); texts have but one.
 
-        With `numbers` (B, K) cached maps are changed further, as `trimtab.data.map_views` does.
+        With `numbers` (B, K) cached maps are changed further, as `trimtab.towers.map_views` does.
         """
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.data.map_views import NUMBERS, draw_numbers, make_map_views
+from trimtab.towers.map_views import NUMBERS, draw_numbers, make_map_views
 
 
 @dataclass(frozen=True)
