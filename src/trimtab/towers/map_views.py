@@ -64,10 +64,8 @@ def _sampled(maps: Tensor, numbers: Tensor, of_flip: Tensor, options: MapViewOpt
     width, height = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
     transform = torch.zeros(len(maps), 2, 3).to(maps)
     transform[:, 0, 0], transform[:, 1, 1] = width, height
-    transform[:, 0, 2], transform[:, 1, 2] = (
-        (1 - width) * (2 * numbers[:, 2] - 1),
-        (1 - height) * (2 * numbers[:, 3] - 1),
-    )
+    transform[:, 0, 2] = (1 - width) * (2 * numbers[:, 2] - 1)
+    transform[:, 1, 2] = (1 - height) * (2 * numbers[:, 3] - 1)
     if options.flip:
         transform[:, 0, 0] *= torch.where(of_flip < 0.5, -1.0, 1.0)
     grid = F.affine_grid(transform, list(maps.shape), align_corners=False)
