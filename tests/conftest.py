@@ -8,7 +8,7 @@ import signal
 # Before any import of the hub client: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +63,14 @@ def pictures() -> list[Image.Image]:
     noise = np.random.default_rng(0)
     sizes = [(40, 50), (32, 32), (64, 33), (20, 90), (100, 41)]
     return [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """Two threads for PyTorch, whatever the machine; a test may set others."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

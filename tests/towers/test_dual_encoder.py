@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_models
 from tiny_models import CONTEXT, CORPUS
 from trimtab.data.images import ImageError
 from trimtab.errors import DataError, ModelError, TrimtabError
@@ -70,6 +71,14 @@ def test_batches_do_not_change_embeddings(clip: Any, pictures: list[Image.Image]
         clip.encode_image(pictures),
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("family", sorted(tiny_models.DUAL_ENCODERS))
+def test_threads_do_not_mix_their_texts(family: str, tiny_base: Any, two_cores: None) -> None:
+    base, texts = tiny_base(family), CORPUS * 5
+    embeddings = base.encode_text(texts, batch_size=2)
+    torch.set_num_threads(1)
+    np.testing.assert_allclose(embeddings, base.encode_text(texts, batch_size=2), atol=1e-6)
 
 
 def test_bad_image_stops_with_its_name(clip: Any, files: list[Path], tmp_path: Path) -> None:

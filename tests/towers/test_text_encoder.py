@@ -46,6 +46,16 @@ def test_states_match_transformers(name: str, student: Any, tiny_folder: Callabl
         np.testing.assert_allclose(one, expected[row, : len(one)].numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted({**tiny_models.TEXT_ENCODERS, **tiny_models.DUAL_ENCODERS}))
+@pytest.mark.parametrize("layers", [(0, 1, -1), (1,)])
+def test_threads_do_not_mix_their_states(name: str, layers: tuple[int, ...], student: Any, two_cores: None) -> None:
+    encoder, texts = student(name), TEXTS * 5
+    states = encoder.token_states(texts, layers, batch_size=2)
+    torch.set_num_threads(1)
+    for one, alone in zip(states, encoder.token_states(texts, layers, batch_size=2), strict=True):
+        np.testing.assert_allclose(one, alone, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", sorted(tiny_models.DUAL_ENCODERS))
 def test_text_tower_of_a_dual_encoder_is_a_student(family: str, student: Any, tiny_base: Any) -> None:
     encoder, base = student(family), tiny_base(family)

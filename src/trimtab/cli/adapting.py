@@ -73,7 +73,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Write report.html and report.md into this folder.")
     ] = None,
     device: Annotated[str, typer.Option(help="'auto' takes a GPU where there is one; or a torch device.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most images per forward pass.")] = 64,
 ) -> None:
     """Measure zero-shot classification or image-text retrieval on your own pictures."""
     if (classification is None) == (retrieval is None):

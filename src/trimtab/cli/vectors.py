@@ -108,7 +108,7 @@ def embed(
         Path | None, typer.Option(metavar="DIR", help="Folder of the pictures; the table's own by default.")
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Items per shard.")] = 8192,
-    batch_size: Annotated[int, typer.Option(min=1, help="Items per forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most items per forward pass.")] = 64,
     format: Annotated[Format, typer.Option(help="Parquet, or .npy with the ids beside it.")] = Format.parquet,
     dtype: Annotated[Dtype, typer.Option(help="Of the vectors on disk.")] = Dtype.float32,
     engine: Annotated[Engine, typer.Option(help="'ray' uses the workers of a Ray cluster.")] = Engine.local,

@@ -31,6 +31,7 @@ from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut
 from trimtab.towers.map_views import make_map_views
+from trimtab.towers.passes import per_pass
 from trimtab.training.trackers import progress_reporter
 
 _BATCH = 64
@@ -102,6 +103,7 @@ class ImageStates:
         site = str(self.cut.site or "features")
         precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
         parts = ["image states", self.base.fingerprint, site, precision]
+        size = per_pass(_BATCH, "images", self.base.device)
         for view in range(self.views + 1):
             count = len(self.images) if view == 0 else self.viewed
             keys = self._keys[:count]
@@ -110,8 +112,8 @@ class ImageStates:
             def compute(some: list[str], view: int = view, place: dict[str, int] = place) -> np.ndarray:
                 return np.concatenate(
                     [
-                        self._states([place[key] for key in some[start : start + _BATCH]], view)
-                        for start in range(0, len(some), _BATCH)
+                        self._states([place[key] for key in some[start : start + size]], view)
+                        for start in range(0, len(some), size)
                     ]
                 )
 
@@ -324,5 +326,6 @@ def base_embeddings(frozen: FrozenStates, train: ImageTextPairs) -> tuple[Tensor
 @torch.no_grad()
 def embed(side: Side, items: np.ndarray, *, batch_size: int = 128) -> Tensor:
     """Unit-norm embeddings (N, D) of pictures as they are, or of captions, on the base's device."""
-    parts = [side.features(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+    size = per_pass(batch_size, "images" if side.tower == "image" else "texts", side.base.device)
+    parts = [side.features(items[start : start + size]) for start in range(0, len(items), size)]
     return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)

@@ -23,6 +23,7 @@ from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.picture_views import PictureViews
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.passes import per_pass
 from trimtab.towers.prompting import image_tokens
 
 _BATCH = 64
@@ -90,6 +91,7 @@ class PictureFeatures:
         """
         base = self.base
         precision = "bf16" if has_fast_bf16(base.device) else "fp32"
+        size = per_pass(_BATCH, "images", base.device)
         tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
         parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
         keys = self._source.keys()
@@ -98,7 +100,7 @@ class PictureFeatures:
             drawn = self._source.cache_parts(view)
 
             def compute(some: list[str], view: int = view) -> np.ndarray:
-                batches = [some[start : start + _BATCH] for start in range(0, len(some), _BATCH)]
+                batches = [some[start : start + size] for start in range(0, len(some), size)]
                 with fast_inference(base.device):
                     return np.concatenate([self._encode([place[key] for key in batch], view) for batch in batches])
 

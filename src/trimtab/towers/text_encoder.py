@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from trimtab.towers.early_exit import LayerStack
 from trimtab.towers.freezing import fingerprint, freeze, tokenizer_digest
 from trimtab.towers.hf import FAMILIES, pick_device, pick_dtype, resolve_folder, text_inputs_for
 from trimtab.towers.parts import load_config, load_tokenizer, load_weights
+from trimtab.towers.passes import per_pass, results
 from trimtab.towers.tokens import TextInputs, context_length
 
 if TYPE_CHECKING:
@@ -189,28 +191,37 @@ class TextEncoder:
 
         Args:
             layers: as for `states`.
-            batch_size: texts per forward pass; texts of like length share a pass.
+            batch_size: most texts per forward pass, fewer on a CPU; texts of like length share a pass.
 
         Returns:
             For each text (T_i, H * len(layers)) float32, special tokens included, the prefix's left out.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         picked = self._checked_layers(layers)
-        results: list[np.ndarray] = [np.empty(0)] * len(texts)
+        kept_states: list[np.ndarray] = [np.empty(0)] * len(texts)
         self.last_truncated = 0
-        with torch.inference_mode():
-            for positions, tokens, lengths, cut in self.text_inputs.batches(texts, batch_size):
-                states = self._states(tokens, lengths, picked)[0].cpu().numpy()
-                for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):
-                    kept = length - len(self._prefix_span)
-                    results[position] = states[row, :kept].copy()  # a view would keep the padding alive
+        batches = self.text_inputs.batches(texts, per_pass(batch_size, "texts", self.device))
+
+        def read(batch: tuple[list[int], dict[str, Tensor], list[int], int]) -> tuple[list[int], list[np.ndarray], int]:
+            positions, tokens, lengths, cut = batch
+            states = self._states(tokens, lengths, picked)[0].cpu().numpy()
+            kept = (length - len(self._prefix_span) for length in lengths)
+            # A view would keep the padding alive.
+            return positions, [row[:count].copy() for row, count in zip(states, kept, strict=True)], cut
+
+        # A pass that stops early does so by hooks, which passes of other threads would run into.
+        several = max(picked) == self.num_layers
+        with contextlib.closing(results(read, batches, self.device, threads=several)) as found:
+            for positions, some, cut in found:
+                for position, states in zip(positions, some, strict=True):
+                    kept_states[position] = states
                 self.last_truncated += cut
         if self.last_truncated:
             logger.warning(
                 "%d of %d texts were longer than the %d tokens that %s reads, and were cut",
                 self.last_truncated, len(texts), self.max_tokens, self.name,
             )  # fmt: skip
-        return results
+        return kept_states
 
     def _states(
         self, tokens: dict[str, Tensor], lengths: Sequence[int] | Tensor, layers: Sequence[int]

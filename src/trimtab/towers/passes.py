@@ -1,0 +1,73 @@
+"""Many forward passes of a frozen tower, in the way that its device likes best.
+
+A GPU wants large batches. A CPU wants what its caches hold, and a core that has a batch of its own waits for no other.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+# Measured on 2 cores with 512 KiB of L2 each: sixteen pictures a pass are a third faster than sixty-four, sixty-four
+# short texts a tenth faster than two hundred.
+_ON_CPU = {"images": 16, "texts": 64}
+_MOST_THREADS = 8
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+def per_pass(wanted: int, kind: str, device: torch.device) -> int:
+    """How many ``images`` or ``texts`` go through a tower at once if up to `wanted` may."""
+    return min(wanted, _ON_CPU[kind]) if device.type == "cpu" else wanted
+
+
+def results(
+    run: Callable[[Batch], Result], batches: Iterable[Batch], device: torch.device, *, threads: bool = True
+) -> Generator[Result, None, None]:
+    """`run` of each batch, in order, without gradients; on a CPU several at a time, each on a core of its own.
+
+    Close it (`contextlib.closing`) if it may not be read to its end.
+
+    Args:
+        threads: whether `run` may be called by several threads at once.
+    """
+    rest = iter(batches)
+    # One batch is not worth a pool: it has all cores for itself.
+    first = [batch for _, batch in zip(range(2), rest, strict=False)]
+    cores = torch.get_num_threads()
+    if not threads or device.type != "cpu" or cores == 1 or len(first) < 2:
+        with torch.inference_mode():
+            for batch in _chain(first, rest):
+                yield run(batch)
+        return
+    count = min(cores, _MOST_THREADS)
+    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def one(batch: Batch) -> Result:
+        # A new thread knows neither the gradient mode nor the autocast of the one that started it.
+        with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=autocast):
+            return run(batch)
+
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    pool = ThreadPoolExecutor(count)
+    torch.set_num_threads(max(1, cores // count))
+    try:
+        for batch in _chain(first, rest):
+            waiting.append(pool.submit(one, batch))
+            if len(waiting) > count:  # one more than can run, so that no thread waits for the next batch to be made
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
+def _chain(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield from first
+    yield from rest

@@ -1,0 +1,73 @@
+"""Many passes: the same results in the same order, however many threads run them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from trimtab.towers.passes import per_pass, results
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+@pytest.mark.parametrize("threads", [False, True])
+def test_order_and_values_are_those_of_one_pass_after_another(two_cores: None, count: int, threads: bool) -> None:
+    layer = torch.nn.Linear(5, 3)
+    batches = [torch.randn(size + 1, 5) for size in range(count)]
+    found = list(results(layer, batches, CPU, threads=threads))
+    assert len(found) == count
+    for one, batch in zip(found, batches, strict=True):
+        torch.testing.assert_close(one, layer(batch).detach())
+        assert not one.requires_grad
+
+
+def test_batches_run_side_by_side_each_with_its_share_of_the_cores(two_cores: None) -> None:
+    seen = list(results(lambda _: torch.get_num_threads(), range(4), CPU))
+    assert seen == [1] * 4
+    assert list(results(lambda _: torch.get_num_threads(), range(4), CPU, threads=False)) == [2] * 4
+    assert list(results(lambda _: torch.get_num_threads(), range(1), CPU)) == [2]  # it has all cores for itself
+    assert torch.get_num_threads() == 2
+
+
+def test_autocast_of_the_caller_holds_in_every_thread(two_cores: None) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(results(torch.nn.Linear(4, 4), [torch.randn(2, 4)] * 3, CPU))
+    assert {one.dtype for one in found} == {torch.bfloat16}
+    assert {one.dtype for one in results(torch.nn.Linear(4, 4), [torch.randn(2, 4)] * 3, CPU)} == {torch.float32}
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_an_error_reaches_the_caller_and_the_cores_are_given_back(two_cores: None, threads: bool) -> None:
+    def run(number: int) -> int:
+        if number == 2:
+            raise ValueError("the third")
+        return number
+
+    with pytest.raises(ValueError, match="the third"):
+        list(results(run, range(5), CPU, threads=threads))
+    assert torch.get_num_threads() == 2
+
+
+def test_not_read_to_the_end_it_stops_and_gives_the_cores_back(two_cores: None) -> None:
+    made = []
+
+    def batches() -> Iterator[int]:
+        for number in range(1000):
+            made.append(number)
+            yield number
+
+    with contextlib.closing(results(lambda number: number, batches(), CPU)) as found:
+        assert next(found) == 0
+    assert len(made) < 10
+    assert torch.get_num_threads() == 2
+
+
+def test_only_a_cpu_has_its_passes_cut() -> None:
+    assert per_pass(64, "images", CPU) == 16
+    assert per_pass(8, "images", CPU) == 8
+    assert per_pass(256, "texts", CPU) == 64
+    assert per_pass(256, "texts", torch.device("cuda")) == 256
