@@ -239,7 +239,7 @@ def what_counts(recipe: DomainRecipe) -> DomainRecipe:
     if recipe.method != "lora":
         recipe = replace(recipe, lora=plain.lora)
     if recipe.method != "adapter":
-        recipe = replace(recipe, adapters=(), gate=plain.gate)
+        recipe = replace(recipe, adapters=(), gate=plain.gate, memory=0)
     if recipe.method != "adapter" and not recipe.bank.enabled:
         recipe = replace(recipe, bank=replace(plain.bank, enabled=False, epoch_share=recipe.bank.epoch_share))
     return recipe
@@ -304,6 +304,7 @@ def trained(job: Job, out: Path, general: Sequence[str], score: Any, *, curve: b
         **found,
         "general": outcome.get("general", {}).get("forgetting"),
         "gate": outcome.get("gate"),
+        "memory": outcome.get("memory"),
         "alpha": outcome.get("alpha", []),
         "validation_recall": outcome["validation"],
         "difficulty": outcome["difficulty"],

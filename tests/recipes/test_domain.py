@@ -34,6 +34,7 @@ from trimtab.recipes.adapt import adapt
 from trimtab.recipes.domain_methods import METHODS
 from trimtab.recipes.info import describe
 from trimtab.tasks.domain import DomainTask
+from trimtab.towers.memory import PairMemory
 
 FAMILY = "clip"
 CHANCE = 100 / len(CAPTIONS)
@@ -350,6 +351,36 @@ def test_a_gate_leaves_pictures_from_elsewhere_to_the_base(toy: Any, tmp_path: P
     shown = sorted(places[2].parent.glob("*.png"))
     right = model.similarity(shown, CAPTIONS).argmax(1) == np.arange(96, 120) % len(CAPTIONS)
     assert 100 * right.mean() == pytest.approx(outcome["validation"]["top1"], abs=5)
+
+
+def test_training_pictures_are_remembered_if_validation_bears_it(
+    toy: Any, tmp_path: Path, places: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = adapt(toy(memory=40))
+    assert outcome is not None
+    memory = outcome["memory"]
+    assert (memory["pictures"], memory["kept"]) == (40, memory["with"]["top1"] >= memory["without"]["top1"])
+    assert outcome["validation"]["top1"] == memory["with" if memory["kept"] else "without"]["top1"]
+    model = trimtab.load(str(tmp_path / "out"))
+    assert (model.memory is not None) == memory["kept"]
+    # What validation says of the run is what the folder does.
+    shown = sorted(places[2].parent.glob("*.png"))
+    right = model.similarity(shown, CAPTIONS).argmax(1) == np.arange(96, 120) % len(CAPTIONS)
+    assert 100 * right.mean() == pytest.approx(outcome["validation"]["top1"], abs=5)
+
+
+def test_a_memory_by_which_validation_falls_is_not_kept(toy: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    class Wrong(PairMemory):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return -torch.nn.functional.normalize(features, dim=-1)
+
+    monkeypatch.setattr(domain, "PairMemory", Wrong)
+    outcome = adapt(toy(memory=40))
+    assert outcome is not None
+    memory = outcome["memory"]
+    assert memory["with"]["top1"] < memory["without"]["top1"] == outcome["validation"]["top1"]
+    assert not memory["kept"]
+    assert trimtab.load(str(tmp_path / "out")).memory is None
 
 
 # What a run says and refuses

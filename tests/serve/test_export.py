@@ -22,6 +22,7 @@ from trimtab.serve import export as module
 from trimtab.serve.export import export_onnx, quantise
 from trimtab.serve.onnx_runtime import Encoder, is_latin
 from trimtab.towers import scripts
+from trimtab.towers.memory import PairMemory
 from trimtab.towers.text_encoder import TextEncoder
 
 pytest.importorskip("onnxruntime")
@@ -131,6 +132,24 @@ def test_a_gate_is_inside(tiny_base: Any, pictures: list[Image.Image], tmp_path:
     assert moved.max() > 1e-3
     if kind == "hard":
         assert moved.min() < 1e-5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_memory_of_pictures_is_inside(
+    gated: bool, tiny_base: Any, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    base = tiny_base("clip")
+    plain = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
+    keys = torch.from_numpy(plain.encode_image(pictures[:2]))
+    memory = PairMemory(2, base.embedding_dim)
+    memory.fill(keys, torch.randn(2, base.embedding_dim, generator=torch.Generator().manual_seed(0)))
+    memory.weight.fill_(0.5)
+    centre = torch.from_numpy(base.encode_image(pictures[:1]))
+    gate = DomainGate(centre, 0.0, float(np.sort(base.encode_image(pictures) @ centre[0].numpy())[3]))
+    model = DomainAdapted(base, plain.adapters, gate=gate if gated else None, memory=memory)
+    export_onnx(model, tmp_path / "out", pictures=pictures)
+    encoder = check(model, tmp_path / "out", pictures)
+    assert np.abs(encoder.encode_image(pictures) - plain.encode_image(pictures)).max() > 1e-2
 
 
 def test_english_through_the_adapter(

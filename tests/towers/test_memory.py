@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from trimtab.towers.memory import DIRECTIONS, TranslationMemory
+from trimtab.towers.memory import DIRECTIONS, PairMemory
 
 WORDS, DIM, TEMPLATES = 40, 48, 5
 
@@ -20,8 +20,8 @@ def unit(count: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def filled(weight: float = 8.0, variants: torch.Tensor | None = None) -> TranslationMemory:
-    memory = TranslationMemory(WORDS, DIM)
+def filled(weight: float = 8.0, variants: torch.Tensor | None = None) -> PairMemory:
+    memory = PairMemory(WORDS, DIM)
     memory.fill(unit(WORDS, 0), unit(WORDS, 1), variants)
     memory.weight.fill_(weight)
     return memory
@@ -57,7 +57,7 @@ def test_a_word_is_known_in_every_template() -> None:
     translations = unit(WORDS, 1)
     cosines = {}
     for told in (False, True):
-        memory = TranslationMemory(WORDS, DIM)
+        memory = PairMemory(WORDS, DIM)
         memory.fill(sentences[:, 0], translations, sentences[:12] if told else None)
         memory.weight.fill_(8.0)
         cosines[told] = torch.stack([(memory(sentences[:, i]) * translations).sum(-1) for i in range(1, TEMPLATES)])
@@ -88,7 +88,7 @@ def test_nothing_is_trained_and_all_is_saved(tmp_path: Path) -> None:
     memory = filled(variants=in_templates(unit(6, 5)))
     assert not list(memory.parameters())
     save_file(memory.state_dict(), tmp_path / "memory.safetensors")
-    again = TranslationMemory(WORDS, DIM)
+    again = PairMemory(WORDS, DIM)
     again.load_state_dict(load_file(tmp_path / "memory.safetensors"))
     torch.testing.assert_close(again(unit(20, 6)), memory(unit(20, 6)), atol=0, rtol=0)
 
@@ -97,7 +97,7 @@ def test_what_is_kept_in_float_follows_every_change() -> None:
     memory = filled()
     before = memory(unit(9, 0))
     assert all(torch.equal(kept, whole.float()) for whole, _, kept in memory._floats.values())
-    other = TranslationMemory(WORDS, DIM)
+    other = PairMemory(WORDS, DIM)
     other.fill(unit(WORDS, 0), unit(WORDS, 3))
     other.weight.fill_(8.0)
     memory.load_state_dict(other.state_dict())  # in place

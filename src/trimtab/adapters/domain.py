@@ -46,11 +46,12 @@ from trimtab.towers.layers import (
     sites,
     tower_module,
 )
+from trimtab.towers.memory import PairMemory
 from trimtab.towers.prompting import ImageTokens, image_tokens
 
 LINK = "domain"
 _LOGIT_SCALE = "logit_scale"
-_GATE = "gate."  # of the names of its tensors
+_GATE, _MEMORY = "gate.", "memory."  # of the names of their tensors
 
 
 class DomainAdapters(nn.Module):
@@ -196,6 +197,7 @@ class DomainAdapted(DualEncoder):
         adapters: frozen here.
         gate: leaves pictures from elsewhere to the base; None adapts all. The part of the image tower above the lowest
             adapter then runs twice for each picture that is adapted, and once for the others.
+        memory: moves pictures near those of training towards the captions of these; None moves none.
         folder: the adapted folder.
     """
 
@@ -205,6 +207,7 @@ class DomainAdapted(DualEncoder):
         adapters: DomainAdapters,
         *,
         gate: DomainGate | None = None,
+        memory: PairMemory | None = None,
         logit_scale: float | None = None,
         name: str = "",
         folder: Path | None = None,
@@ -213,6 +216,7 @@ class DomainAdapted(DualEncoder):
         self.base = base
         self.adapters: DomainAdapters = freeze(adapters).to(base.device)
         self.gate: DomainGate | None = gate.to(base.device) if gate else None
+        self.memory: PairMemory | None = memory.to(base.device) if memory else None
         self.name = name or base.name
         self.folder = folder
         if logit_scale is not None:
@@ -234,8 +238,9 @@ class DomainAdapted(DualEncoder):
         """Move base and adapters; returns itself."""
         self.base.to(device)
         self.adapters.to(device)
-        if self.gate is not None:
-            self.gate.to(device)
+        for each in (self.gate, self.memory):
+            if each is not None:
+                each.to(device)
         return self
 
     def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
@@ -249,7 +254,7 @@ class DomainAdapted(DualEncoder):
             if self.gate is not None and self.alpha != 0:
                 return self._gated(self.gate, pixels)
             with self.adapters.attach(self.base):
-                return self.base.pixel_features(pixels)
+                return self.recalled(self.base.pixel_features(pixels))
 
     def image_tokens(self, pixels: dict[str, Tensor]) -> ImageTokens:
         """Features and patch tokens (B, N, Wi) of pictures; both as far as the gate lets the adapters change them."""
@@ -258,6 +263,7 @@ class DomainAdapted(DualEncoder):
                 return image_tokens(self.base, pixels)
             with self.adapters.attach(self.base):
                 adapted = image_tokens(self.base, pixels)
+            adapted = adapted._replace(features=self.recalled(adapted.features))
             if self.gate is None:
                 return adapted
             # Of all pictures, in and outside: an export to ONNX cannot choose between them.
@@ -265,6 +271,13 @@ class DomainAdapted(DualEncoder):
             share = self.gate(plain.features)  # (B,)
             tokens = torch.lerp(plain.tokens, adapted.tokens, share[:, None, None].to(plain.tokens.dtype))
             return ImageTokens(mixed(plain.features, adapted.features, share), tokens, plain.mask)
+
+    def recalled(self, adapted: Tensor) -> Tensor:
+        """Features (B, D) as the memory moves them, as far as `alpha` has it; their lengths stay."""
+        if self.memory is None or self.alpha == 0:
+            return adapted
+        moved = (self.memory(adapted) * adapted.norm(dim=-1, keepdim=True)).to(adapted.dtype)
+        return torch.lerp(adapted, moved, min(max(self.alpha, 0.0), 1.0))
 
     def _gated(self, gate: DomainGate, pixels: dict[str, Tensor]) -> Tensor:
         cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
@@ -275,7 +288,7 @@ class DomainAdapted(DualEncoder):
         if not inside.any():
             return features
         with self.adapters.attach(self.base):
-            adapted = cut.upper({name: one[inside] for name, one in below.items()})
+            adapted = self.recalled(cut.upper({name: one[inside] for name, one in below.items()}))
         features = features.clone()
         features[inside] = mixed(features[inside], adapted, share[inside])
         return features
@@ -284,8 +297,9 @@ class DomainAdapted(DualEncoder):
         parts: list[str | bytes] = [self.base.fingerprint, repr(self.alpha), repr(self.logit_scale)]
         for name, tensor in sorted(self.adapters.state_dict().items()):
             parts += [name, tensor.float().cpu().numpy().tobytes()]
-        for name, tensor in self.gate.state_dict().items() if self.gate else ():
-            parts += [_GATE + name, tensor.float().cpu().numpy().tobytes()]
+        for prefix, each in ((_GATE, self.gate), (_MEMORY, self.memory)):
+            for name, tensor in each.state_dict().items() if each is not None else ():
+                parts += [prefix + name, tensor.float().cpu().numpy().tobytes()]
         return digest_of(*parts)
 
     def _write(self, folder: str) -> None:
@@ -307,6 +321,7 @@ def save_domain(
     *,
     base: DualEncoder,
     gate: DomainGate | None = None,
+    memory: PairMemory | None = None,
     logit_scale: float | None = None,
     recipe: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
@@ -321,8 +336,9 @@ def save_domain(
     tensors = adapters.state_dict()
     if logit_scale is not None:
         tensors[_LOGIT_SCALE] = torch.tensor(float(logit_scale))
-    if gate is not None:
-        tensors.update({_GATE + name: tensor for name, tensor in gate.state_dict().items()})
+    for prefix, each in ((_GATE, gate), (_MEMORY, memory)):
+        if each is not None:
+            tensors.update({prefix + name: tensor for name, tensor in each.state_dict().items()})
     return save_adapter(
         folder,
         link=LINK,
@@ -330,6 +346,7 @@ def save_domain(
         config={
             "adapters": to_mapping(adapters.groups),
             "gate": gate.kind if gate else "none",
+            "memory": len(memory) if memory is not None else 0,
             "alpha": adapters.alpha,
         },
         base=BaseReference.of(base),
@@ -355,15 +372,15 @@ def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
     scale = tensors.pop(_LOGIT_SCALE, None)
     if scale is not None and (scale.numel() != 1 or scale <= 0):
         raise ModelError(f"{where} has a logit_scale that is no number above 0: copy the folder again")
-    gate = _load_gate(tensors, base, where)
+    gate, memory = _load_gate(tensors, base, where), _load_memory(tensors, base, where)
     load_into(adapters, replace(described, tensors=tensors))
     number = None if scale is None else float(scale)
-    return DomainAdapted(base, adapters, gate=gate, logit_scale=number, name=name, folder=folder)
+    return DomainAdapted(base, adapters, gate=gate, memory=memory, logit_scale=number, name=name, folder=folder)
 
 
 def _load_gate(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> DomainGate | None:
     """Take the gate's tensors out of `tensors`; None if there are none."""
-    found = {name.removeprefix(_GATE): tensors.pop(name) for name in list(tensors) if name.startswith(_GATE)}
+    found = _taken(tensors, _GATE)
     if not found:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
@@ -371,3 +388,22 @@ def _load_gate(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> Do
     if shapes != {"centres": (*centres[:1], base.embedding_dim), "low": (), "high": ()} or 0 in centres:
         raise ModelError(f"{where} has a gate that does not fit {base.name} ({shapes}): copy the folder again")
     return DomainGate(found["centres"], float(found["low"]), float(found["high"]))
+
+
+def _load_memory(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> PairMemory | None:
+    """Take the memory's tensors out of `tensors`; None if there are none."""
+    found = _taken(tensors, _MEMORY)
+    if not found:
+        return None
+    memory = PairMemory(len(found.get("keys", ())), base.embedding_dim)
+    try:
+        memory.load_state_dict(found)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{where} has a memory that does not fit {base.name} ({error}): copy the folder again"
+        ) from None
+    return memory
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

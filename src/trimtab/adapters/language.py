@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageAdapterConfig
-from trimtab.towers.memory import TranslationMemory
+from trimtab.towers.memory import PairMemory
 
 _SHORT = 128  # tokens up to which the (T, T) scores of a batch are small beside its other activations
 
@@ -94,7 +94,7 @@ class LanguageAdapter(nn.Module):
             self.linear = nn.Linear(input_dim, output_dim).requires_grad_(False)
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
-        self.memory = TranslationMemory(config.memory, output_dim) if config.memory else None
+        self.memory = PairMemory(config.memory, output_dim) if config.memory else None
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:  # (B, T, H), (B, T) bool -> (B, D)
         states = self.standardised(states)

@@ -305,6 +305,8 @@ class DomainRecipe:
             each tower's features.
         adapters: groups of adapters, for ``method: adapter``.
         gate: leaves pictures from elsewhere to the base, for ``method: adapter`` with a frozen text tower.
+        memory: most training pictures that are kept with their captions, to look up what a picture is near to after
+            training; see `trimtab.towers.memory`. 0 for none, and only for ``method: adapter``.
         least_steps: optimiser steps that a run has at least; with few pairs it has more epochs than `training.epochs`.
         general: pictures with captions of no particular domain, to tell what is forgotten; never trained on.
         alphas: settings of the dial at which domain and general scores are compared, if there are general pictures.
@@ -321,6 +323,7 @@ class DomainRecipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     bank: MemoryBankConfig = field(default_factory=MemoryBankConfig)
+    memory: int = 0
     least_steps: int = 0
     general: tuple[PairSource, ...] = ()
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -330,6 +333,7 @@ class DomainRecipe:
         require(self, "base", bool(self.base.strip()), "non-empty text")
         require(self, "out", bool(self.out.strip()), "the folder to write")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        require(self, "memory", self.memory >= 0, "at least 0")
         require(self, "least_steps", self.least_steps >= 0, "at least 0")
         has = bool(self.adapters)
         require(self, "adapters", has or self.method != "adapter", "at least one group, with method=adapter")

@@ -25,6 +25,7 @@ from trimtab.files import write_text
 from trimtab.recipes.folders import ADAPTED_FILES
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import PROJECTIONS, PartName, Site, TowerCut, TowerName, lowest_site, refuse_wrong_cut, sites
+from trimtab.towers.memory import PairMemory
 
 
 class Method(nn.Module):
@@ -92,6 +93,7 @@ class Adapters(Method):
 
     Attributes:
         gate: which pictures are adapted, once that is known; not in training.
+        memory: of the training pictures, once training has ended.
     """
 
     files = ADAPTED_FILES
@@ -101,6 +103,7 @@ class Adapters(Method):
         super().__init__(base, recipe)
         self.adapters = DomainAdapters(base, recipe.adapters).to(base.device)
         self.gate: DomainGate | None = None
+        self.memory: PairMemory | None = None
 
     def cut(self, tower: TowerName) -> TowerCut:
         cut = TowerCut(self.base, tower, lowest_site(self.adapters, tower))
@@ -115,7 +118,9 @@ class Adapters(Method):
     @contextlib.contextmanager
     def at_alpha(self, alpha: float, logit_scale: float) -> Iterator[DualEncoder]:
         flags = [one.requires_grad for one in self.adapters.parameters()]
-        model = DomainAdapted(self.base, self.adapters, gate=self.gate, logit_scale=logit_scale)
+        model = DomainAdapted(
+            self.base, self.adapters, gate=self.gate, memory=self.memory, logit_scale=logit_scale
+        )  # fmt: skip
         model.alpha = alpha
         try:
             yield model
@@ -125,8 +130,8 @@ class Adapters(Method):
                 one.requires_grad_(flag)
 
     def save(self, folder: Path, logit_scale: float, *, card: str, **facts: Any) -> None:
-        options: dict[str, Any] = {"base": self.base, "gate": self.gate, "logit_scale": logit_scale, "card": card}
-        save_domain(folder, self.adapters, **options, **facts)
+        options: dict[str, Any] = {"base": self.base, "gate": self.gate, "memory": self.memory}
+        save_domain(folder, self.adapters, **options, logit_scale=logit_scale, card=card, **facts)
 
 
 class Full(Method):

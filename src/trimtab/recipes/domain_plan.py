@@ -36,6 +36,7 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     step = upper_image + texts * upper_text
     whole = step + lower_image + texts * lower_text
     epochs = recipe.training.epochs
+    kept = min(recipe.memory, len(train.images)) if recipe.method == "adapter" else 0
     lines = [
         to_yaml(recipe).rstrip(),
         "",
@@ -46,6 +47,7 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         f"image tower  {_where(frozen.image_side)}",
         f"text tower   {_where(frozen.text_side)}",
         *([f"gate         {_GATES[recipe.gate.kind]}"] if recipe.method == "adapter" else []),
+        *([f"memory       up to {kept:,} training pictures with their captions"] if kept else []),
         f"cache        {frozen.nbytes / 1e9:.2f} GB in {cache_home() / 'features'}",
     ]
     if frozen.image_side.cut or frozen.text_side.cut:

@@ -137,6 +137,7 @@ def _report(
                 "base": f"{base.name}, {base.fingerprint[:16]}",
                 "steps": outcome["steps"],
                 **{f"gate, {name}": value for name, value in outcome.get("gate", {}).items()},
+                **_of_memory(outcome.get("memory")),
                 "trimtab": trimtab.__version__,
                 "torch": torch.__version__,
                 **{f"{name} (s)": round(value) for name, value in seconds.items()},
@@ -153,6 +154,16 @@ def _report(
         context=f"trimtab adapt, {recipe.out}",
         footer=f"trimtab {trimtab.__version__}, seed {recipe.seed}",
     )
+
+
+def _of_memory(memory: dict[str, Any] | None) -> dict[str, Any]:
+    if memory is None:
+        return {}
+    return {
+        "memory, pictures": memory["pictures"],
+        "memory, top-1 of validation without and with it": f"{memory['without']['top1']:.1f}, "
+        f"{memory['with']['top1']:.1f}; {'kept' if memory['kept'] else 'not kept'}",
+    }
 
 
 def _general(outcome: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
@@ -174,6 +185,11 @@ def model_card(recipe: DomainRecipe, metrics: dict[str, float], outcome: dict[st
             what += (
                 f" A {gate['kind']} gate leaves pictures\nthat do not look like the domain to the base; "
                 f"{gate['validation']:.0f}% of the validation pictures get all of the adapters."
+            )
+        if (memory := outcome.get("memory")) and memory["kept"]:
+            what += (
+                f" It remembers {memory['pictures']:,} training\npictures: what comes near them is moved towards their "
+                "captions."
             )
     else:
         what = f"The base `{recipe.base}`, adapted to a business domain by {METHODS[recipe.method].label}."

@@ -39,6 +39,7 @@ def used(recipe: Recipe) -> dict[str, Any]:
     later = (
         (mapping, "context", None),
         (mapping, "least_steps", 0),
+        (mapping, "memory", 0),
         (mapping["data"], "map_augmentation", to_mapping(MapViewsConfig())),
         (training, "bell", None),
         (training, "optimizer", "adamw"),

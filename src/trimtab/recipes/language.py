@@ -33,7 +33,7 @@ from trimtab.recipes.sources import PreparedText, Words, drawing_probability, pr
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
-from trimtab.towers.memory import TranslationMemory
+from trimtab.towers.memory import PairMemory
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 from trimtab.training import distributed
@@ -267,7 +267,7 @@ def remember(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> 
         rows = np.arange(first + count, first + count + len(words.variants))
         variants = torch.from_numpy(_features(task, frozen.states, rows)).unflatten(0, (-1, words.templates))
     values = torch.from_numpy(frozen.teacher[frozen.words].astype(np.float32))
-    memory = TranslationMemory(count, len(adapter.output_mean))
+    memory = PairMemory(count, len(adapter.output_mean))
     memory.fill(keys, values, variants)
     alone = validate(task, frozen, text)["match"]
     adapter.memory = memory.to(task.device)

@@ -81,7 +81,7 @@ def image_features(model: Any, pixels: dict[str, Tensor]) -> Tensor:
     below = cut.lower(pixels)
     features = cut.upper(below)  # (B, D)
     with model.adapters.attach(model.base):
-        adapted = cut.upper(below)
+        adapted = model.recalled(cut.upper(below))
     return mixed(features, adapted, model.gate(features))
 
 

@@ -23,7 +23,7 @@ from trimtab.serve.export import TEXTS, made_pictures
 from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
-from trimtab.towers.memory import TranslationMemory
+from trimtab.towers.memory import PairMemory
 from trimtab.towers.merged_text import AdaptedTextConfig, AdaptedTextModel
 
 BASE = "base"
@@ -199,10 +199,10 @@ def write_text_encoder(link: Any, folder: Path) -> float:
 
 def _text_code() -> str:
     """One file: transformers finds no second one where its package of such files was imported before the folder."""
-    line = "from trimtab.towers.memory import TranslationMemory\n"
+    line = "from trimtab.towers.memory import PairMemory\n"
     code = Path(str(merged_text.__file__)).read_text(encoding="utf-8")
     assert line in code
-    return f"{code.replace(line, '')}\n\nDIRECTIONS = {memory.DIRECTIONS}\n\n\n{inspect.getsource(TranslationMemory)}"
+    return f"{code.replace(line, '')}\n\nDIRECTIONS = {memory.DIRECTIONS}\n\n\n{inspect.getsource(PairMemory)}"
 
 
 _ADAPTER_KEYS = ("width", "layers", "heads", "feedforward", "hidden", "pooling", "init", "memory")

@@ -1,8 +1,11 @@
-"""A translation memory: words whose English features are known are looked up rather than regressed.
+"""A memory of pairs: what one side of a training pair looks like, and where its other side lies.
+
+As a translation memory it looks words up whose English features are known, rather than have them regressed.
 
 A regression from thousands of words to their English features keeps the neighbours of each, but only half of its
 direction, and nearness to pictures needs the direction. So what lies near a word of the training pairs is moved to
-where the word's translation lies: nearest neighbours beside a trained model, as in kNN-MT (Khandelwal et al., arXiv
+where the word's translation lies. In a domain, pictures near those of the training pairs are moved towards the captions
+of these. Both are nearest neighbours beside a trained model, as in kNN-MT (Khandelwal et al., arXiv
 2010.00710) and, for images, in Tip-Adapter (Zhang et al., arXiv 2111.03930). Nothing here is trained.
 
 `trimtab export --format merged` copies the class: it needs torch alone.
@@ -17,15 +20,15 @@ from torch.nn import functional as F
 DIRECTIONS = 16  # most directions in which sentences around a word may differ
 
 
-class TranslationMemory(nn.Module):
-    """Features (B, D) to unit features (B, D), moved towards the translations of the nearest words.
+class PairMemory(nn.Module):
+    """Features (B, D) to unit features (B, D), moved towards the partners of the nearest keys.
 
     Nearness is told without the directions in which one template differs from another, so that a word is known in any
     of them. With cosines c to the keys and w = exp(sharpness * (c - 1)), the result is the direction of
-    f + weight * sum(w v) / max(1, sum(w)): far from every word that is f, at a word nearly its translation.
+    f + weight * sum(w v) / max(1, sum(w)): far from every key that is f.
 
     Args:
-        count: words, N.
+        count: pairs, N.
         dim: D.
     """
 
@@ -52,11 +55,11 @@ class TranslationMemory(nn.Module):
 
     @torch.no_grad()
     def fill(self, keys: Tensor, values: Tensor, variants: Tensor | None = None) -> None:
-        """Take words in.
+        """Take pairs in.
 
         Args:
-            keys: (N, D) what the adapter makes of them.
-            values: (N, D) what it should have made: the features of their translations.
+            keys: (N, D) what the adapters make of words, or of pictures.
+            values: (N, D) what they should have made: the features of translations, or of captions.
             variants: (S, T, D) what the adapter makes of S words in T templates each, the same for all words.
         """
         if variants is not None and variants.shape[1] > 1:

@@ -1,6 +1,6 @@
 """The text side of a language link as a model of its own: a frozen encoder, the adapter on it, unit vectors.
 
-`trimtab export --format merged` writes this file, with `TranslationMemory` at its end, into its folder, where
+`trimtab export --format merged` writes this file, with `PairMemory` at its end, into its folder, where
 transformers finds it:
 
     from transformers import AutoModel, AutoTokenizer
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trimtab.towers.memory import TranslationMemory
+from trimtab.towers.memory import PairMemory
 
 
 class AdaptedTextConfig(PretrainedConfig):
@@ -128,7 +128,7 @@ class _Adapter(nn.Module):
             self.word_in = nn.Linear(input_dim, self.hidden)
             self.word_out = nn.Linear(self.hidden, dim, bias=False)
         self.linear = nn.Linear(input_dim, dim) if about["init"] == "ridge" else None
-        self.memory = TranslationMemory(about["memory"], dim) if about["memory"] else None
+        self.memory = PairMemory(about["memory"], dim) if about["memory"] else None
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, H) -> (B, T, W), (B, D)
         states = (states - self.input_mean) / self.input_std
