@@ -69,6 +69,13 @@ def test_lengths_of_features_stay(plain: DomainAdapted, pictures: list[Image.Ima
     assert not torch.allclose(moved, found, atol=1e-3)
 
 
+def test_taken_out_it_is_another_model(plain: DomainAdapted, pictures: list[Image.Image]) -> None:
+    model = with_memory(plain, memory_of(plain, pictures[:2], ["a red car", "a cat"]))
+    model.memory = None
+    assert model.fingerprint == plain.fingerprint
+    np.testing.assert_array_equal(model.encode_image(pictures), plain.encode_image(pictures))
+
+
 def test_the_dial_turns_it_too(plain: DomainAdapted, pictures: list[Image.Image]) -> None:
     model = with_memory(plain, memory_of(plain, pictures[:2], ["a red car", "a cat"]))
     model.alpha = 0.0

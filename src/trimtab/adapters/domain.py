@@ -215,8 +215,8 @@ class DomainAdapted(DualEncoder):
         self.__dict__.update(base.__dict__)  # the towers are shared, not copied
         self.base = base
         self.adapters: DomainAdapters = freeze(adapters).to(base.device)
-        self.gate: DomainGate | None = gate.to(base.device) if gate else None
-        self.memory: PairMemory | None = memory.to(base.device) if memory else None
+        self._gate: DomainGate | None = gate.to(base.device) if gate is not None else None
+        self._memory: PairMemory | None = memory.to(base.device) if memory is not None else None
         self.name = name or base.name
         self.folder = folder
         if logit_scale is not None:
@@ -232,6 +232,26 @@ class DomainAdapted(DualEncoder):
     @alpha.setter
     def alpha(self, value: float) -> None:
         self.adapters.alpha = value
+        self.fingerprint = self._digest()
+
+    @property
+    def gate(self) -> DomainGate | None:
+        """Which pictures are adapted; another gate, or none, is another fingerprint."""
+        return self._gate
+
+    @gate.setter
+    def gate(self, gate: DomainGate | None) -> None:
+        self._gate = gate
+        self.fingerprint = self._digest()
+
+    @property
+    def memory(self) -> PairMemory | None:
+        """Of training pictures; another memory, or none, is another fingerprint."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: PairMemory | None) -> None:
+        self._memory = memory
         self.fingerprint = self._digest()
 
     def to(self, device: str | torch.device) -> DomainAdapted:
