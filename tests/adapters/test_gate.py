@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiny_models import randomised
+from tiny_starter import build_starter
 from trimtab.adapters.adapted import load
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters, save_domain
 from trimtab.adapters.files import read_adapter
@@ -20,6 +21,7 @@ from trimtab.config import DomainAdapterConfig, GateConfig
 from trimtab.errors import ModelError
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
+from trimtab.towers.prompting import image_tokens
 
 FAMILIES = ["vision-text-dual-encoder", "siglip2", "flava"]
 
@@ -133,6 +135,24 @@ def test_pictures_from_elsewhere_keep_the_base(
     assert torch.equal(model.pixel_features(pixels), before)
     model.alpha = 1.0
     assert torch.equal(adapted_with(base, gate_at(-before)).pixel_features(pixels)[0], before[0])
+
+
+@pytest.mark.parametrize(("kind", "first"), [("bottleneck", -1), ("conv", 3)])
+def test_patch_tokens_are_those_of_two_whole_passes(
+    kind: Any, first: int, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    base = load_base(str(build_starter(tmp_path / "starter")), device="cpu")
+    pixels = pixels_of(base, pictures[:2])
+    adapters = randomised(DomainAdapters(base, [DomainAdapterConfig("image", kind, first=first, width=4)]), 1)
+    plain, open_to_all = image_tokens(base, pixels), DomainAdapted(base, adapters)  # type: ignore[arg-type]
+    adapted = image_tokens(open_to_all, pixels)
+    found = image_tokens(DomainAdapted(base, adapters, gate=gate_at(plain.features)), pixels)  # type: ignore[arg-type]
+    for at, expected in ((0, adapted), (1, plain)):
+        torch.testing.assert_close(found.tokens[at], expected.tokens[at], atol=1e-4, rtol=1e-4)
+        one = torch.nn.functional.normalize(found.features[at], dim=-1)
+        torch.testing.assert_close(
+            one, torch.nn.functional.normalize(expected.features[at], dim=-1), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_texts_pass_no_gate(base: DualEncoder, pictures: list[Image.Image]) -> None:

@@ -47,7 +47,7 @@ from trimtab.towers.layers import (
     tower_module,
 )
 from trimtab.towers.memory import PairMemory
-from trimtab.towers.prompting import ImageTokens, image_tokens
+from trimtab.towers.prompting import ImageTokens, image_tokens, tokens_in_pass
 
 LINK = "domain"
 _LOGIT_SCALE = "logit_scale"
@@ -281,16 +281,26 @@ class DomainAdapted(DualEncoder):
         with self._lock:
             if self.alpha == 0:
                 return image_tokens(self.base, pixels)
-            with self.adapters.attach(self.base):
-                adapted = image_tokens(self.base, pixels)
-            adapted = adapted._replace(features=self.recalled(adapted.features))
             if self.gate is None:
-                return adapted
+                with self.adapters.attach(self.base):
+                    adapted = image_tokens(self.base, pixels)
+                return adapted._replace(features=self.recalled(adapted.features))
             # Of all pictures, in and outside: an export to ONNX cannot choose between them.
-            plain = image_tokens(self.base, pixels)
+            plain, adapted = self._both_tokens(pixels)
+            adapted = adapted._replace(features=self.recalled(adapted.features))
             share = self.gate(plain.features)  # (B,)
             tokens = torch.lerp(plain.tokens, adapted.tokens, share[:, None, None].to(plain.tokens.dtype))
             return ImageTokens(mixed(plain.features, adapted.features, share), tokens, plain.mask)
+
+    def _both_tokens(self, pixels: dict[str, Tensor]) -> tuple[ImageTokens, ImageTokens]:
+        """Of the base and of the adapters, from one pass below the lowest of these."""
+        cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
+        below = cut.lower(pixels)
+        plain = tokens_in_pass(self.base, pixels, lambda: cut.upper(below)) or image_tokens(self.base, pixels)
+        with self.adapters.attach(self.base):
+            # Patch tokens that lie below the adapters need a whole pass.
+            adapted = tokens_in_pass(self.base, pixels, lambda: cut.upper(below)) or image_tokens(self.base, pixels)
+        return plain, adapted
 
     def recalled(self, adapted: Tensor) -> Tensor:
         """Features (B, D) as the memory moves them, as far as `alpha` has it; their lengths stay."""

@@ -328,7 +328,7 @@ def _token_table(base: DualEncoder) -> nn.Embedding:
 
 
 # Where a tower has richer tokens than those above its last layer: the module whose output is the map.
-_MAPS = {"trimtab_starter_vision": "trunk"}
+_MAPS = {"trimtab_starter_vision": "trunk.head"}
 
 
 class ImageTokens(NamedTuple):
@@ -361,6 +361,23 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
         base = base.base
     if hasattr(base, "image_tokens"):
         return base.image_tokens(pixels)
+    found = tokens_in_pass(base, pixels, lambda: base.pixel_features(pixels))
+    assert found is not None  # the whole tower ran
+    return found
+
+
+def tokens_in_pass(base: DualEncoder, pixels: dict[str, Tensor], run: Callable[[], Tensor]) -> ImageTokens | None:
+    """As `image_tokens`, of a pass of the tower from wherever `run` has it start.
+
+    Args:
+        run: gives the features (B, D) of the pictures.
+
+    Returns:
+        None if the pass began above the patch tokens.
+
+    Raises:
+        RecipeError: as `image_tokens`.
+    """
     try:
         tower: Any = tower_module(base, "image")
     except ModelError as error:
@@ -370,10 +387,12 @@ def image_tokens(base: DualEncoder, pixels: dict[str, Tensor]) -> ImageTokens:
     module = tower.get_submodule(path) if path else tower
     handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        features = base.pixel_features(pixels)
+        features = run()
     finally:
         handle.remove()
-    output: Any = seen[-1] if seen else None
+    if not seen:
+        return None
+    output: Any = seen[-1]
     tokens = output.flatten(2).transpose(1, 2) if path else getattr(output, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] < 2:
         shape = "nothing beside its pooled output" if tokens is None else f"states of shape {tuple(tokens.shape)}"
