@@ -96,9 +96,9 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             return None
         hardness = Hardness.of(task, frozen, pairs.train)
         found = dict(result.best or {})
-        memory = remember(recipe, method, frozen, pairs, gated, hardness)
-        if memory:
-            found |= memory["with"] if memory["kept"] else memory["without"]
+        memory = remember(recipe, method, frozen, pairs, gated, hardness, found)
+        if memory and memory["kept"]:
+            found |= memory["with"]
     outcome: dict[str, Any] = {
         "folder": recipe.out,
         "method": recipe.method,
@@ -281,8 +281,12 @@ def remember(
     pairs: DomainPairs,
     gated: Gated | None,
     trained: Hardness,
+    validation: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Keep training pictures with their captions beside the adapters, unless validation falls by it.
+
+    Args:
+        validation: what it says of the trained adapters alone.
 
     Returns:
         What validation says with and without them, and whether they are kept; None if the recipe asks for none.
@@ -301,11 +305,12 @@ def remember(
     memory.weight.fill_(_MEMORY_WEIGHT)
     memory.sharpness.fill_(_MEMORY_SHARPNESS)
     memory.to(method.base.device)
-    found = {"without": validate(frozen, pairs, gated), "with": validate(frozen, pairs, gated, memory)}
-    better = found["with"]["top1"] >= found["without"]["top1"]
+    found = validate(frozen, pairs, gated, memory)
+    better = found["top1"] >= validation["top1"]
     if better:
         method.memory = memory
-    return {"pictures": len(kept), "kept": better, **found}
+    alone = {name: validation[name] for name in found}
+    return {"pictures": len(kept), "kept": better, "without": alone, "with": found}
 
 
 def quantiles(difficulty: np.ndarray) -> dict[str, float]:

@@ -6,7 +6,8 @@ A GPU wants large batches. A CPU wants what its caches hold, and a core that has
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Generator, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -38,12 +39,14 @@ def results(
     """
     rest = iter(batches)
     # One batch is not worth a pool: it has all cores for itself.
-    first = [batch for _, batch in zip(range(2), rest, strict=False)]
+    first = list(itertools.islice(rest, 2))
+    rest = itertools.chain(first, rest)
     cores = torch.get_num_threads()
     if not threads or device.type != "cpu" or cores == 1 or len(first) < 2:
-        with torch.inference_mode():
-            for batch in _chain(first, rest):
-                yield run(batch)
+        for batch in rest:
+            with torch.inference_mode():
+                result = run(batch)
+            yield result
         return
     count = min(cores, _MOST_THREADS)
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -57,7 +60,7 @@ def results(
     pool = ThreadPoolExecutor(count)
     torch.set_num_threads(max(1, cores // count))
     try:
-        for batch in _chain(first, rest):
+        for batch in rest:
             waiting.append(pool.submit(one, batch))
             if len(waiting) > count:  # one more than can run, so that no thread waits for the next batch to be made
                 yield waiting.popleft().result()
@@ -66,8 +69,3 @@ def results(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
-
-
-def _chain(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield from first
-    yield from rest
