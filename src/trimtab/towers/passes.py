@@ -13,8 +13,7 @@ from typing import TypeVar
 
 import torch
 
-# Measured on 2 cores with 512 KiB of L2 each: sixteen pictures a pass are a third faster than sixty-four, sixty-four
-# short texts a tenth faster than two hundred.
+# More of them fall out of a core's caches and are slower.
 _ON_CPU = {"images": 16, "texts": 64}
 _MOST_THREADS = 8
 
