@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[str]] = {
     "adapter: width 384": ["adapter.width=384"],
     "pooling: attention": ["adapter.pooling=attention"],
     "English-English pairs: none": ["data.english_share=0"],
+    "English-English pairs: 5%": ["data.english_share=0.05"],
     "English-English pairs: 10%": ["data.english_share=0.1"],
     "pairs: with composed phrases": ["data.phrases=25000"],
     "pairs: no nouns in templates": ["data.templates=0"],
@@ -106,15 +107,26 @@ def main() -> None:
 
 
 def other_sources(recipe: LanguageRecipe) -> dict[str, list[str]]:
-    """Rows that leave sources of the recipe's pairs out."""
+    """Rows that leave sources of the recipe's pairs out, or take less or more of one."""
 
     def only(names: Sequence[str]) -> str:
         return "data.train=" + json.dumps([to_mapping(one) for one in recipe.data.train if one.path in names])
+
+    def limited(**limits: int) -> str:
+        sources = [to_mapping(one) for one in recipe.data.train]
+        return "data.train=" + json.dumps([
+            one | {"limit": limits.get(one["path"].partition(":")[0], one["limit"])} for one in sources
+        ])  # fmt: skip
 
     names = [source.path for source in recipe.data.train]
     rows = {f"pairs: without {left_out}": [only([name for name in names if name != left_out])] for left_out in names}
     if "cedict" in names:
         rows["pairs: dictionary alone"] = [only(["cedict"]), "data.phrases=0", "data.templates=0"]
+        rows["pairs: 36,000 entries of the dictionary"] = [limited(cedict=36_000)]
+        rows["pairs: 46,000 entries of the dictionary"] = [limited(cedict=46_000)]
+    if "cataclysm:zh_CN" in names:
+        rows["pairs: 15,000 sentences of the game"] = [limited(cataclysm=15_000)]
+        rows["pairs: all sentences of the game"] = [limited(cataclysm=10**6)]
     return rows if len(names) > 1 else {}
 
 

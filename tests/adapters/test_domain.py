@@ -19,12 +19,14 @@ from tiny_models import randomised
 from tiny_towers import BUILDERS, TEXTS, TOWERS, features_of, inputs_of
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters, save_domain
 from trimtab.adapters.files import read_adapter
+from trimtab.adapters.gate import DomainGate
 from trimtab.adapters.kinds import KINDS, ConvBottleneck, PictureNorm
 from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
 from trimtab.errors import ModelError, RecipeError, TrimtabError
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.layers import Site, TowerCut, TowerName, lowest_site, refuse_wrong_cut, sites
+from trimtab.towers.states_below import StatesBelow
 
 Load = Callable[[str], DualEncoder]
 
@@ -418,6 +420,39 @@ def test_the_dial(name: str, load: Load, two: list[Image.Image]) -> None:
     adapted.alpha = 1
     assert np.array_equal(adapted.encode_image(two), full)
     assert adapted.fingerprint == digest
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["clip", "siglip2", "starter"])
+def test_what_lies_below_is_passed_once_for_all_models(
+    name: str, gated: bool, load: Load, two: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(name)
+    # A gate that lets the first picture through, and a memory of states that both models share.
+    first = base.encode_image(two[:1])
+    gate = DomainGate(torch.from_numpy(first), 0.999, 0.9999) if gated else None
+    models = [DomainAdapted(base, make(base, group("image", first=-1), seed=seed), gate=gate) for seed in (0, 1)]
+    apart = [model.encode_image(two) for model in models]
+    passed: list[int] = []
+    lower = TowerCut.lower
+
+    def counted(cut: TowerCut, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        passed.append(len(inputs["pixel_values"]))
+        return lower(cut, inputs)
+
+    monkeypatch.setattr(TowerCut, "lower", counted)
+    shared = StatesBelow()
+    for model, expected in zip(models, apart, strict=True):
+        model.states_below = shared
+        np.testing.assert_allclose(model.encode_image(two), expected, atol=1e-6)
+    models[1].alpha = 0.5
+    assert not np.array_equal(models[1].encode_image(two), apart[1])
+    assert sum(passed) == len(shared) == 2
+    models[0].encode_image([*two[1:], two[0].rotate(90)])
+    assert (sum(passed), len(shared)) == (3, 3)
+    models[0].states_below = full = StatesBelow(most_bytes=0)
+    np.testing.assert_allclose(models[0].encode_image(two), apart[0], atol=1e-6)
+    assert len(full) == 0
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ from trimtab.towers.layers import (
 )
 from trimtab.towers.memory import PairMemory
 from trimtab.towers.prompting import ImageTokens, image_tokens, tokens_in_pass
+from trimtab.towers.states_below import StatesBelow
 
 LINK = "domain"
 _LOGIT_SCALE = "logit_scale"
@@ -198,6 +199,7 @@ class DomainAdapted(DualEncoder):
         gate: leaves pictures from elsewhere to the base; None adapts all. The part of the image tower above the lowest
             adapter then runs twice for each picture that is adapted, and once for the others.
         memory: moves pictures near those of training towards the captions of these; None moves none.
+        states_below: what lies below the adapters, shared with other models of the base; None keeps nothing.
         folder: the adapted folder.
     """
 
@@ -217,6 +219,7 @@ class DomainAdapted(DualEncoder):
         self.adapters: DomainAdapters = freeze(adapters).to(base.device)
         self._gate: DomainGate | None = gate.to(base.device) if gate is not None else None
         self._memory: PairMemory | None = memory.to(base.device) if memory is not None else None
+        self.states_below: StatesBelow | None = None
         self.name = name or base.name
         self.folder = folder
         if logit_scale is not None:
@@ -271,10 +274,15 @@ class DomainAdapted(DualEncoder):
     def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
         """As `DualEncoder.pixel_features`, through the adapters as far as the gate lets them."""
         with self._lock:
-            if self.gate is not None and self.alpha != 0:
-                return self._gated(self.gate, pixels)
+            if self.alpha == 0 or (self.gate is None and self.states_below is None):
+                with self.adapters.attach(self.base):
+                    return self.recalled(self.base.pixel_features(pixels))
+            cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
+            below = cut.lower(pixels) if self.states_below is None else self.states_below.lower(cut, pixels)
+            if self.gate is not None:
+                return self._gated(self.gate, cut, below)
             with self.adapters.attach(self.base):
-                return self.recalled(self.base.pixel_features(pixels))
+                return self.recalled(cut.upper(below))
 
     def image_tokens(self, pixels: dict[str, Tensor]) -> ImageTokens:
         """Features and patch tokens (B, N, Wi) of pictures; both as far as the gate lets the adapters change them."""
@@ -309,9 +317,7 @@ class DomainAdapted(DualEncoder):
         moved = (self.memory(adapted) * adapted.norm(dim=-1, keepdim=True)).to(adapted.dtype)
         return torch.lerp(adapted, moved, min(max(self.alpha, 0.0), 1.0))
 
-    def _gated(self, gate: DomainGate, pixels: dict[str, Tensor]) -> Tensor:
-        cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
-        below = cut.lower(pixels)
+    def _gated(self, gate: DomainGate, cut: TowerCut, below: dict[str, Tensor]) -> Tensor:
         features = cut.upper(below)  # (B, D)
         share = gate(features)  # (B,)
         inside = share > 0

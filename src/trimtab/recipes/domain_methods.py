@@ -26,6 +26,7 @@ from trimtab.recipes.folders import ADAPTED_FILES
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import PROJECTIONS, PartName, Site, TowerCut, TowerName, lowest_site, refuse_wrong_cut, sites
 from trimtab.towers.memory import PairMemory
+from trimtab.towers.states_below import StatesBelow
 
 
 class Method(nn.Module):
@@ -94,6 +95,7 @@ class Adapters(Method):
     Attributes:
         gate: which pictures are adapted, once that is known; not in training.
         memory: of the training pictures, once training has ended.
+        states_below: shared by the models of all settings of the dial.
     """
 
     files = ADAPTED_FILES
@@ -104,6 +106,7 @@ class Adapters(Method):
         self.adapters = DomainAdapters(base, recipe.adapters).to(base.device)
         self.gate: DomainGate | None = None
         self.memory: PairMemory | None = None
+        self.states_below: StatesBelow | None = None
 
     def cut(self, tower: TowerName) -> TowerCut:
         cut = TowerCut(self.base, tower, lowest_site(self.adapters, tower))
@@ -122,6 +125,7 @@ class Adapters(Method):
             self.base, self.adapters, gate=self.gate, memory=self.memory, logit_scale=logit_scale
         )  # fmt: skip
         model.alpha = alpha
+        model.states_below = self.states_below
         try:
             yield model
         finally:

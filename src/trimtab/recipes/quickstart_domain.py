@@ -41,6 +41,7 @@ from trimtab.recipes.adapt import adapt
 from trimtab.recipes.domain_report import HARDEST_FILE
 from trimtab.recipes.folders import training_folder
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.states_below import StatesBelow
 
 DATASET, NAME = "fashion", "Clothes, shoes and bags"
 SHOWN = {key: METHODS[key] for key in (REFERENCE_METHOD, "adapter", MAIN_METHOD)}
@@ -112,12 +113,13 @@ def learn_domain(
 
     before = look(base, images)
     rows = _scores(REFERENCE_METHOD, before, before, general, seed=None)
-    outcomes = {}
+    outcomes, states_below = {}, StatesBelow()
     for key, each in recipes.items():
         outcome = adapt(each)
         assert outcome is not None  # one process
         outcomes[key] = outcome
         model = load_adapted(each.out, base=base)
+        model.states_below = states_below  # both have their adapters at the same layers
         after = look(model)
         rows += _scores(key, after, before, general, seed=recipe.seed)
         rows += training_rows(
