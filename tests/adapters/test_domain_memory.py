@@ -112,6 +112,12 @@ def test_saved_and_loaded_is_exact(
     np.testing.assert_array_equal(
         load(tmp_path / "copy", base=base).encode_image(pictures), again.encode_image(pictures)
     )
+    # What was taken out is not in a copy either.
+    model.memory, model.gate = None, DomainGate(torch.eye(base.embedding_dim)[:3], 0.2, 0.2)
+    model.save_pretrained(tmp_path / "gated")
+    gated = load(tmp_path / "gated", base=base)
+    assert gated.memory is None
+    assert gated.fingerprint == model.fingerprint != again.fingerprint
 
 
 def test_a_memory_of_another_space_is_refused(base: DualEncoder, plain: DomainAdapted, tmp_path: Path) -> None:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from trimtab.adapters.files import (
     CARD_FILE,
     DESCRIPTION_FILE,
-    TENSORS_FILE,
     AdapterFile,
     BaseReference,
     load_into,
+    read_adapter,
     reading_config,
     save_adapter,
 )
@@ -33,7 +31,7 @@ from trimtab.adapters.gate import DomainGate, mixed
 from trimtab.adapters.kinds import KINDS
 from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
 from trimtab.errors import ModelError, RecipeError
-from trimtab.files import digest_of, write_json
+from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import freeze
 from trimtab.towers.layers import (
@@ -341,14 +339,23 @@ class DomainAdapted(DualEncoder):
     def _write(self, folder: str) -> None:
         if self.folder is None:
             raise ModelError("this adapted model was never saved: save it with save_domain")
-        for path in self.folder.iterdir():
-            if path.name in (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE):
-                shutil.copy(path, folder)
-        path = Path(folder) / DESCRIPTION_FILE
-        described = json.loads(path.read_text(encoding="utf-8"))
-        if described["config"]["alpha"] != self.alpha:  # the dial was turned since it was loaded
-            described["config"]["alpha"] = self.alpha
-            write_json(path, described)
+        # As it is now, which the folder may not be: the dial can be turned, gate and memory taken out or exchanged.
+        kept = read_adapter(self.folder)
+        card = self.folder / CARD_FILE
+        tensors = _tensors(self.adapters, self.gate, self.memory)
+        if (scale := kept.tensors.get(_LOGIT_SCALE)) is not None:
+            tensors[_LOGIT_SCALE] = scale
+        save_adapter(
+            folder,
+            link=LINK,
+            tensors=tensors,
+            config=_config(self.adapters, self.gate, self.memory),
+            base=kept.base,
+            recipe=kept.recipe,
+            data=kept.data,
+            metrics=kept.metrics,
+            card=card.read_text(encoding="utf-8") if card.is_file() else "",
+        )
 
 
 def save_domain(
@@ -369,28 +376,37 @@ def save_domain(
     Args:
         logit_scale: multiplies cosines, if it was trained; None keeps the base's.
     """
-    tensors = adapters.state_dict()
+    tensors = _tensors(adapters, gate, memory)
     if logit_scale is not None:
         tensors[_LOGIT_SCALE] = torch.tensor(float(logit_scale))
-    for prefix, each in ((_GATE, gate), (_MEMORY, memory)):
-        if each is not None:
-            tensors.update({prefix + name: tensor for name, tensor in each.state_dict().items()})
     return save_adapter(
         folder,
         link=LINK,
         tensors=tensors,
-        config={
-            "adapters": to_mapping(adapters.groups),
-            "gate": gate.kind if gate else "none",
-            "memory": len(memory) if memory is not None else 0,
-            "alpha": adapters.alpha,
-        },
+        config=_config(adapters, gate, memory),
         base=BaseReference.of(base),
         recipe=recipe,
         data=data,
         metrics=metrics,
         card=card,
     )
+
+
+def _tensors(adapters: DomainAdapters, gate: DomainGate | None, memory: PairMemory | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(adapters.state_dict())
+    for prefix, each in ((_GATE, gate), (_MEMORY, memory)):
+        if each is not None:
+            tensors |= {prefix + name: tensor for name, tensor in each.state_dict().items()}
+    return tensors
+
+
+def _config(adapters: DomainAdapters, gate: DomainGate | None, memory: PairMemory | None) -> dict[str, Any]:
+    return {
+        "adapters": to_mapping(adapters.groups),
+        "gate": gate.kind if gate else "none",
+        "memory": len(memory) if memory is not None else 0,
+        "alpha": adapters.alpha,
+    }
 
 
 def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Path) -> DomainAdapted:
