@@ -45,6 +45,7 @@ VARIANTS: dict[str, list[str]] = {
     "objective: with Gram term": ["objective.gram=10"],
     "start: random": ["adapter.init=random"],
     "adapter: one layer": ["adapter.layers=1"],
+    "adapter: two layers": ["adapter.layers=2"],
     "adapter: no hidden layer for words": ["adapter.hidden=0"],
     "adapter: 512 hidden for words": ["adapter.hidden=512"],
     "adapter: no translation memory": ["adapter.memory=0"],

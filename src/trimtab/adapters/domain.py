@@ -275,8 +275,7 @@ class DomainAdapted(DualEncoder):
             if self.alpha == 0 or (self.gate is None and self.states_below is None):
                 with self.adapters.attach(self.base):
                     return self.recalled(self.base.pixel_features(pixels))
-            cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
-            below = cut.lower(pixels) if self.states_below is None else self.states_below.lower(cut, pixels)
+            cut, below = self._below(pixels)
             if self.gate is not None:
                 return self._gated(self.gate, cut, below)
             with self.adapters.attach(self.base):
@@ -298,10 +297,14 @@ class DomainAdapted(DualEncoder):
             tokens = torch.lerp(plain.tokens, adapted.tokens, share[:, None, None].to(plain.tokens.dtype))
             return ImageTokens(mixed(plain.features, adapted.features, share), tokens, plain.mask)
 
+    def _below(self, pixels: dict[str, Tensor]) -> tuple[TowerCut, dict[str, Tensor]]:
+        """The cut at the lowest adapter, and what pictures are below it."""
+        cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
+        return cut, cut.lower(pixels) if self.states_below is None else self.states_below.lower(cut, pixels)
+
     def _both_tokens(self, pixels: dict[str, Tensor]) -> tuple[ImageTokens, ImageTokens]:
         """Of the base and of the adapters, from one pass below the lowest of these."""
-        cut = TowerCut(self.base, "image", lowest_site(self.adapters, "image"))
-        below = cut.lower(pixels)
+        cut, below = self._below(pixels)
         plain = tokens_in_pass(self.base, pixels, lambda: cut.upper(below)) or image_tokens(self.base, pixels)
         with self.adapters.attach(self.base):
             # Patch tokens that lie below the adapters need a whole pass.
