@@ -53,7 +53,7 @@ from trimtab.training.optimiser import learning_rate, make_optimizer, trainable
 
 SHOTS, SEED, BATCH = 16, 1, 32
 EPOCHS = 200  # of CoOp's protocol at 16 shots
-FEW, STEPS = 2, 50  # shots of the runs that both end, and their steps
+FEW, STEPS = 2, 400  # shots of the runs that both end, and their steps: CoOp's in every comparison here
 PARTS = ("plain", "coop", "structured", "plain_few", "coop_few", "classes", "classes_causal")
 RESULT = Path(__file__).parent / "results" / "prompt.json"
 CLASSES, AT_ONCE = 1000, 2
