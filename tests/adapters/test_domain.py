@@ -428,7 +428,7 @@ def test_what_lies_below_is_passed_once_for_all_models(
     name: str, gated: bool, load: Load, two: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load(name)
-    # A gate that lets the first picture through, and a memory of states that both models share.
+    # A gate that lets the first picture through alone.
     first = base.encode_image(two[:1])
     gate = DomainGate(torch.from_numpy(first), 0.999, 0.9999) if gated else None
     models = [DomainAdapted(base, make(base, group("image", first=-1), seed=seed), gate=gate) for seed in (0, 1)]
@@ -450,6 +450,9 @@ def test_what_lies_below_is_passed_once_for_all_models(
     assert sum(passed) == len(shared) == 2
     models[0].encode_image([*two[1:], two[0].rotate(90)])
     assert (sum(passed), len(shared)) == (3, 3)
+    models[0].states_below = twice = StatesBelow()
+    models[0].encode_image([two[0], two[0]])
+    assert (sum(passed), len(twice)) == (4, 1)  # one pass for a picture that stands twice in a batch
     models[0].states_below = full = StatesBelow(most_bytes=0)
     np.testing.assert_allclose(models[0].encode_image(two), apart[0], atol=1e-6)
     assert len(full) == 0

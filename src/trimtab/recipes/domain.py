@@ -35,7 +35,6 @@ from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.map_views import draw_numbers
 from trimtab.towers.memory import PairMemory
-from trimtab.towers.states_below import StatesBelow
 from trimtab.training import distributed
 from trimtab.training.distributed import World
 from trimtab.training.loop import train
@@ -336,8 +335,6 @@ def remembered(
 ) -> dict[str, Any]:
     """General scores before and after, and how they and the domain's change along `alpha`."""
     pairs = RetrievalSet.of(validation)
-    if isinstance(method, Adapters):
-        method.states_below = StatesBelow()
     with method.at_alpha(1.0, logit_scale) as model:
         after = measure(model, general)
     with contextlib.ExitStack() as stack:

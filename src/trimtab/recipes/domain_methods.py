@@ -106,7 +106,7 @@ class Adapters(Method):
         self.adapters = DomainAdapters(base, recipe.adapters).to(base.device)
         self.gate: DomainGate | None = None
         self.memory: PairMemory | None = None
-        self.states_below: StatesBelow | None = None
+        self.states_below = StatesBelow()
 
     def cut(self, tower: TowerName) -> TowerCut:
         cut = TowerCut(self.base, tower, lowest_site(self.adapters, tower))

@@ -36,19 +36,16 @@ class StatesBelow:
         rows = len(next(iter(inputs.values())))
         keys = [_key(where, {name: one[row] for name, one in inputs.items()}) for row in range(rows)]
         found = {key: self._known[key] for key in keys if key in self._known}
-        missing = [row for row, key in enumerate(keys) if key not in found]
-        if len(missing) == rows:
-            states = cut.lower(inputs)
-        elif missing:
-            states = cut.lower({name: one[missing] for name, one in inputs.items()})
-        for at, row in enumerate(missing):
-            # A copy: a row of a batch would keep the whole batch.
-            own = {name: one[at].clone() for name, one in states.items()}
-            found[keys[row]] = own
-            size = sum(one.nbytes for one in own.values())
-            if self._bytes + size <= self.most_bytes:
-                self._known[keys[row]] = own
-                self._bytes += size
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
+        if missing:
+            states = cut.lower({name: one[list(missing.values())] for name, one in inputs.items()})
+            for at, key in enumerate(missing):
+                # A copy: a row of a batch would keep the whole batch.
+                found[key] = {name: one[at].clone() for name, one in states.items()}
+                size = sum(one.nbytes for one in found[key].values())
+                if self._bytes + size <= self.most_bytes:
+                    self._known[key] = found[key]
+                    self._bytes += size
         return {name: torch.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
 
 
