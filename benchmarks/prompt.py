@@ -170,16 +170,14 @@ def ours(recipe: PromptRecipe, draw: Shots, test: LabelledPictures, method: str)
     base = load(recipe.base)
     changed = replace(CHANGES[method](recipe), seed=SEED)
     tokens = changed.resolved().prompt.reads_patches
-    some = draw.train.take(np.arange(min(256, len(draw.train))))
-    features = PictureFeatures(base, some.images, tokens=tokens)
-    started = time.process_time()
-    features.encode()
-    encoding = (time.process_time() - started) / len(some) * len(draw.train) * (1 + recipe.data.views)
     views = {"views": recipe.data.views, "options": recipe.data.augmentation}
-    sets = [
-        LabelledFeatures(PictureFeatures(base, part.images, tokens=tokens, **more).fill(), part.labels)
-        for part, more in ((draw.train, views), (draw.validation, {}))
-    ]
+    sets = []
+    started = time.process_time()
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as empty:
+        for part, more in ((draw.train, views), (draw.validation, {})):
+            features = PictureFeatures(base, part.images, tokens=tokens, **more).fill(Path(empty))
+            sets.append(LabelledFeatures(features, part.labels))
+    encoding = time.process_time() - started
     started = time.process_time()
     fitted = fit_prompt(base, changed, sets[0], sets[1], draw.train.classes, SEED)
     seconds = time.process_time() - started

@@ -126,6 +126,22 @@ def test_passes_change_neither_result_nor_gradient(name: str, base_of: Any, monk
         close(one, other)
 
 
+@pytest.mark.parametrize(("memory", "each"), [(1 << 30, 1), (1, 2)])
+def test_passes_run_again_only_where_memory_is_short(
+    memory: int, each: int, base_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("starter")
+    tower = PromptTower(base, memory=memory)
+    monkeypatch.setattr(prompting, "_GROUP_ROWS", 2)  # so that a few names are several groups of like length
+    prompt = torch.zeros(1, 1, tower.width, requires_grad=True)
+    layout = tower.layout(["cat", "dog", "a red pear", "a blue pear"], prompt=1)
+    parts = 2 if memory > 1 else len(layout)
+    counted, whole = [], base.token_features
+    monkeypatch.setattr(base, "token_features", lambda inputs: counted.append(1) or whole(inputs))
+    tower.features(layout, prompt).sum().backward()
+    assert len(counted) == parts * each
+
+
 @torch.no_grad()
 def test_what_follows_the_end_token_is_dropped_only_where_nothing_sees_it(base_of: Any) -> None:
     for name, causal in (("clip", True), ("siglip", False), ("starter", False)):

@@ -91,7 +91,6 @@ class PictureFeatures:
         """
         base = self.base
         precision = "bf16" if has_fast_bf16(base.device) else "fp32"
-        size = per_pass(_BATCH, "images", base.device)
         tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
         parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
         keys = self._source.keys()
@@ -100,9 +99,7 @@ class PictureFeatures:
             drawn = self._source.cache_parts(view)
 
             def compute(some: list[str], view: int = view) -> np.ndarray:
-                batches = [some[start : start + size] for start in range(0, len(some), size)]
-                with fast_inference(base.device):
-                    return np.concatenate([self._encode([place[key] for key in batch], view) for batch in batches])
+                return self._encode_all([place[key] for key in some], view)
 
             where = cache_home() / "features" if folder is None else folder
             self._cached.append(cached_arrays(where, [*parts, *drawn], keys, compute, progress=progress))
@@ -110,7 +107,7 @@ class PictureFeatures:
 
     def encode(self) -> np.ndarray:
         """Features (N, ...) of the pictures as they are, computed anew: to see how long it takes."""
-        return self._encode(self._rows.tolist(), 0)
+        return self._encode_all(self._rows.tolist(), 0)
 
     def take(self, positions: np.ndarray) -> PictureFeatures:
         """The same features for some of the pictures, by position; nothing is copied."""
@@ -141,6 +138,12 @@ class PictureFeatures:
         tokens = flat[:, self._dim : self._dim + count * width].view(-1, count, width).float()
         mask = flat[:, self._dim + count * width :] > 0 if self._masked else None
         return Pictures(embeddings, tokens, mask)
+
+    def _encode_all(self, positions: Sequence[int], view: int) -> np.ndarray:
+        size = per_pass(_BATCH, "images", self.base.device)
+        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+        with fast_inference(self.base.device):
+            return np.concatenate([self._encode(batch, view) for batch in batches])
 
     @torch.no_grad()
     def _encode(self, positions: Sequence[int], view: int) -> np.ndarray:

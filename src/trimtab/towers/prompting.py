@@ -202,8 +202,8 @@ class PromptTower:
             with self._reading(states):
                 return self.base.token_features(some.inputs)
 
-        order, jobs = self._by_length(layout, self.layers)
-        return torch.cat(passes(run, jobs))[order.argsort()]
+        order, jobs, fits = self._by_length(layout, self.layers)
+        return torch.cat(passes(run, jobs, keep=fits))[order.argsort()]
 
     def trimmed(self, layout: PromptLayout) -> PromptLayout:
         """The rows without columns that are padding in all of them, where the tower does not see padding."""
@@ -216,15 +216,19 @@ class PromptTower:
             states=layout.states[:, :length],
         )
 
-    def _by_length(self, layout: PromptLayout, layers: int) -> tuple[Tensor, list[Tensor]]:
-        """Rows in an order of like length, and parts of it that fit into `memory` and have little padding."""
+    def _by_length(self, layout: PromptLayout, layers: int) -> tuple[Tensor, list[Tensor], bool]:
+        """Rows in an order of like length, and parts of it that fit into `memory` and have little padding.
+
+        The last result says whether the activations of all parts fit at once.
+        """
         order = torch.argsort(layout.end_at, stable=True)
         groups = max(1, min(_GROUPS, len(order) // _GROUP_ROWS)) if self._may_trim else 1
-        jobs = []
+        jobs, tokens = [], 0
         for group in torch.tensor_split(order, groups):
             length = int(layout.end_at[group].max()) + 1 if self._may_trim else layout.length
             jobs += [group[span] for span in self.spans(len(group), length, layers)]
-        return order, jobs
+            tokens += len(group) * length
+        return order, jobs, tokens <= rows_per_pass(self.memory, 1, self.state_width, layers)
 
     # Prompts of which a part joins at a later layer
 
@@ -264,8 +268,8 @@ class PromptTower:
             moved = states[some][:, :length].scatter_add(1, index, shift[rows].to(states.dtype))
             return cut.upper({"states": moved}, inputs)
 
-        order, jobs = self._by_length(layout.take(classes), self.layers - layer)
-        return torch.cat(passes(run, jobs))[order.argsort()]
+        order, jobs, fits = self._by_length(layout.take(classes), self.layers - layer)
+        return torch.cat(passes(run, jobs, keep=fits))[order.argsort()]
 
     # Memory
 
@@ -292,13 +296,16 @@ class PromptTower:
             yield
 
 
-def passes(run: Callable[[Job], Tensor], jobs: Sequence[Job]) -> list[Tensor]:
+def passes(run: Callable[[Job], Tensor], jobs: Sequence[Job], *, keep: bool = False) -> list[Tensor]:
     """What `run` gives for each job.
 
     Where gradients are recorded and there are several jobs, the activations of each are forgotten and computed again
     on the way back.
+
+    Args:
+        keep: there is room for the activations of all jobs, so none are forgotten.
     """
-    if len(jobs) == 1 or not torch.is_grad_enabled():
+    if keep or len(jobs) == 1 or not torch.is_grad_enabled():
         return [run(job) for job in jobs]
     return [checkpoint(run, job, use_reentrant=False, preserve_rng_state=False) for job in jobs]
 
