@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.data.corpora import emoji_table
+from trimtab.data.corpora import cldr_annotations, emoji_table
 from trimtab.data.fashion import write_fashion
 from trimtab.data.packages import fetch
 from trimtab.data.pictures import EMOJI_VENDORS, render_svg, vendor_files
@@ -117,9 +117,9 @@ def emoji(work: Path, photos: Path | None = None) -> PhotoSet:
     folder = work / "emoji"
     members = defaultdict(list)
     table = emoji_table()
-    drawn = {vendor: vendor_files(fetch(vendor_package) / place, suffix, table)
-             for vendor, (vendor_package, place, suffix) in EMOJI_VENDORS.items() if vendor != "fluent"}  # fmt: skip
-    tested = vendor_files(fetch("openmoji") / "package/color/svg", ".svg", table)
+    drawn = _drawn(table)
+    del drawn["fluent"]
+    tested = drawn.pop("openmoji")
     for symbol, group in table.items():
         if group in EMOJI_GROUPS and symbol in tested and all(symbol in files for files in drawn.values()):
             members[group].append(symbol)
@@ -136,6 +136,27 @@ def emoji(work: Path, photos: Path | None = None) -> PhotoSet:
                 path = render_svg(tested[symbol], folder / "pictures" / f"openmoji-{tested[symbol].stem}.png")
                 tables["test"].append((path.relative_to(folder).as_posix(), EMOJI_GROUPS[group]))
     return _write(folder, tables, sorted(EMOJI_GROUPS.values()), folder)
+
+
+def emoji_names(work: Path, classes: int, tested: int) -> PhotoSet:
+    """Emoji by name, of those that four vendors draw: Google's and Twitter's to learn from, Microsoft's to choose by,
+    OpenMoji's of the first `tested` classes for the test."""
+    folder = work / "emoji-names"
+    table, names = emoji_table(), cldr_annotations("en")
+    drawn = _drawn(table)
+    symbols = [symbol for symbol in table if symbol in names and all(symbol in files for files in drawn.values())]
+    by_text = {names[symbol][0]: symbol for symbol in symbols}  # a name that two emoji have stands for the second
+    chosen = sorted(by_text.items(), key=lambda item: digest_of("top-k", item[1]))[:classes]
+    tables: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
+    for at, (name, symbol) in enumerate(chosen):
+        for vendor, split in (("google", "train"), ("twitter", "train"), ("fluent", "validation")):
+            source = drawn[vendor][symbol]
+            link = _link(folder / f"{vendor}-{source.name}", source)
+            tables[split].append((link.name, name))
+        if at < tested:
+            source = drawn["openmoji"][symbol]
+            tables["test"].append((render_svg(source, folder / f"openmoji-{source.stem}.png").name, name))
+    return _write(folder, tables, [name for name, _ in chosen], folder)
 
 
 def tuxpaint(work: Path, photos: Path | None = None) -> PhotoSet:
@@ -161,6 +182,15 @@ SETS: dict[str, Callable[[Path, Path | None], PhotoSet]] = {
     "emoji": emoji,
     "tuxpaint": tuxpaint,
 }
+
+
+def _drawn(table: Iterable[str]) -> dict[str, dict[str, Path]]:
+    """What every vendor draws of these emoji, OpenMoji's among them."""
+    packages = {**EMOJI_VENDORS, "openmoji": ("openmoji", "package/color/svg", ".svg")}
+    return {
+        vendor: vendor_files(fetch(package) / place, suffix, table)
+        for vendor, (package, place, suffix) in packages.items()
+    }
 
 
 def _write(folder: Path, tables: dict[str, list[tuple[str, str]]], classes: Sequence[str], root: Path) -> PhotoSet:

@@ -23,23 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 from fewshot import RECIPE, recipe_for
-from fewshot_sets import SETS, PhotoSet, write_table
+from fewshot_sets import SETS, emoji_names
 
 from trimtab.adapters.adapted import load
 from trimtab.config import PromptRecipe
-from trimtab.data.corpora import cldr_annotations, emoji_table
-from trimtab.data.packages import fetch
-from trimtab.data.pictures import EMOJI_VENDORS, render_svg, vendor_files
 from trimtab.data.shots import draw_shots
-from trimtab.files import digest_of, write_json, write_text
+from trimtab.files import write_json, write_text
 from trimtab.recipes.fewshot import FewShotData, read_fewshot
 from trimtab.recipes.fewshot_methods import CHANGES
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt
 from trimtab.towers.dual_encoder import DualEncoder
 
-NAMES, TESTED = 1000, 150
-LEARNED, CHOSEN_BY = ("google", "twitter"), "fluent"
+NAMES, TESTED, DRAWINGS = 1000, 150, 2  # classes, how many of them are tested, pictures of each to learn from
 SEEDS, SHOTS = (1, 2, 3), 16  # of the groups
 PARTS = (  # task, method, layer at which the shift joins
     ("names", "structured", 5),
@@ -79,13 +75,13 @@ def measure(base: DualEncoder, work: Path, task: str, method: str, layer: int) -
     or with the best 3, and tested with both."""
     rows: list[Row] = []
     names = task == "names"
-    photos = emoji_names(work) if names else SETS["emoji"](work, None)
+    photos = emoji_names(work, NAMES, TESTED) if names else SETS["emoji"](work, None)
     for seed in SEEDS[:1] if names else SEEDS:
         for trained in (3,) if names else (ALL, 3):
             changes = [f"prompt.instance.layer={layer}", f"prompt.instance.top_k={trained or 'null'}"]
             recipe = recipe_for(RECIPE, photos, [*changes, *(["data.views=0"] if names else [])])
             data = read_fewshot(recipe)
-            shots = len(LEARNED) if names else SHOTS
+            shots = DRAWINGS if names else SHOTS
             fitted, test = fit(base, CHANGES[method](recipe), data, shots, seed)
             asked = (ALL, 100, 30, 10, 3, 0) if names else (ALL, 3, 0)
             found = [tested(fitted, test, top_k) for top_k in asked]
@@ -125,40 +121,6 @@ def tested(fitted: FittedPrompt, test: LabelledFeatures, top_k: int | None) -> t
         "top1": 100 * float((answers == test.labels).mean()),
     }  # fmt: skip
     return row, answers
-
-
-def emoji_names(work: Path) -> PhotoSet:
-    """Emoji by name, of those that four vendors draw; the test set has some of them."""
-    folder = work / "emoji-names"
-    emoji, names = emoji_table(), cldr_annotations("en")
-    files = {
-        vendor: vendor_files(fetch(package) / place, suffix, emoji)
-        for vendor, (package, place, suffix) in EMOJI_VENDORS.items()
-    }
-    files["openmoji"] = vendor_files(fetch("openmoji") / "package/color/svg", ".svg", emoji)
-    drawn = [symbol for symbol in emoji if symbol in names and all(symbol in some for some in files.values())]
-    by_text = {names[symbol][0]: symbol for symbol in drawn}  # a name that two emoji have stands for the second
-    chosen = sorted(by_text.items(), key=lambda item: digest_of("top-k", item[1]))[:NAMES]
-    tables: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
-    for at, (name, symbol) in enumerate(chosen):
-        for vendor, some in files.items():
-            split = "train" if vendor in LEARNED else "validation" if vendor == CHOSEN_BY else "test"
-            if split == "test" and at >= TESTED:
-                continue
-            path = folder / f"{vendor}-{some[symbol].stem}.png"
-            if some[symbol].suffix == ".svg":
-                render_svg(some[symbol], path)
-            elif not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(some[symbol].read_bytes())
-            tables[split].append((path.name, name))
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in tables.items():
-        write_table(folder / f"{split}.csv", rows)
-    write_text(folder / "classes.txt", "".join(f"{name}\n" for name, _ in chosen))
-    return PhotoSet(
-        folder / "train.csv", folder / "validation.csv", folder / "test.csv", folder / "classes.txt", folder.resolve()
-    )
 
 
 def table(found: dict[str, list[Row]]) -> str:
