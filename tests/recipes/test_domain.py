@@ -416,14 +416,15 @@ def test_the_command_prints_an_outcome_without_its_history(toy: Any) -> None:
     assert "history" not in result.stdout
 
 
-def test_the_recipe_for_grocery_takes_tables_by_path(places: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["domain-grocery.yaml", "domain-clip.yaml"])
+def test_recipes_for_products_take_tables_by_path(name: str, places: Any, tmp_path: Path) -> None:
     overrides = [f"data.train={places[1]}", f"data.validation={places[2]}", f"out={tmp_path / 'out'}"]
-    recipe = load_recipe(ROOT / "recipes" / "domain-grocery.yaml", overrides)
+    recipe = load_recipe(ROOT / "recipes" / name, overrides)
     assert [source.path for source in recipe.data.train] == [str(places[1])]
     assert [source.path for source in recipe.data.validation] == [str(places[2])]
     small = [f"base={places[0]}", "adapters=[{tower: image, width: 4}]", "training.epochs=1", "least_steps=2"]
     small += ["data.map_augmentation={}", "training.trackers=[]"]
-    assert adapt(ROOT / "recipes" / "domain-grocery.yaml", [*overrides, *small]) is not None
+    assert adapt(ROOT / "recipes" / name, [*overrides, *small]) is not None
 
 
 def test_bad_data_are_refused_before_a_model_is_loaded(toy: Any, tmp_path: Path, monkeypatch: Any) -> None:
