@@ -28,13 +28,16 @@ AS_IT_IS = "recipe as it is"
 DESCRIBED = "captions: names and descriptions"
 
 
-def conv(first: int, width: int = 128) -> str:
-    """Adapters as the recipe has them, elsewhere or of another width."""
+TEXT = ", {tower: text, kind: bottleneck, first: -2, width: 64}"
+
+
+def conv(first: int, width: int = 128, more: str = "") -> str:
+    """Adapters as the recipe has them, elsewhere, of another width or with more of them."""
     groups = (
         f"{{tower: image, kind: conv, first: {first}, last: -1, width: {width}}}, "
         "{tower: image, kind: bottleneck, width: 64}"
     )
-    return f"adapters=[{groups}]"
+    return f"adapters=[{groups}{more}]"
 
 
 # By name: the row of `domain.ROWS` that is trained, and the changes to it.
@@ -47,8 +50,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "bank: learnability": ("adapter_hard", ["bank.difficulty=learnability"]),
     "bank: importance correction 0.5": ("adapter_hard", ["bank.importance=0.5"]),
     DESCRIBED: ("adapter_hard", ["bank.epoch_share=0.25"]),  # twice the pairs, so as many are drawn
+    "adapters from block 5": ("adapter_hard", [conv(5)]),
     "adapters from block 14": ("adapter_hard", [conv(14)]),
     "adapters from block 11": ("adapter_hard", [conv(11)]),
+    # A gate wants texts to stay where they are.
+    "no gate": ("adapter_hard", ["gate=none"]),
+    "adapters in the text tower too, no gate": ("adapter_hard", [conv(8, more=TEXT), "gate=none"]),
     "adapters half as wide": ("adapter_hard", [conv(8, 64)]),
     "adapters twice as wide": ("adapter_hard", [conv(8, 256)]),
     "logit_scale 20": ("adapter_hard", ["objective.logit_scale=20"]),
