@@ -71,7 +71,9 @@ def report(runs: Iterable[Run]) -> str:
 
 
 def method_table(rows: dict[Key, dict[int, Run]], split: str) -> str:
-    """A line per method: mean ± standard deviation over seeds."""
+    """A line per method: mean ± standard deviation over seeds; minutes only of runs that can be compared."""
+    hard, full = (next((seeds for key, seeds in rows.items() if key[0] == row), {}) for row in ("adapter_hard", "full"))
+    machines = common_machine(hard, full)
     lines = [
         "| Method | fine top-1 | coarse top-1 | general | forgotten, points | trained, % of base | minutes | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -83,7 +85,7 @@ def method_table(rows: dict[Key, dict[int, Run]], split: str) -> str:
             (general_score, 1),
             (forgotten, 1),
             (size, 2),
-            (minutes, 1),
+            (minutes_on(machines), 1),
         ]
         found = [(over_seeds(seeds, figure), digits) for figure, digits in figures]
         cells = [shown(value, digits) for value, digits in found]
@@ -214,18 +216,24 @@ def size(run: Run) -> float | None:
     return 100 * run["trained_parameters"] / run["base_parameters"] if "trained_parameters" in run else None
 
 
-def minutes(run: Run) -> float | None:
-    return run.get("minutes")
+def minutes_on(machines: Sequence[str | None]) -> Figure:
+    """Of runs that began with an empty cache, on one of the machines if any are named."""
+    return lambda run: (
+        run.get("minutes") if not run["warm"] and (not machines or run.get("machine") in machines) else None
+    )
+
+
+def common_machine(mine: dict[int, Run], others: dict[int, Run]) -> list[str | None]:
+    """The first on which runs of both began with an empty cache, or none. Runs need not name theirs."""
+    ours, theirs = ([run.get("machine") for run in seeds.values() if not run["warm"]] for seeds in (mine, others))
+    return [machine for machine in ours if machine in theirs][:1]
 
 
 def compared_minutes(mine: dict[int, Run], others: dict[int, Run]) -> tuple[Spread | None, Spread | None]:
     """Only runs that began with an empty cache, and on one machine, can be compared."""
-    sides = [[run for run in seeds.values() if not run["warm"]] for seeds in (mine, others)]
-    for machine in dict.fromkeys(run.get("machine") for run in sides[0]):
-        ours, theirs = ([run["minutes"] for run in side if run.get("machine") == machine] for side in sides)
-        if ours and theirs:
-            return spread(ours), spread(theirs)
-    return None, None
+    machines = common_machine(mine, others)
+    figure = minutes_on(machines)
+    return (over_seeds(mine, figure), over_seeds(others, figure)) if machines else (None, None)
 
 
 def over_seeds(seeds: dict[int, Run], figure: Figure) -> Spread | None:
