@@ -13,15 +13,19 @@ import torch
 from PIL import Image
 
 from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
+from tiny_models import randomised
+from tiny_starter import build_starter
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
-from trimtab.adapters.domain import DomainAdapted
+from trimtab.adapters.domain import DomainAdapted, DomainAdapters
 from trimtab.adapters.gate import DomainGate
+from trimtab.config import DomainAdapterConfig
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.serve import export as module
 from trimtab.serve.export import export_onnx, quantise
 from trimtab.serve.onnx_runtime import Encoder, is_latin
 from trimtab.towers import scripts
+from trimtab.towers.hf import load_base
 from trimtab.towers.memory import PairMemory
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -132,6 +136,16 @@ def test_a_gate_is_inside(tiny_base: Any, pictures: list[Image.Image], tmp_path:
     assert moved.max() > 1e-3
     if kind == "hard":
         assert moved.min() < 1e-5
+
+
+def test_adapters_beside_convolutions_are_inside(pictures: list[Image.Image], tmp_path: Path) -> None:
+    base = load_base(str(build_starter(tmp_path / "starter")), device="cpu")
+    groups = [DomainAdapterConfig("image", "conv", first=-2, width=4)]
+    model = DomainAdapted(base, randomised(DomainAdapters(base, groups)))  # type: ignore[arg-type]
+    export_onnx(model, tmp_path / "out", pictures=pictures[:2])
+    found = Encoder(tmp_path / "out", threads=1).encode_image(pictures[:2])
+    assert np.allclose(found, model.encode_image(pictures[:2]), atol=1e-5)
+    assert np.abs(found - base.encode_image(pictures[:2])).max() > 1e-3
 
 
 @pytest.mark.parametrize("gated", [False, True])
