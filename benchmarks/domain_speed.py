@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from domain import ROWS as METHOD_ROWS
 from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.config import DomainRecipe, load_recipe
@@ -81,9 +82,9 @@ def measure(row: str, path: Path, steps: int) -> dict[str, Any]:
     tune_allocator()
     torch.manual_seed(0)
     _, name, cached = ROWS[row]
-    # As in domain.py: the methods of others know no bank, so no captions but the batch's pass through their text tower.
-    plain = [] if name == "adapter" else ["bank.enabled=false", "training.optimizer=adamw"]
-    recipe = load_recipe(path, [f"method={name}", "data.train=train.csv", *plain])
+    # The methods of others know no bank, so no captions but the batch's pass through their text tower.
+    changes = METHOD_ROWS["adapter_hard" if name == "adapter" else name]
+    recipe = load_recipe(path, ["data.train=train.csv", *changes])
     assert isinstance(recipe, DomainRecipe)
     base = load_base(recipe.base, device="cpu")
     method = METHODS[name](base, recipe)
