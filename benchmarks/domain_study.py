@@ -50,6 +50,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "bank: learnability": ("adapter_hard", ["bank.difficulty=learnability"]),
     "bank: importance correction 0.5": ("adapter_hard", ["bank.importance=0.5"]),
     DESCRIBED: ("adapter_hard", ["bank.epoch_share=0.25"]),  # twice the pairs, so as many are drawn
+    "adapters from block 3": ("adapter_hard", [conv(3)]),
     "adapters from block 5": ("adapter_hard", [conv(5)]),
     "adapters from block 14": ("adapter_hard", [conv(14)]),
     "adapters from block 11": ("adapter_hard", [conv(11)]),

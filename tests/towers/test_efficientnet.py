@@ -50,15 +50,19 @@ def same_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return result
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2]))
-def test_padding_is_tensorflows(height: int, width: int, kernel: int, stride: int) -> None:
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 7), st.integers(1, 7), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2]), st.sampled_from([1, 2])
+)
+def test_padding_is_tensorflows(height: int, width: int, kernel: int, stride: int, channels: int) -> None:
+    """Of one channel, and of two in a depthwise convolution."""
     torch.manual_seed(height * 8 + width)
-    convolution = SamePadConv(1, 1, kernel, stride, bias=False)
-    x = torch.randn(height, width)
+    convolution = SamePadConv(channels, channels, kernel, stride, groups=channels, bias=False)
+    x = torch.randn(channels, height, width)
     with torch.no_grad():
-        found = convolution(x[None, None])[0, 0]
-        expected = same_convolution(x, convolution.weight[0, 0], stride)
+        found = convolution(x[None])[0]
+        maps = zip(x, convolution.weight[:, 0], strict=True)
+        expected = torch.stack([same_convolution(one, weight, stride) for one, weight in maps])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 

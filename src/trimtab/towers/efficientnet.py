@@ -47,6 +47,10 @@ class SamePadConv(nn.Conv2d):
             return False
         return self.stride[0] > 1 or (self.kernel_size[0] > 3 and self.weight.requires_grad)
 
+    def _copying_is_slow(self, x: Tensor) -> bool:
+        """Where a padded copy of the map takes longer than a larger kernel: on a CPU, for kernels of few products."""
+        return x.device.type == "cpu" and x.dtype == torch.float32 and self.groups > 1
+
     def _padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
         height, width = x.shape[-2:]
@@ -55,6 +59,10 @@ class SamePadConv(nn.Conv2d):
         if down % 2 == right % 2 == 0:  # the convolution's own padding copies nothing
             sides = (down // 2, right // 2)
             return F.conv2d(x, weight, bias, self.stride, sides, self.dilation, self.groups)
+        if self._copying_is_slow(x) and down % 2 == right % 2:
+            # A row and a column of zeros before the kernel stand for the side that has one less to pad.
+            sides = (down // 2 + 1, right // 2 + 1)
+            return F.conv2d(x, F.pad(weight, (1, 0, 1, 0)), bias, self.stride, sides, self.dilation, self.groups)
         x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
