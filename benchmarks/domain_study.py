@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "hard negatives alone: pairs alike": ("adapter_negatives", []),
     "bank: gamma 2": ("adapter_hard", ["bank.gamma=2"]),
     "bank: difficulty by rank": ("adapter_hard", ["bank.difficulty=rank"]),
+    "bank: difficulty by margin": ("adapter_hard", ["bank.difficulty=margin"]),
     "bank: learnability": ("adapter_hard", ["bank.difficulty=learnability"]),
     "bank: importance correction 0.5": ("adapter_hard", ["bank.importance=0.5"]),
     DESCRIBED: ("adapter_hard", ["bank.epoch_share=0.25"]),  # twice the pairs, so as many are drawn
