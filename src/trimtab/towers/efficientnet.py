@@ -48,8 +48,12 @@ class SamePadConv(nn.Conv2d):
         return self.stride[0] > 1 or (self.kernel_size[0] > 3 and self.weight.requires_grad)
 
     def _copying_is_slow(self, x: Tensor) -> bool:
-        """Where a padded copy of the map takes longer than a larger kernel: on a CPU, for kernels of few products."""
-        return x.device.type == "cpu" and x.dtype == torch.float32 and self.groups > 1
+        """Where a padded copy of the map takes longer than a larger kernel: on a CPU, for kernels of few products.
+
+        An exported convolution pads by itself, any side as it likes.
+        """
+        traced = torch.jit.is_tracing()
+        return x.device.type == "cpu" and x.dtype == torch.float32 and self.groups > 1 and not traced
 
     def _padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
