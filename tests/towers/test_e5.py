@@ -157,6 +157,14 @@ def test_unknown_tensors_are_refused(tmp_path: Path, name: str) -> None:
         e5.read_q4_model(tmp_path / "x.bin")
 
 
+def test_a_length_beyond_any_address_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(pack(parts(48)[0], 48))
+    whole[71] = 128  # the highest byte of the vocabulary's length
+    (tmp_path / "x.bin").write_bytes(bytes(whole))
+    with pytest.raises(ModelError, match="does not follow the packed e5 layout"):
+        e5.read_q4_model(tmp_path / "x.bin")
+
+
 @given(st.data())
 def test_damage_is_never_a_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     whole = bytearray(pack(parts(48)[0], 48))

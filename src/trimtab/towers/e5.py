@@ -106,7 +106,7 @@ def read_q4_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                 values = dequantise_q4(body, columns)
             target = _GLOBAL_NAMES.get(name) or f"encoder.layer.{int(layer[1:])}.{_LAYER_NAMES[part]}"
             tensors[target] = torch.from_numpy(values)
-    except (struct.error, KeyError, ValueError) as error:
+    except (struct.error, KeyError, ValueError, OverflowError) as error:
         raise ModelError(f"{path} does not follow the packed e5 layout ({error})") from error
     sizes = {
         "hidden_size": hidden,
