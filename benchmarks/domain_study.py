@@ -4,9 +4,8 @@
 
 Every row trains the recipe with one change, for 6 of its 10 epochs, and is judged by the share of validation pictures
 that get their own fine class, and by the mean recall of all captions, which varies less from run to run; the test split
-is never read. One seed of a short run sorts out what is far off and no more: two changes that gained 6 and 9 points
-here gained nothing in all epochs (docs/domain.md). Rows that stand in the output file already, with the same recipe,
-are not repeated.
+is never read. One seed of a short run sorts out what is far off and no more: docs/domain.md has what became of the best
+rows in all epochs. Rows that stand in the output file already, with the same recipe, are not repeated.
 """
 
 from __future__ import annotations

@@ -60,13 +60,13 @@ class SamePadConv(nn.Conv2d):
         height, width = x.shape[-2:]
         down = max((-(-height // stride) - 1) * stride + kernel - height, 0)
         right = max((-(-width // stride) - 1) * stride + kernel - width, 0)
+        if (down % 2 or right % 2) and self._copying_is_slow(x):
+            # A row or column of zeros before the kernel stands for the side that has one less to pad.
+            weight = F.pad(weight, (right % 2, 0, down % 2, 0))
+            down, right = down + down % 2, right + right % 2
         if down % 2 == right % 2 == 0:  # the convolution's own padding copies nothing
             sides = (down // 2, right // 2)
             return F.conv2d(x, weight, bias, self.stride, sides, self.dilation, self.groups)
-        if self._copying_is_slow(x) and down % 2 == right % 2:
-            # A row and a column of zeros before the kernel stand for the side that has one less to pad.
-            sides = (down // 2 + 1, right // 2 + 1)
-            return F.conv2d(x, F.pad(weight, (1, 0, 1, 0)), bias, self.stride, sides, self.dilation, self.groups)
         x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
