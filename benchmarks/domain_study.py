@@ -63,6 +63,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "logit_scale 20": ("adapter_hard", ["objective.logit_scale=20"]),
     "no label smoothing": ("adapter_hard", ["objective.label_smoothing=0"]),
     "label smoothing 0.2": ("adapter_hard", ["objective.label_smoothing=0.2"]),
+    "weights at the end, no mean of those on the way": ("adapter_hard", ["training.bell=null"]),
     "AdamW, rate 5e-3": ("adapter_hard", ["training.optimizer=adamw", "training.learning_rate=5e-3"]),
     "rate 5e-3": ("adapter_hard", ["training.learning_rate=5e-3"]),
     "rate 2e-2": ("adapter_hard", ["training.learning_rate=2e-2"]),
@@ -79,6 +80,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "LoRA by peft, pairs alike": ("lora", []),
     "continual fine-tuning, pairs alike": ("full", []),
     "continual fine-tuning by Muon, pairs alike": ("full", ["training.optimizer=muon"]),
+    "continual fine-tuning, mean of the weights on the way": ("full", ["training.bell=[0.8, 0.2]"]),
     "continual fine-tuning with label smoothing": ("full", ["objective.label_smoothing=0.1"]),
 }
 

@@ -34,7 +34,10 @@ Figure: TypeAlias = "Callable[[Run], float | None]"
 
 
 def latest(runs: Iterable[Run]) -> dict[Key, dict[int, Run]]:
-    """By row and then by seed the runs of the setting that was run last; older recipes are left out."""
+    """By row and then by seed the runs of the setting that was run last; older recipes are left out.
+
+    A run that was repeated without its curve over alpha keeps the curve of the run before.
+    """
     setting: dict[Key, str] = {}
     runs = [one for run in runs for one in (run, *without_gate(run))]
     for run in runs:
@@ -42,7 +45,9 @@ def latest(runs: Iterable[Run]) -> dict[Key, dict[int, Run]]:
     found: dict[Key, dict[int, Run]] = {}
     for run in runs:
         if run["setting"] == setting[key_of(run)]:
-            found.setdefault(key_of(run), {})[run["seed"]] = run
+            seeds = found.setdefault(key_of(run), {})
+            curve = run.get("alpha") or seeds.get(run["seed"], {}).get("alpha")
+            seeds[run["seed"]] = {**run, "alpha": curve or []}
     order = list(NAMES)
     return dict(sorted(found.items(), key=lambda item: (-item[0][1], order.index(item[0][0]), item[0][2])))
 
@@ -73,7 +78,7 @@ def report(runs: Iterable[Run]) -> str:
 def method_table(rows: dict[Key, dict[int, Run]], split: str) -> str:
     """A line per method: mean ± standard deviation over seeds; minutes only of runs that can be compared."""
     hard, full = (next((seeds for key, seeds in rows.items() if key[0] == row), {}) for row in ("adapter_hard", "full"))
-    machines = common_machine(hard, full)
+    timed = timed_together(hard, full)
     lines = [
         "| Method | fine top-1 | coarse top-1 | general | forgotten, points | trained, % of base | minutes | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -85,7 +90,7 @@ def method_table(rows: dict[Key, dict[int, Run]], split: str) -> str:
             (general_score, 1),
             (forgotten, 1),
             (size, 2),
-            (minutes_on(machines), 1),
+            (minutes_of(timed), 1),
         ]
         found = [(over_seeds(seeds, figure), digits) for figure, digits in figures]
         cells = [shown(value, digits) for value, digits in found]
@@ -216,24 +221,26 @@ def size(run: Run) -> float | None:
     return 100 * run["trained_parameters"] / run["base_parameters"] if "trained_parameters" in run else None
 
 
-def minutes_on(machines: Sequence[str | None]) -> Figure:
-    """Of runs that began with an empty cache, on one of the machines if any are named."""
+def timed_together(mine: dict[int, Run], others: dict[int, Run]) -> set[tuple[int, str | None]]:
+    """Seeds, with their machine, that both began with an empty cache on one machine: their minutes can be compared."""
+    clocks = [
+        {(seed, run.get("machine")) for seed, run in seeds.items() if not run["warm"]} for seeds in (mine, others)
+    ]
+    return clocks[0] & clocks[1]
+
+
+def minutes_of(timed: set[tuple[int, str | None]]) -> Figure:
+    """Of runs that began with an empty cache, and only of the timed ones if there are any."""
     return lambda run: (
-        run.get("minutes") if not run["warm"] and (not machines or run.get("machine") in machines) else None
+        run.get("minutes") if not run["warm"] and (not timed or (run["seed"], run.get("machine")) in timed) else None
     )
 
 
-def common_machine(mine: dict[int, Run], others: dict[int, Run]) -> list[str | None]:
-    """The first on which runs of both began with an empty cache, or none. Runs need not name theirs."""
-    ours, theirs = ([run.get("machine") for run in seeds.values() if not run["warm"]] for seeds in (mine, others))
-    return [machine for machine in ours if machine in theirs][:1]
-
-
 def compared_minutes(mine: dict[int, Run], others: dict[int, Run]) -> tuple[Spread | None, Spread | None]:
-    """Only runs that began with an empty cache, and on one machine, can be compared."""
-    machines = common_machine(mine, others)
-    figure = minutes_on(machines)
-    return (over_seeds(mine, figure), over_seeds(others, figure)) if machines else (None, None)
+    """Minutes of the seeds that were timed together."""
+    timed = timed_together(mine, others)
+    figure = minutes_of(timed)
+    return (over_seeds(mine, figure), over_seeds(others, figure)) if timed else (None, None)
 
 
 def over_seeds(seeds: dict[int, Run], figure: Figure) -> Spread | None:

@@ -52,6 +52,22 @@ def test_goals_without_figures_are_not_reached() -> None:
     assert domain_tables.goals(domain_tables.latest(elsewhere), "test")[4].reached is None
 
 
+def test_minutes_are_compared_by_seed() -> None:
+    runs = [finished("full", 70.0, seed, minutes=minutes) for seed, minutes in ((1, 9.0), (2, 90.0))]
+    runs += [finished("adapter_hard", 80.0, 1), finished("adapter_hard", 80.0, 2, warm=True)]
+    assert domain_tables.goals(domain_tables.latest(runs), "test")[4].found == "22.2% (2.0 of 9.0 min)"
+
+
+def test_a_run_without_its_curve_keeps_the_one_before() -> None:
+    curve = [{"alpha": 0.0, "domain": 10.0, "general": 30.0}, {"alpha": 1.0, "domain": 70.0, "general": 20.0}]
+    runs = [finished("full", 50.0, alpha=curve), finished("full", 70.0), finished("full", 71.0, seed=2)]
+    (seeds,) = domain_tables.latest(runs).values()
+    assert [(run["test"]["fine"], run["alpha"]) for run in seeds.values()] == [(70.0, curve), (71.0, [])]
+    other = finished("full", 60.0, setting="b")
+    (seeds,) = domain_tables.latest([*runs, other]).values()
+    assert seeds[1]["alpha"] == []  # of another recipe
+
+
 def test_forgetting_nothing_is_no_share() -> None:
     runs = [finished("full", 70.0, general={"after": 31.0, "points": -1.0}), finished("adapter_hard", 72.0)]
     found = domain_tables.goals(domain_tables.latest(runs), "test")[2]
