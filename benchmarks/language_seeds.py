@@ -3,29 +3,31 @@
     python benchmarks/language_seeds.py --seeds 0,1,2
 
 Every seed trains `recipes/language-zh.yaml` as `make quickstart` does, with pairs drawn, validation pairs set aside and
-weights started anew, and opens the test sets once. Seeds that stand in the output file with the same recipe
-are not repeated. Encoded texts are shared by all seeds, so seconds are of training alone.
+weights started anew, and opens the test sets once. Seeds that stand in the output file with the same recipe are
+not repeated. Encoded texts are shared by all seeds, so seconds are of training alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from domain_tables import shown
+from language_study import finished_runs
+
 from trimtab.adapters.adapted import load_adapted
 from trimtab.config import LanguageRecipe, to_mapping
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.domain_summaries import spread
 from trimtab.evaluation.summaries import ratio_to_english, score
 from trimtab.files import write_json, write_text
 from trimtab.recipes.adapt import adapt
-from trimtab.recipes.quickstart import quickstart_recipe, test_sets
-from trimtab.recipes.quickstart_language import DATASETS, evaluate
+from trimtab.recipes.quickstart import quickstart_recipe
+from trimtab.recipes.quickstart_language import DATASETS, evaluate, test_sets
 
 ROWS = {
     "english_base": "English, base",
@@ -44,15 +46,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_seeds.json"))
     arguments = parser.parse_args()
     recipe = quickstart_recipe(arguments.work)
+    common = without_seed(recipe)
     try:
         sets = test_sets(arguments.work / "pictures")
-        runs = finished_runs(arguments.out, recipe)
+        runs = finished_runs(arguments.out, common)
         for seed in map(int, arguments.seeds.split(",")):
             if any(run["seed"] == seed for run in runs):
                 print(f"seed {seed}: there already", flush=True)
                 continue
             runs.append(run_seed(replace(recipe, seed=seed, out=str(arguments.work / f"seed-{seed}")), sets))
-            write_json(arguments.out, {"recipe": without_seed(recipe), "runs": runs})
+            write_json(arguments.out, {"recipe": common, "runs": runs})
             write_text(arguments.out.with_suffix(".md"), as_table(runs))
     except TrimtabError as error:
         sys.exit(f"error: {error}")
@@ -82,13 +85,6 @@ def without_seed(recipe: LanguageRecipe) -> dict[str, Any]:
     return {name: value for name, value in mapping.items() if name not in ("seed", "out")}
 
 
-def finished_runs(path: Path, recipe: LanguageRecipe) -> list[dict[str, Any]]:
-    """Runs of an earlier call with the same recipe."""
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = earlier.get("recipe") == json.loads(json.dumps(without_seed(recipe)))
-    return earlier["runs"] if same else []
-
-
 def as_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation over seeds, of mR and of its share of English; then each seed's own."""
     columns = " | ".join(f"{title}: mR | of English" for title in DATASETS.values())
@@ -96,8 +92,8 @@ def as_table(runs: Sequence[Mapping[str, Any]]) -> str:
     for row, title in ROWS.items():
         cells = []
         for name in DATASETS:
-            cells.append(_spread([score(run["rows"], row, name, "mR") for run in runs]))
-            cells.append(_spread([ratio_to_english(run["rows"], row, name, "mR") for run in runs], "%"))
+            cells.append(_over_seeds([score(run["rows"], row, name, "mR") for run in runs]))
+            cells.append(_over_seeds([ratio_to_english(run["rows"], row, name, "mR") for run in runs]) + "%")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     names = " | ".join(f"{title}: Chinese of English" for title in DATASETS.values())
     lines += ["", f"| seed | translation match, validation | {names} | training s |", "|---|---:|" + "---:|" * 3]
@@ -108,13 +104,10 @@ def as_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: Sequence[float | None], unit: str = "") -> str:
+def _over_seeds(values: Sequence[float | None]) -> str:
     numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "–"
-    if len(numbers) == 1 or max(numbers) == min(numbers):
-        return f"{numbers[0]:.1f}{unit}"
-    return f"{statistics.fmean(numbers):.1f} ± {statistics.stdev(numbers):.1f}{unit}"
+    # What no seed changes, such as the base, has no deviation.
+    return shown(spread(numbers if len(set(numbers)) > 1 else numbers[:1]), 1)
 
 
 if __name__ == "__main__":

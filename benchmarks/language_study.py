@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def main() -> None:
         for name, changes in variants.items()
         if name in (arguments.only or variants) and (name == AS_IT_IS or changed(changes))
     }
-    runs = finished_runs(arguments.out, recipe)
+    runs = finished_runs(arguments.out, to_mapping(recipe))
     with tempfile.TemporaryDirectory() as scratch:
         validation, count = shared_validation(recipe, Path(scratch))
         for seed in range(arguments.seeds):
@@ -158,10 +158,10 @@ def train(recipe: Any, validation_pairs: int) -> dict[str, Any]:
     }
 
 
-def finished_runs(path: Path, recipe: LanguageRecipe) -> list[dict[str, Any]]:
+def finished_runs(path: Path, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Runs of an earlier call with the same recipe and budget."""
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = earlier.get("recipe") == json.loads(json.dumps(to_mapping(recipe)))
+    same = earlier.get("recipe") == json.loads(json.dumps(recipe))
     return earlier["runs"] if same else []
 
 
