@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from domain_tables import Run, report
+from options import numbers
 
 from trimtab.adapters.adapted import load
 from trimtab.adapters.domain import DomainAdapted
@@ -173,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the grocery photos")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--seeds", default="1,2,3", type=numbers)
     parser.add_argument("--rows", default="base,full,lora,probe,linear_probe,adapter,adapter_negatives,adapter_hard")
     parser.add_argument("--share", type=float, default=1.0, help="of the training pairs; as many are drawn in any case")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain.jsonl"))
@@ -198,7 +199,7 @@ def main() -> None:
         base = load(load_recipe(arguments.recipe, arguments.set).base)
         for row in rows:
             # No seed changes the base.
-            for seed in [0] if row == "base" else map(int, arguments.seeds.split(",")):
+            for seed in [0] if row == "base" else arguments.seeds:
                 job = make_job(arguments, grocery, row, seed, base.fingerprint)
                 if is_done(arguments, job):
                     print(f"{row}, seed {seed}: there already", flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fewshot_sets import SETS, PhotoSet
 from fewshot_tables import report
+from options import numbers
 
 from trimtab.config import PromptRecipe, load_recipe
 from trimtab.errors import TrimtabError
@@ -35,8 +36,8 @@ def main() -> None:
     parser.add_argument("what", choices=[*FILES, "table"])
     parser.add_argument("--grocery", type=Path, help="folder of the photos of groceries")
     parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--shots", default="1,2,4,8,16")
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--shots", default="1,2,4,8,16", type=numbers)
+    parser.add_argument("--seeds", default="1,2,3", type=numbers)
     parser.add_argument("--methods", default="")
     parser.add_argument("--shares", default="0.125,0.25,0.5,1", help="of the training pictures, for `shares`")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
@@ -52,7 +53,7 @@ def main() -> None:
         for name in sets if arguments.what != "table" else ():
             photos = SETS[name](arguments.work, arguments.grocery)
             recipe = recipe_for(arguments.recipe, photos, arguments.set)
-            seeds, shots = numbers(arguments.seeds), numbers(arguments.shots)
+            seeds, shots = arguments.seeds, arguments.shots
             if arguments.what == "sweep":
                 methods = tuple(arguments.methods.split(",")) if arguments.methods else tuple(METHODS)
                 fewshot(recipe, Plan(shots, seeds, methods, name), out, progress=say)
@@ -79,10 +80,6 @@ def recipe_for(path: Path, photos: PhotoSet, changes: list[str]) -> PromptRecipe
     recipe = load_recipe(path, [*photos.overrides(), *changes])
     assert isinstance(recipe, PromptRecipe)
     return recipe
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def say(line: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from domain_tables import shown
 from language_study import finished_runs
+from options import numbers
 
 from trimtab.adapters.adapted import load_adapted
 from trimtab.config import LanguageRecipe, to_mapping
@@ -41,7 +42,7 @@ ROWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", type=numbers)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-language-seeds"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_seeds.json"))
     arguments = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
     try:
         sets = test_sets(arguments.work / "pictures")
         runs = finished_runs(arguments.out, common)
-        for seed in map(int, arguments.seeds.split(",")):
+        for seed in arguments.seeds:
             if any(run["seed"] == seed for run in runs):
                 print(f"seed {seed}: there already", flush=True)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def finished(row: str, fine: float, seed: int = 1, **changes: Any) -> dict[str, 
         "trained_parameters": 2, "base_parameters": 100, "minutes": 9.0 if row == "full" else 2.0,
         **changes,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["domain", "fewshot", "language_seeds"])
+def test_seeds_that_are_no_numbers_are_refused_by_name(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = {"domain": ["--data", "photos"], "fewshot": ["sweep"]}.get(module, [])
+    monkeypatch.setattr(sys, "argv", [module, *what, "--seeds", "1,a"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    assert "argument --seeds: invalid numbers value: '1,a'" in capsys.readouterr().err
 
 
 def test_goals_are_computed_by_seed() -> None:
