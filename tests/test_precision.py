@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from trimtab.precision import fast_inference, has_fast_bf16, kept_memory, tune_allocator
+from trimtab.precision import fast_inference, fast_training, has_fast_bf16, kept_memory, slow_in_bf16, tune_allocator
+from trimtab.towers.efficientnet import SamePadConv
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -33,6 +34,33 @@ def test_emulation_on_older_gpus_is_not_fast(monkeypatch: pytest.MonkeyPatch) ->
     assert not has_fast_bf16(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert has_fast_bf16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_training_precision_follows_the_recipe_or_the_machine(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.precision.has_fast_bf16", lambda _: fast)
+    found = {}
+    for name in ("auto", "fp32", "bf16"):
+        with fast_training(name, torch.device("cpu")):
+            found[name] = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert found == {"auto": bf16 if fast else fp32, "fp32": fp32, "bf16": bf16}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_depthwise_convolutions_stay_out_of_bf16_unless_they_take_care(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.precision.has_fast_bf16", lambda _: fast)
+    cpu = torch.device("cpu")
+    plain, careful = torch.nn.Conv2d(4, 4, 3, groups=4), SamePadConv(4, 4, 3, 1, groups=4)
+    assert slow_in_bf16(plain, cpu)
+    assert slow_in_bf16(careful, cpu) is not fast
+    assert not slow_in_bf16(torch.nn.Conv2d(4, 4, 3), cpu)
+    tower = torch.nn.Sequential(plain, torch.nn.Linear(4, 4))
+    assert slow_in_bf16(tower, cpu)
+    assert not slow_in_bf16(tower, cpu, tower[1])
+    assert not slow_in_bf16(plain, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("memory", "kept"), [(64 << 30, 1 << 30), (8 << 30, 1 << 30), (2 << 30, 256 << 20)])

@@ -23,6 +23,15 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
+def fast_training(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 as a recipe's `training.precision` has it; ``auto`` takes it where it is fast.
+
+    It may be entered many times.
+    """
+    enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 def fast_inference(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast to bfloat16 where that is fast, else nothing."""
     return torch.autocast(device.type, torch.bfloat16) if has_fast_bf16(device) else contextlib.nullcontext()
@@ -50,13 +59,19 @@ def kept_memory() -> int:
 
 
 def slow_in_bf16(tower: nn.Module, device: torch.device, first: nn.Module | None = None) -> bool:
-    """Whether a tower, from its module `first` on, has depthwise convolutions that would run on a CPU.
+    """Whether a tower, from its module `first` on, has depthwise convolutions that a CPU trains slowly in bf16.
 
-    A training step through them gains nothing in bf16 where that is in hardware, and takes tens of times longer where
-    it is not. The forward pass alone is fast in hardware: see `fast_inference`.
+    Without bf16 in hardware a step through them takes tens of times as long as in fp32. With it their backward pass
+    still has slow kernels, so they are let through only if they keep away from these (``avoids_slow_bf16``, as
+    `trimtab.towers.efficientnet.SamePadConv` does): then a step takes two thirds of the time. The forward pass alone is
+    fast in hardware in any case: see `fast_inference`.
     """
     if device.type != "cpu":
         return False
+    fast = has_fast_bf16(device)
     modules = list(tower.modules())
     start = next((number for number, one in enumerate(modules) if one is first), 0)
-    return any(isinstance(one, nn.Conv2d) and one.groups > 1 for one in modules[start:])
+    return any(
+        isinstance(one, nn.Conv2d) and one.groups > 1 and not (fast and getattr(one, "avoids_slow_bf16", False))
+        for one in modules[start:]
+    )

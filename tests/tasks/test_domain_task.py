@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from tiny_starter import build_starter
 from trimtab.config import ContrastiveConfig, MemoryBankConfig
 from trimtab.objectives.contrastive import contrastive_terms
 from trimtab.objectives.memory_bank import MemoryBank
 from trimtab.tasks.domain import LARGEST_SCALE, DomainTask, Side
+from trimtab.towers.hf import load_base
 
 # Five pairs of four pictures and three captions: picture 0 has two captions, caption 1 two pictures.
 IMAGE_OF = np.array([0, 0, 1, 2, 3])
@@ -148,7 +152,22 @@ def test_a_head_sits_on_cached_features(tiny_base: Any) -> None:
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_depthwise_convolutions_stay_out_of_bf16(tower: Any, tiny_base: Any) -> None:
-    base = tiny_base("clip")  # without any: autocast goes on
-    side = Side(base, tower, None, lambda *_: {})
-    assert side._in_fp32 is False
+def test_towers_without_depthwise_convolutions_follow_autocast(tower: Any, tiny_base: Any) -> None:
+    assert Side(tiny_base("clip"), tower, None, lambda *_: {})._in_fp32 is False
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_starter_is_trained_in_bf16_where_that_is_in_hardware(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.precision.has_fast_bf16", lambda _: fast)
+    base = load_base(str(build_starter(tmp_path / "starter")), device="cpu")
+    pixels = base.preprocess(Image.new("RGB", (64, 64), (90, 120, 60)))
+    in_fp32 = base.pixel_features(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Side(base, "image", None, lambda *_: {}).upper(pixels, None)
+    if fast:
+        assert found.dtype == torch.bfloat16
+        assert torch.cosine_similarity(found.float(), in_fp32) > 0.99
+    else:
+        torch.testing.assert_close(found, in_fp32)

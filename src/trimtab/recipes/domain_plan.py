@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.config import DomainRecipe, to_yaml
 from trimtab.data.sampling import pairs_per_epoch
 from trimtab.files import cache_home
+from trimtab.precision import fast_inference, fast_training
 from trimtab.recipes.domain_methods import Method
 from trimtab.recipes.domain_pairs import DomainPairs
 from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates
@@ -69,17 +70,24 @@ def _where(side: Side) -> str:
 
 def _seconds(method: Method, side: Side, states: ImageStates | TextStates) -> tuple[float, float]:
     """Per item: to compute what is cached, and to train on it."""
+    device = side.base.device
     clock = time.monotonic()
     inputs = states.inputs(np.arange(min(_MEASURED, len(states))))
     count = len(next(iter(inputs.values())))
-    below: dict[str, Tensor] = side.cut.lower(inputs) if side.cut else inputs
+    with fast_inference(device):
+        below: dict[str, Tensor] = side.cut.lower(inputs) if side.cut else inputs
     lower = time.monotonic() - clock if side.cut else 0.0
     clock = time.monotonic() if side.cut else clock
-    with method.at_work():
+    with method.at_work(), fast_training(method.recipe.training.precision, device):
         tokens = inputs if side.tower == "text" else None
-        features = side.upper({name: one.clone() for name, one in below.items()}, tokens)
+        features = side.upper({name: _as_cached(one) for name, one in below.items()}, tokens)
         if features.requires_grad:
             features.sum().backward()
     for parameter in method.parameters():
         parameter.grad = None
     return lower / count, (time.monotonic() - clock) / count
+
+
+def _as_cached(one: Tensor) -> Tensor:
+    """A copy to train on, in fp32 as the cache gives it."""
+    return one.float().clone() if one.is_floating_point() else one.clone()

@@ -32,6 +32,8 @@ def channels_last(x: Tensor) -> Tensor:  # (B, C, H, W), the same values in anot
 class SamePadConv(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding: odd remainders go to the bottom and right."""
 
+    avoids_slow_bf16 = True  # in its backward pass on a CPU; see `trimtab.precision.slow_in_bf16`
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / s), ceil(W / s)), by the weights given, which need not be its own."""
         if self._slow_in_halves(x):

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrainingStopped
-from trimtab.precision import has_fast_bf16
+from trimtab.precision import fast_training
 from trimtab.training import distributed
 from trimtab.training.checkpoint import CheckpointFolder
-from trimtab.training.distributed import World
 from trimtab.training.run import Run, Selection
 from trimtab.training.trackers import Terminal, open_trackers
 
@@ -99,7 +98,7 @@ def train(
     folder = CheckpointFolder(checkpoint_dir)
     modules.to(world.device)
     run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=_use_bf16(settings, world))
+    autocast = fast_training(settings.precision, world.device)
 
     with contextlib.ExitStack() as stack:
         if world.is_main:
@@ -213,12 +212,6 @@ def _remaining(epoch_batches: Iterable[Any], done: int) -> Iterable[Any]:
         return epoch_batches
     skip = getattr(epoch_batches, "skip", None)
     return skip(done) if skip else itertools.islice(epoch_batches, done, None)
-
-
-def _use_bf16(settings: TrainingConfig, world: World) -> bool:
-    if settings.precision == "auto":
-        return has_fast_bf16(world.device)
-    return settings.precision == "bf16"
 
 
 def _log(trackers: Iterable[Any], prefix: str, record: Mapping[str, Any]) -> None:
