@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import socket
@@ -155,7 +156,9 @@ def test_it_learns_the_domain(finished: dict[str, Any]) -> None:
     recall = [record["mR"] for record in outcome["history"] if record["kind"] == "validation"]
     assert max(recall) > recall[0] + 15  # of 12 pictures, so top-1 moves in steps of 8 points
     tops = [record["top1"] for record in outcome["history"] if record["kind"] == "validation"]
-    assert outcome["validation"]["top1"] == max(tops)
+    # The latest of those that 24 pictures cannot tell from the best.
+    error = math.sqrt(max(tops) * (100 - max(tops)) / 24)
+    assert outcome["validation"]["epoch"] == max(at for at, top in enumerate(tops) if top >= max(tops) - error)
     assert (outcome["pairs"], outcome["images"], outcome["captions"]) == (96, 96, 12)
     assert outcome["steps"] == 12 * 4  # half of the pairs in batches of 12
     assert outcome["difficulty"]["after"]["50%"] < outcome["difficulty"]["before"]["50%"]

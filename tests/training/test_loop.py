@@ -47,6 +47,30 @@ def test_best_weights_by_the_direction_given(tmp_path, greater, expected):
     assert torch.equal(problem.model[0].weight, seen[expected])
 
 
+@pytest.mark.parametrize(
+    ("counted", "scores", "expected"),
+    [
+        (0, [60.0, 70.0, 69.0, 70.0], 1),  # to the last digit, and the first of equal ones
+        (100, [60.0, 70.0, 66.0, 65.0], 2),  # 100 pictures: 4.58 points at 70
+        (100, [90.0, 70.0, 66.0, 65.0], 0),
+        (400, [60.0, 70.0, 67.0, 68.5], 3),
+        # Each is within an error of the one before, and the last is not of the best.
+        (100, [60.0, 70.0, 66.0, 62.0], 2),
+        (10, [math.nan, 0.0, 0.0, math.nan], 2),
+        (10, [100.0, 100.0, 90.0, 100.0], 3),
+    ],
+)
+def test_the_latest_of_those_that_validation_cannot_tell_apart(tmp_path, counted, scores, expected):
+    result = Problem().train(
+        tmp_path,
+        settings=settings(epochs=4),
+        validate=lambda epoch: {"score": scores[epoch]},
+        select=Selection("score", counted=counted),
+    )
+    assert result.best is not None
+    assert result.best["epoch"] == expected
+
+
 @pytest.mark.parametrize(("start", "expected"), [(9.0, -1), (0.0, 1)])
 def test_the_start_may_be_the_best(tmp_path, start, expected):
     problem = Problem()

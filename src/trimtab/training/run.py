@@ -34,16 +34,27 @@ class Selection:
 
     Attributes:
         with_start: the weights before the first step are judged too, as those of epoch -1.
+        counted: the metric is the percentage that is right of so many. What lies within one standard error of the best
+            value counts as equal to it, and of equal ones the latest are kept: among many epochs the best of few
+            pictures is mostly luck, and an early one has been trained for less. 0 takes the metric at its word.
     """
 
     metric: str
     greater_is_better: bool = True
     with_start: bool = False
+    counted: int = 0
 
-    def improves(self, new: float, old: float | None) -> bool:
+    def improves(self, new: float, best: float | None) -> bool:
+        """Whether weights of the value `new` are kept, after ones of the best value `best`."""
         if not math.isfinite(new):
             return False
-        return old is None or (new > old if self.greater_is_better else new < old)
+        if best is None:
+            return True
+        ahead = new - best if self.greater_is_better else best - new
+        if not self.counted:
+            return ahead > 0
+        error = math.sqrt(max(best * (100 - best), 0) / self.counted)
+        return ahead >= -error
 
 
 @dataclass
@@ -139,6 +150,7 @@ class Run:
                 numbers = torch.tensor(list(metrics.values()), device=self.world.device, dtype=torch.float32)
                 metrics = dict(zip(metrics, distributed.average(numbers, self.world).tolist(), strict=True))
             entry = {"kind": "validation", "step": self.step, "epoch": epoch, **metrics}
+            before = [one for one in self.history if one["kind"] == "validation"]
             self.history.append(entry)
             if (collapse := metrics.get("collapse")) is not None and not collapse <= self.settings.collapse_at:
                 raise TrainingStopped(
@@ -150,7 +162,9 @@ class Run:
             if select:
                 if select.metric not in metrics:
                     raise ValueError(f"validate gave {sorted(metrics)}, not {select.metric!r}")
-                if select.improves(metrics[select.metric], self.best[select.metric] if self.best else None):
+                values = [one[select.metric] for one in before if math.isfinite(one[select.metric])]
+                best = (max if select.greater_is_better else min)(values, default=None)
+                if select.improves(metrics[select.metric], best):
                     self.best, self.best_tensors = entry, _copy(self.modules)
         return entry
 
