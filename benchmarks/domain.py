@@ -10,8 +10,11 @@ goals are reached.
 
     python benchmarks/domain.py --data path/to/grocery --validation-only --warm --set bank.gamma=2 --out study.jsonl
 
-tunes: the test split stays closed, and cached features are used. The photos are the data set of arXiv 1901.00711, as
-its repository lays them out: train.txt, val.txt and test.txt with "path, fine id, coarse id" per line, and classes.csv.
+tunes: the test split stays closed, and cached features are used. With --scenes it is judged by training pictures in
+scenes of their own, which are held out (`domain_scenes`), beside those of validation.
+
+The photos are the data set of arXiv 1901.00711, as its repository lays them out: train.txt, val.txt and test.txt with
+"path, fine id, coarse id" per line, and classes.csv.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from domain_scenes import held_out
 from domain_tables import Run, report
 from options import numbers
 
@@ -89,6 +93,7 @@ class Grocery:
         classes: names of the fine classes.
         coarse: (C,) coarse class of each.
         digest: of classes, training and validation lists.
+        scenes: training pictures that are held out.
     """
 
     root: Path
@@ -96,9 +101,10 @@ class Grocery:
     classes: list[str]
     coarse: np.ndarray
     digest: str
+    scenes: frozenset[str] = frozenset()
 
     @classmethod
-    def prepare(cls, root: Path, work: Path) -> Grocery:
+    def prepare(cls, root: Path, work: Path, scenes: frozenset[str] = frozenset()) -> Grocery:
         """Read the lists and write the tables of pairs, those of classes, classes.txt and descriptions.csv."""
         if lacking := [name for name in NAMES if not (root / name).is_file()]:
             raise SystemExit(
@@ -109,8 +115,8 @@ class Grocery:
             rows = sorted(list(csv.reader(stream))[1:], key=lambda row: int(row[1]))
         classes = [re.sub(r"[-_]+", " ", row[0]).strip() for row in rows]
         coarse = np.array([int(row[3]) for row in rows])
-        digest = digest_of(*((root / name).read_text(encoding="utf-8") for name in NAMES))
-        grocery = cls(root.resolve(), work, classes, coarse, digest)
+        digest = digest_of(*((root / name).read_text(encoding="utf-8") for name in NAMES), *sorted(scenes))
+        grocery = cls(root.resolve(), work, classes, coarse, digest, scenes)
         work.mkdir(parents=True, exist_ok=True)
         write_text(work / "classes.txt", "".join(f"{name}\n" for name in classes))
         for split in ("train", "val"):
@@ -124,16 +130,16 @@ class Grocery:
     def labels(self, split: str) -> Path:
         """The table of pictures and fine classes to measure on; only here is the test split read."""
         path = self.work / f"{split}-labels.csv"
-        if split == "test":
-            items = [(path, self.classes[fine]) for path, fine in self.listed("test")]
-            path = self._write("test.csv", ("image", "label"), items)
+        if split in ("test", "scenes"):
+            items = [(path, self.classes[fine]) for path, fine in self.listed(split)]
+            path = self._write(f"{split}.csv", ("image", "label"), items)
         return path
 
     def listed(self, split: str) -> list[tuple[str, int]]:
-        """Path and fine class of each picture of a split."""
-        lines = (self.root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
-        cells = [[cell.strip() for cell in line.rsplit(",", 2)] for line in lines if line.strip()]
-        return [(path, int(fine)) for path, fine, _ in cells]
+        """Path and fine class of each picture of a split; ``scenes`` are those of ``train`` that are held out."""
+        if split in ("train", "scenes"):
+            return [item for item in listed(self.root, "train") if (item[0] in self.scenes) == (split == "scenes")]
+        return listed(self.root, split)
 
     def _described(self, name: str, place: str) -> str:
         """The first sentence of a class's description: later ones tell of coffee and vitamins, not of looks."""
@@ -147,6 +153,13 @@ class Grocery:
             writer.writerow(columns)
             writer.writerows(rows)
         return self.work / name
+
+
+def listed(root: Path, split: str) -> list[tuple[str, int]]:
+    """Path and fine class of each picture in a list of the data set."""
+    lines = (root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.rsplit(",", 2)] for line in lines if line.strip()]
+    return [(path, int(fine)) for path, fine, _ in cells]
 
 
 @dataclass(frozen=True)
@@ -185,6 +198,9 @@ def main() -> None:
         "--set-row", action="append", nargs=2, default=[], metavar=("ROW", "KEY=VALUE"), help="for one row"
     )
     parser.add_argument("--validation-only", action="store_true", help="never open the test split")
+    parser.add_argument(
+        "--scenes", action="store_true", help="hold out training pictures in scenes of their own; implies the former"
+    )
     parser.add_argument("--no-general", action="store_true", help="do not measure what is forgotten")
     parser.add_argument(
         "--no-curve", action="store_true", help="do not measure the curve over alpha, which takes minutes"
@@ -194,9 +210,12 @@ def main() -> None:
     rows = arguments.rows.split(",")
     if unknown := {*rows, *(row for row, _ in arguments.set_row)} - ROWS.keys():
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    arguments.validation_only |= arguments.scenes
     try:
         grocery = Grocery.prepare(arguments.data, arguments.work)
         base = load(load_recipe(arguments.recipe, arguments.set).base)
+        if arguments.scenes:
+            grocery = Grocery.prepare(arguments.data, arguments.work, scenes_of(base, arguments.data))
         for row in rows:
             # No seed changes the base.
             for seed in [0] if row == "base" else arguments.seeds:
@@ -209,6 +228,15 @@ def main() -> None:
     except TrimtabError as error:
         sys.exit(f"error: {error}")
     write_text(arguments.out.with_suffix(".md"), report(read_runs(arguments.out)))
+
+
+def scenes_of(base: Any, root: Path) -> frozenset[str]:
+    """The training pictures to hold out, as the base sees them."""
+    pictures = listed(root, "train")
+    with fast_inference(base.device):
+        features = base.encode_image([root / path for path, _ in pictures])
+    out = held_out(features, np.array([fine for _, fine in pictures]))
+    return frozenset(pictures[number][0] for number in np.flatnonzero(out))
 
 
 def make_job(arguments: argparse.Namespace, grocery: Grocery, row: str, seed: int, fingerprint: str) -> Job:
@@ -254,7 +282,8 @@ def run(arguments: argparse.Namespace, grocery: Grocery, job: Job) -> Run:
         out = stack.enter_context(run_folder(arguments.work))
         if not arguments.warm:
             stack.enter_context(empty_cache(arguments.work))
-        one = partial(scores, grocery=grocery, splits=("val",) if arguments.validation_only else ("val", "test"))
+        beside = ("scenes",) if grocery.scenes else () if arguments.validation_only else ("test",)
+        one = partial(scores, grocery=grocery, splits=("val", *beside))
         if job.row == "base":
             found = as_it_came(job, general, one)
         elif job.row == "linear_probe":

@@ -66,7 +66,8 @@ def key_of(run: Run) -> Key:
 def report(runs: Iterable[Run]) -> str:
     """Markdown: a table per share of the pairs, differences by seed, goals, the dial."""
     rows = latest(runs)
-    split = "test" if any(run["test"] for seeds in rows.values() for run in seeds.values()) else "val"
+    measured = [run for seeds in rows.values() for run in seeds.values()]
+    split = next((name for name in ("test", "scenes") if any(run.get(name) for run in measured)), "val")
     parts = []
     for share in dict.fromkeys(key[1] for key in rows):
         mine = {key: seeds for key, seeds in rows.items() if key[1] == share}
@@ -179,7 +180,7 @@ def _unknown(wanted: str) -> Goal:
 
 def goal_table(found: Sequence[Goal], split: str) -> str:
     says = {True: "yes", False: "no", None: "–"}
-    where = "" if split == "test" else ", on validation"
+    where = {"test": "", "scenes": ", on held-out scenes"}.get(split, ", on validation")
     lines = [f"| Goal{where} | found | reached |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {one.wanted} | {one.found} | {says[one.reached]} |" for one in found)])
 
@@ -268,4 +269,6 @@ def name_of(key: Key) -> str:
 
 
 def _on(split: str) -> str:
-    return "on the test split" if split == "test" else "on validation pictures"
+    return {"test": "on the test split", "scenes": "on training pictures in scenes of their own, held out"}.get(
+        split, "on validation pictures"
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from trimtab.data.captions import read_entries
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import domain  # noqa: E402
+import domain_scenes  # noqa: E402
 import domain_tables  # noqa: E402
 
 
@@ -204,3 +207,56 @@ def test_a_baseline_is_not_run_again_because_adapters_changed(tmp_path: Path) ->
     ]
     assert jobs[0].setting == jobs[1].setting
     assert jobs[2].setting != jobs[3].setting
+
+
+# Scenes that are held out
+
+
+def test_the_group_least_like_the_others_is_held_out() -> None:
+    rng = np.random.default_rng(0)
+    near, far, small = np.eye(8)[:3]
+    sizes = [(near, 9), (far + 0.6 * near, 3), (near + 0.5 * small, 4)]
+    rows = np.concatenate([place + 0.02 * rng.standard_normal((count, 8)) for place, count in sizes])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    order = rng.permutation(len(rows))
+    features = np.concatenate([rows[order], np.eye(8)[3:5]])
+    labels = np.array([0] * len(rows) + [1, 2])  # the others have one picture each
+    out = domain_scenes.held_out(features, labels)
+    assert out.tolist() == [9 <= number < 12 for number in order] + [False, False]
+
+
+def test_groups_are_parts_of_the_whole() -> None:
+    rows = np.random.default_rng(1).standard_normal((12, 4))
+    cosines = rows @ rows.T
+    found = domain_scenes.partitions(cosines)
+    assert [len(groups) for groups in found] == [9, 8, 7, 6, 5, 4, 3, 2]
+    assert all((np.sum(groups, axis=0) == 1).all() for groups in found)
+    # Average linkage joins the two groups with the highest mean cosine.
+    for before, after in pairwise(found):
+        ids = [{tuple(np.flatnonzero(group)) for group in groups} for groups in (before, after)]
+        joined = next(iter(ids[1] - ids[0]))
+        parts = [group for group in before if set(np.flatnonzero(group)) <= set(joined)]
+        means = {(a, b): cosines[np.ix_(before[a], before[b])].mean() for a in range(len(before)) for b in range(a)}
+        assert cosines[np.ix_(*parts)].mean() == pytest.approx(max(means.values()))
+
+
+def test_held_out_scenes_are_no_training_pictures(tmp_path: Path) -> None:
+    lines = [f"train/{number}.jpg, {number % 2}, 0" for number in range(6)]
+    for name, text in {"train.txt": lines, "val.txt": ["val/0.jpg, 0, 0"], "test.txt": ["test/0.jpg, 1, 0"]}.items():
+        (tmp_path / name).write_text("\n".join(text), encoding="utf-8")
+    classes = ["name,id,coarse,coarse id,picture,text", "Red-Apple,0,Apple,0,a,b", "Oat-Milk,1,Milk,1,a,b"]
+    (tmp_path / "classes.csv").write_text("\n".join(classes), encoding="utf-8")
+    whole = domain.Grocery.prepare(tmp_path, tmp_path / "work")
+    held = domain.Grocery.prepare(tmp_path, tmp_path / "work", frozenset({"train/1.jpg", "train/4.jpg"}))
+    assert held.listed("scenes") == [("train/1.jpg", 1), ("train/4.jpg", 0)]
+    assert sorted(held.listed("train") + held.listed("scenes")) == sorted(whole.listed("train"))
+    assert held.digest != whole.digest
+    assert len((tmp_path / "work" / "train.csv").read_text(encoding="utf-8").splitlines()) == 5
+    assert held.labels("scenes").read_text(encoding="utf-8").splitlines()[1] == "train/1.jpg,Oat Milk"
+
+
+def test_tables_name_the_pictures_that_they_are_of() -> None:
+    run = finished("adapter_hard", 70.0, test=None, scenes={"fine": 66.0, "coarse": 67.0})
+    assert "held out" in domain_tables.report([run])
+    assert "66.0" in domain_tables.report([run])
+    assert "on validation pictures" in domain_tables.report([finished("adapter_hard", 70.0, test=None)])
