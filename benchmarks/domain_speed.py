@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trimtab.config import DomainRecipe, load_recipe
 from trimtab.files import write_text
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
-from trimtab.precision import has_fast_bf16, tune_allocator
+from trimtab.precision import fast_training, has_fast_bf16, tune_allocator
 from trimtab.recipes.domain_methods import METHODS, Method
 from trimtab.tasks.domain import DomainTask, Side
 from trimtab.towers.hf import load_base
@@ -71,7 +71,12 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[row] = json.loads(done.stdout.splitlines()[-1])
         print(row, found[row], flush=True)
-    facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+    facts = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "fast_bf16": has_fast_bf16(torch.device("cpu")),
+    }
     write_text(arguments.out, json.dumps({"rows": found, **facts}, indent=2) + "\n")
     write_text(arguments.out.with_suffix(".md"), table(found))
     print(table(found))
@@ -98,7 +103,8 @@ def measure(row: str, path: Path, steps: int) -> dict[str, Any]:
 
     def step() -> None:
         with method.at_work():
-            loss = torch.stack([*task.step(batch).values()]).sum()
+            with fast_training(recipe.training.precision, base.device):
+                loss = torch.stack([*task.step(batch).values()]).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
