@@ -320,7 +320,9 @@ def base_embeddings(frozen: FrozenStates, train: ImageTextPairs) -> tuple[Tensor
         texts = TextStates(base, cut, train.captions)
         texts.fill(folder)
         text_side = Side(base, "text", cut, texts)
-    return embed(image_side, np.arange(len(train.images))), embed(text_side, np.arange(len(train.captions)))
+    with fast_inference(base.device):  # as what is cached below; texts are few
+        of_images = embed(image_side, np.arange(len(train.images)))
+    return of_images, embed(text_side, np.arange(len(train.captions)))
 
 
 @torch.no_grad()
