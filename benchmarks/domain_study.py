@@ -62,7 +62,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "adapters twice as wide": ("adapter_hard", [conv(8, 256)]),
     "logit_scale 20": ("adapter_hard", ["objective.logit_scale=20"]),
     "no label smoothing": ("adapter_hard", ["objective.label_smoothing=0"]),
-    "label smoothing 0.2": ("adapter_hard", ["objective.label_smoothing=0.2"]),
+    "label smoothing 0.1": ("adapter_hard", ["objective.label_smoothing=0.1"]),
+    "label smoothing 0.3": ("adapter_hard", ["objective.label_smoothing=0.3"]),
     "weights at the end, no mean of those on the way": ("adapter_hard", ["training.bell=null"]),
     "AdamW, rate 5e-3": ("adapter_hard", ["training.optimizer=adamw", "training.learning_rate=5e-3"]),
     "rate 5e-3": ("adapter_hard", ["training.learning_rate=5e-3"]),
@@ -74,14 +75,14 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         "adapter_hard",
         ["data.map_augmentation={crop_min: 0.4, flip: true, erase: 0.5}"],
     ),
-    "no augmented view": ("adapter_hard", ["data.views=0"]),
+    "one augmented view": ("adapter_hard", ["data.views=1"]),
     "two augmented views": ("adapter_hard", ["data.views=2"]),
     "four augmented views": ("adapter_hard", ["data.views=4"]),
     "LoRA by peft, pairs alike": ("lora", []),
     "continual fine-tuning, pairs alike": ("full", []),
     "continual fine-tuning by Muon, pairs alike": ("full", ["training.optimizer=muon"]),
     "continual fine-tuning, mean of the weights on the way": ("full", ["training.bell=[0.8, 0.2]"]),
-    "continual fine-tuning with label smoothing": ("full", ["objective.label_smoothing=0.1"]),
+    "continual fine-tuning with label smoothing": ("full", ["objective.label_smoothing=0.2"]),
 }
 
 
