@@ -64,10 +64,10 @@ NAMES = ("train.txt", "val.txt", "classes.csv")  # test.txt is looked at when it
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PENALTIES = tuple(10.0**power for power in range(-6, 2))
 
-# Baselines draw all pairs alike and are trained by AdamW with the plain objective, as they are published. Choose their
-# learning rates by --validation-only and --set-row.
+# Baselines draw all pairs alike and are trained by AdamW with the plain objective, as they are published. Where no maps
+# are cached, pictures are augmented as views. Choose learning rates by --validation-only and --set-row.
 UNIFORM = "bank.enabled=false"
-PLAIN = ["training.optimizer=adamw", "objective.label_smoothing=0", "training.bell=null"]
+PLAIN = ["training.optimizer=adamw", "objective.label_smoothing=0", "training.bell=null", "data.views=1"]
 ROWS: dict[str, list[str]] = {
     "base": [],
     "full": ["method=full", *PLAIN, "training.learning_rate=3e-4", UNIFORM],
