@@ -99,6 +99,15 @@ def test_bf16_states_are_near_and_kept_apart(tiny_base: Any, pairs: Any, cache: 
     assert torch.nn.functional.cosine_similarity(exact, coarse).min() > 0.99
 
 
+@pytest.mark.parametrize(("views", "changes", "warned"), [(0, True, True), (1, True, False), (0, False, False)])
+def test_pictures_without_maps_and_views_are_no_secret(
+    views: int, changes: bool, warned: bool, tiny_base: Any, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {"viewed": 10, "views": views, "options": OPTIONS, "seed": 0, "maps": MapViewsConfig(flip=changes)}
+    ImageStates(tiny_base("clip"), None, pairs.images, **whole)
+    assert ("set data.views=1" in caplog.text) is warned
+
+
 def test_maps_are_changed_where_there_are_numbers_and_nowhere_else(pairs: Any, cache: Path, tmp_path: Path) -> None:
     base, maps = load_base(BUILDERS["starter"](tmp_path / "starter"), device="cpu"), MapViewsConfig(0.5, True, 0.5)
     states = ImageStates(

@@ -6,6 +6,7 @@ decoded and views are made anew in every step.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from trimtab.towers.passes import per_pass
 from trimtab.training.trackers import progress_reporter
 
 _BATCH = 64
+logger = logging.getLogger(__name__)
 
 
 class ImageStates:
@@ -70,8 +72,13 @@ class ImageStates:
         self._source = PictureViews(base, self.images, options, seed)
         self._keys = self._source.keys() if cut else []
         self._cached: list[CachedArrays] = []
-        # Whole towers see new views anyway, and above a tower there is nothing to crop.
+        # A tower that is passed from its pixels, or ends below the cut, has no maps to crop.
         self._maps = maps if maps and maps.changes and cut and cut.site else None
+        if maps and maps.changes and not self._maps and not views:
+            logger.warning(
+                "no maps are cached here for data.map_augmentation to change, so pictures are trained on as they are: "
+                "set data.views=1 to augment them"
+            )
         if self._maps and cut and len(shape := self._layout["states"][0]) != 3:
             raise RecipeError(
                 f"data.map_augmentation changes maps of a convolutional trunk, but the states that enter {cut.site} "
