@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -110,3 +111,6 @@ if __name__ == "__main__":
     problem.train(folder)
     if os.environ.get("RANK", "0") == "0":
         save_file(problem.model.state_dict(), output)
+    if rest == ["plain"]:  # as `trimtab.recipes.adapt` does; else a thread that waits may abort a finished rank
+        dist.barrier()
+        dist.destroy_process_group()
