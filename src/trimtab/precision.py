@@ -63,8 +63,8 @@ def slow_in_bf16(tower: nn.Module, device: torch.device, first: nn.Module | None
 
     Without bf16 in hardware a step through them takes tens of times as long as in fp32. With it their backward pass
     still has slow kernels, so they are let through only if they keep away from these (``avoids_slow_bf16``, as
-    `trimtab.towers.efficientnet.SamePadConv` does): then a step takes two thirds of the time. The forward pass alone is
-    fast in hardware in any case: see `fast_inference`.
+    `trimtab.towers.efficientnet.SamePadConv` does): then a step is faster than in fp32. The forward pass alone is fast
+    in hardware in any case: see `fast_inference`.
     """
     if device.type != "cpu":
         return False
