@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from trimtab.adapters.adapted import LanguageAdapted, load_adapted
+from trimtab.adapters.files import read_adapter
 from trimtab.data.corpora import cedict_pairs, cldr_annotations, concrete_nouns, emoji_table, held_out_emoji
 from trimtab.data.fashion import CLASSES as FASHION_CLASSES
 from trimtab.data.fashion import read_fashion
@@ -81,8 +82,8 @@ def main() -> None:
     rows = [row for test in tests for row in with_pictures(model, test)]
     rows += without_pictures(model, "names", named_things())
     rows += without_pictures(model, "imagenet-1k", imagenet_names())
-    data = model.description["data"] if hasattr(model, "description") else {}
-    write_json(arguments.out, {"base": model.base.fingerprint, "pairs": data.get("pairs"), "rows": rows})
+    pairs = read_adapter(arguments.model).data["pairs"]
+    write_json(arguments.out, {"base": model.base.fingerprint, "pairs": pairs, "rows": rows})
     write_text(arguments.out.with_suffix(".md"), as_table(rows))
     print(as_table(rows))
 
