@@ -67,6 +67,11 @@ def test_goals_without_figures_are_not_reached() -> None:
     assert domain_tables.goals(domain_tables.latest(elsewhere), "test")[4].reached is None
 
 
+def test_minutes_of_disturbed_runs_do_not_count() -> None:
+    runs = [finished("full", 70.0), finished("adapter_hard", 80.0, disturbed=True)]
+    assert domain_tables.goals(domain_tables.latest(runs), "test")[4].reached is None
+
+
 def test_minutes_are_compared_by_seed() -> None:
     runs = [finished("full", 70.0, seed, minutes=minutes) for seed, minutes in ((1, 9.0), (2, 90.0))]
     runs += [finished("adapter_hard", 80.0, 1), finished("adapter_hard", 80.0, 2, warm=True)]
