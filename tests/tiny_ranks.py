@@ -227,5 +227,6 @@ if __name__ == "__main__":
         for job in sys.argv[1].split(","):
             results = {name: tensor.contiguous() for name, tensor in JOBS[job](here, Path(sys.argv[2])).items()}
             save_file(results, Path(sys.argv[2]) / f"{job}-{here.rank}.safetensors")
+        dist.barrier()  # none leaves before the others are done, as in `trimtab.recipes.adapt`
     finally:
         dist.destroy_process_group()  # gloo's threads end the process if they outlive it
