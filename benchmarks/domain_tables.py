@@ -223,7 +223,7 @@ def size(run: Run) -> float | None:
 
 
 def timed_together(mine: dict[int, Run], others: dict[int, Run]) -> set[tuple[int, str | None]]:
-    """Seeds, with their machine, that both began with an empty cache on one machine: their minutes can be compared."""
+    """Seeds, with their machine, that both were timed on one machine: their minutes can be compared."""
     clocks = [{(seed, run.get("machine")) for seed, run in seeds.items() if is_timed(run)} for seeds in (mine, others)]
     return clocks[0] & clocks[1]
 
@@ -234,7 +234,7 @@ def is_timed(run: Run) -> bool:
 
 
 def minutes_of(timed: set[tuple[int, str | None]]) -> Figure:
-    """Of runs that began with an empty cache, and only of the timed ones if there are any."""
+    """Of runs whose time counts, and only of those timed together if there are any."""
     return lambda run: (
         run.get("minutes") if is_timed(run) and (not timed or (run["seed"], run.get("machine")) in timed) else None
     )
