@@ -106,11 +106,7 @@ class Grocery:
     @classmethod
     def prepare(cls, root: Path, work: Path, scenes: frozenset[str] = frozenset()) -> Grocery:
         """Read the lists and write the tables of pairs, those of classes, classes.txt and descriptions.csv."""
-        if lacking := [name for name in NAMES if not (root / name).is_file()]:
-            raise SystemExit(
-                f"{root} has no {lacking[0]}: --data must be the folder of the grocery photos "
-                "(github.com/marcusklasson/GroceryStoreDataset), which this benchmark does not fetch"
-            )
+        require_lists(root)
         with (root / "classes.csv").open(encoding="utf-8-sig", newline="") as stream:
             rows = sorted(list(csv.reader(stream))[1:], key=lambda row: int(row[1]))
         classes = [re.sub(r"[-_]+", " ", row[0]).strip() for row in rows]
@@ -153,6 +149,15 @@ class Grocery:
             writer.writerow(columns)
             writer.writerows(rows)
         return self.work / name
+
+
+def require_lists(root: Path) -> None:
+    """Refuse a folder that is not that of the photos."""
+    if lacking := [name for name in NAMES if not (root / name).is_file()]:
+        raise SystemExit(
+            f"{root} has no {lacking[0]}: --data must be the folder of the grocery photos "
+            "(github.com/marcusklasson/GroceryStoreDataset), which this benchmark does not fetch"
+        )
 
 
 def listed(root: Path, split: str) -> list[tuple[str, int]]:
@@ -212,10 +217,9 @@ def main() -> None:
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     arguments.validation_only |= arguments.scenes
     try:
-        grocery = Grocery.prepare(arguments.data, arguments.work)
         base = load(load_recipe(arguments.recipe, arguments.set).base)
-        if arguments.scenes:
-            grocery = Grocery.prepare(arguments.data, arguments.work, scenes_of(base, arguments.data))
+        scenes = scenes_of(base, arguments.data) if arguments.scenes else frozenset()
+        grocery = Grocery.prepare(arguments.data, arguments.work, scenes)
         for row in rows:
             # No seed changes the base.
             for seed in [0] if row == "base" else arguments.seeds:
@@ -232,6 +236,7 @@ def main() -> None:
 
 def scenes_of(base: Any, root: Path) -> frozenset[str]:
     """The training pictures to hold out, as the base sees them."""
+    require_lists(root)
     pictures = listed(root, "train")
     with fast_inference(base.device):
         features = base.encode_image([root / path for path, _ in pictures])

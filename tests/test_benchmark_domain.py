@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import domain  # noqa: E402
 import domain_scenes  # noqa: E402
+import domain_study  # noqa: E402
 import domain_tables  # noqa: E402
 
 
@@ -263,3 +264,30 @@ def test_tables_name_the_pictures_that_they_are_of() -> None:
     assert "held out" in domain_tables.report([run])
     assert "66.0" in domain_tables.report([run])
     assert "on validation pictures" in domain_tables.report([finished("adapter_hard", 70.0, test=None)])
+
+
+@pytest.mark.parametrize("name", domain_study.VARIANTS)
+def test_rows_of_the_study_are_recipes_of_their_own(name: str, tmp_path: Path) -> None:
+    grocery = domain.Grocery.prepare(grocery_folder(tmp_path), tmp_path / "work")
+    options = argparse.Namespace(out=tmp_path / "study.jsonl", work=tmp_path / "work")
+    settings = {}
+    for one in (name, domain_study.AS_IT_IS):
+        variant = domain_study.VARIANTS[one]
+        job = domain.make_job(domain_study.as_domain_asks(options, one), grocery, variant.row, 1, "base")
+        assert job.changes == variant.changes
+        settings[one] = job.setting
+    assert len(set(settings.values())) == len(settings)
+
+
+def test_the_study_compares_with_the_recipe_of_the_same_seeds() -> None:
+    def run(name: str, seed: int, scenes: float, validation: float) -> dict[str, Any]:
+        fine = {"scenes": {"fine": scenes}, "val": {"fine": validation}}
+        return {"change": name, "seed": seed, "trained_parameters": 2, "base_parameters": 100, **fine}
+
+    known = [run(domain_study.AS_IT_IS, 1, 80.0, 70.0), run(domain_study.AS_IT_IS, 2, 90.0, 80.0)]
+    table = domain_study.as_table([run("20 epochs", 2, 91.0, 82.0), run("10 epochs", 3, 50.0, 60.0), *known])
+    assert table.splitlines()[2:] == [
+        "| recipe as it is | 85.0 | 75.0 |  | 2.00 | 1, 2 |",
+        "| 10 epochs | 50.0 | 60.0 |  | 2.00 | 3 |",
+        "| 20 epochs | 91.0 | 82.0 | +1.5 | 2.00 | 2 |",
+    ]
