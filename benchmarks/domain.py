@@ -67,13 +67,7 @@ PENALTIES = tuple(10.0**power for power in range(-6, 2))
 # Baselines draw all pairs alike and are trained by AdamW with the plain objective, as they are published. Where no maps
 # are cached, pictures are augmented as views. Choose learning rates by --validation-only and --set-row.
 UNIFORM = "bank.enabled=false"
-PLAIN = [
-    "training.optimizer=adamw",
-    "training.batch_size=32",
-    "objective.label_smoothing=0",
-    "training.bell=null",
-    "data.views=1",
-]
+PLAIN = ["training.optimizer=adamw", "objective.label_smoothing=0", "training.bell=null", "data.views=1"]
 ROWS: dict[str, list[str]] = {
     "base": [],
     "full": ["method=full", *PLAIN, "training.learning_rate=3e-4", UNIFORM],

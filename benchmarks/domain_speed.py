@@ -51,7 +51,6 @@ ROWS: dict[str, tuple[str, str, bool]] = {
     "full": ("All weights", "full", False),
 }
 CLASSES = 81
-PICTURES = 32  # in a step of every row
 
 
 def main() -> None:
@@ -90,7 +89,7 @@ def measure(row: str, path: Path, steps: int) -> dict[str, Any]:
     _, name, cached = ROWS[row]
     # The methods of others know no bank, so no captions but the batch's pass through their text tower.
     changes = METHOD_ROWS["adapter_hard" if name == "adapter" else name]
-    recipe = load_recipe(path, ["data.train=train.csv", f"training.batch_size={PICTURES}", *changes])
+    recipe = load_recipe(path, ["data.train=train.csv", *changes])
     assert isinstance(recipe, DomainRecipe)
     base = load_base(recipe.base, device="cpu")
     method = METHODS[name](base, recipe)
