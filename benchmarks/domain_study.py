@@ -104,6 +104,7 @@ VARIANTS: dict[str, Variant] = {
     "a quarter of the pairs": adapters(share=0.25),
     "a quarter, no bank": Variant("adapter", share=0.25),
     "a quarter, half the steps": adapters("training.epochs=30", share=0.25),
+    "a quarter, twice the steps": adapters("training.epochs=120", share=0.25),
     "a quarter, adapters from block 11": adapters(conv(11), share=0.25),
     "a quarter, adapters half as wide": adapters(conv(8, 64), share=0.25),
     "a quarter, label smoothing 0.3": adapters("objective.label_smoothing=0.3", share=0.25),
