@@ -160,10 +160,15 @@ def as_domain_asks(arguments: argparse.Namespace, name: str) -> argparse.Namespa
 
 
 def as_table(runs: Sequence[Run]) -> str:
-    """Rows in the study's order: each the mean over its seeds, and what it gains over the recipe with these seeds."""
+    """Rows in the study's order: each the mean over its seeds, and what it gains over the recipe with these seeds.
+
+    Of each row the setting that was run last: older recipes are left out.
+    """
+    settings = {one["change"]: one["setting"] for one in runs}
     found: dict[str, dict[int, Run]] = {}
     for one in runs:
-        found.setdefault(one["change"], {})[one["seed"]] = one
+        if one["setting"] == settings[one["change"]]:
+            found.setdefault(one["change"], {})[one["seed"]] = one
     known = found.get(AS_IT_IS, {})
     lines = [
         "| change | held-out scenes | validation | mean of both, against the recipe | trained, % of base | seeds |",

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.config import DomainRecipe
+from trimtab.config import DomainRecipe, load_recipe
 from trimtab.data.captions import read_entries
+from trimtab.data.fashion import FashionFiles
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import domain  # noqa: E402
+import domain_clothes  # noqa: E402
 import domain_scenes  # noqa: E402
 import domain_study  # noqa: E402
 import domain_tables  # noqa: E402
@@ -280,14 +282,37 @@ def test_rows_of_the_study_are_recipes_of_their_own(name: str, tmp_path: Path) -
 
 
 def test_the_study_compares_with_the_recipe_of_the_same_seeds() -> None:
-    def run(name: str, seed: int, scenes: float, validation: float) -> dict[str, Any]:
-        fine = {"scenes": {"fine": scenes}, "val": {"fine": validation}}
+    def run(name: str, seed: int, scenes: float, validation: float, setting: str = "now") -> dict[str, Any]:
+        fine = {"scenes": {"fine": scenes}, "val": {"fine": validation}, "setting": setting}
         return {"change": name, "seed": seed, "trained_parameters": 2, "base_parameters": 100, **fine}
 
-    known = [run(domain_study.AS_IT_IS, 1, 80.0, 70.0), run(domain_study.AS_IT_IS, 2, 90.0, 80.0)]
+    older = run(domain_study.AS_IT_IS, 3, 10.0, 10.0, "before")
+    known = [older, run(domain_study.AS_IT_IS, 1, 80.0, 70.0), run(domain_study.AS_IT_IS, 2, 90.0, 80.0)]
     table = domain_study.as_table([run("20 epochs", 2, 91.0, 82.0), run("10 epochs", 3, 50.0, 60.0), *known])
     assert table.splitlines()[2:] == [
         "| recipe as it is | 85.0 | 75.0 |  | 2.00 | 1, 2 |",
         "| 10 epochs | 50.0 | 60.0 |  | 2.00 | 3 |",
         "| 20 epochs | 91.0 | 82.0 | +1.5 | 2.00 | 2 |",
     ]
+
+
+def test_clothes_are_trained_by_the_recipe_as_it_is_in_as_many_epochs(tmp_path: Path) -> None:
+    files = FashionFiles(*(tmp_path / name for name in ("train.csv", "validation.csv", "test.csv", "classes.txt")))
+    recipes = {row: domain_clothes.recipe_of(row, 1, files) for row in domain_clothes.SHOWN if row != "base"}
+    assert {one.training.epochs for one in recipes.values()} == {load_recipe(domain.RECIPE).training.epochs}
+    assert {one.bank.epoch_share for one in recipes.values()} == {recipes["adapter_hard"].bank.epoch_share}
+    assert [one.bank.enabled for one in recipes.values()] == [False, False, True]
+    assert recipes["full"].method == "full"
+    assert recipes["adapter_hard"].data.train[0].path == str(files.train)
+
+
+def test_the_table_of_clothes_compares_seed_by_seed() -> None:
+    def run(row: str, seed: int, top1: float) -> dict[str, Any]:
+        return {"row": row, "seed": seed, "top1": top1, "trained": 2.0, "minutes": 5.0, "steps": 600}
+
+    base = {"row": "base", "seed": 0, "top1": 30.0, "trained": None, "minutes": None, "steps": None}
+    table = domain_clothes.as_table([base, run("full", 1, 80.0), run("adapter_hard", 1, 83.0)])
+    assert "| Base, zero-shot | 30.0 | – | – | – | – |" in table
+    assert "| **Adapter, hard sampling** | 83.0 | 2.00 | 5.0 | 600 | 1 |" in table
+    assert "− Continual fine-tuning | +3.0 | 1 of 1 |" in table
+    assert "− Adapter, no bank | – | 0 of 0 |" in table

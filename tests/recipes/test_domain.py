@@ -318,10 +318,13 @@ def test_fewer_pairs_than_a_batch_are_one_short_batch(toy: Any, tmp_path: Path) 
     assert outcome["steps"] == 2
 
 
-@pytest.mark.parametrize(("least", "epochs"), [(0, 2), (8, 2), (9, 3)])  # 96 pairs: 4 batches of 12 in an epoch
-def test_few_pairs_are_seen_for_more_epochs(least: int, epochs: int, toy: Any) -> None:
-    no_change = domain.long_enough(load_recipe(toy(least_steps=least, training={"epochs": 2})), 96)
-    assert no_change.training.epochs == epochs
+# 96 pairs: 4 batches of 12 in an epoch
+@pytest.mark.parametrize(("least", "epochs", "every"), [(0, 2, 1), (8, 2, 1), (9, 3, 2), (40, 10, 5)])
+def test_few_pairs_are_seen_for_more_epochs_and_judged_no_more_often(
+    least: int, epochs: int, every: int, toy: Any
+) -> None:
+    training = domain.long_enough(load_recipe(toy(least_steps=least, training={"epochs": 2})), 96).training
+    assert (training.epochs, training.validate_every) == (epochs, every)
 
 
 def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:
@@ -400,6 +403,7 @@ def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch
         "text tower   frozen below text.layers.1",
         "gate         none: every picture is adapted",
         "3 epochs of 48 pairs",
+        "min to validate (3 times)",
     ):
         assert words in result.stdout
     assert not (tmp_path / "out").exists()

@@ -87,6 +87,20 @@ def test_the_start_may_be_the_best(tmp_path, start, expected):
     assert torch.equal(problem.model[0].weight, weights) == (expected == -1)
 
 
+@pytest.mark.parametrize(("every", "looks"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (9, [4])])
+def test_validation_takes_place_as_often_as_asked_and_at_the_end(tmp_path, every, looks):
+    seen = []
+    result = Problem().train(
+        tmp_path,
+        settings=settings(epochs=5, validate_every=every),
+        validate=lambda epoch: seen.append(epoch) or {"score": 1.0},
+        select=Selection("score", counted=10),
+    )
+    assert seen == looks
+    assert result.best is not None
+    assert result.best["epoch"] == 4
+
+
 def test_validation_sees_eval_mode_no_gradients_and_averaged_weights(tmp_path):
     problem = Problem()
     weights = []

@@ -18,6 +18,7 @@ class TrainingConfig:
         warmup: fraction of all steps in which the learning rate rises from 0.
         clip: largest gradient norm; null never clips.
         precision: ``auto`` is bf16 where the device computes in it (newer GPUs and CPUs), else fp32.
+        validate_every: epochs between validations; the last epoch always ends with one.
         checkpoint_every: optimiser steps between checkpoints; every epoch ends with one too.
         log_every: optimiser steps between records for trackers and history.
         ema: decay of an exponential moving average of the weights that is validated and kept instead of
@@ -39,6 +40,7 @@ class TrainingConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     clip: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    validate_every: int = 1
     checkpoint_every: int = 500
     log_every: int = 20
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
@@ -48,7 +50,7 @@ class TrainingConfig:
     processes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
+        for name in ("epochs", "batch_size", "validate_every", "checkpoint_every", "log_every"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "learning_rate", self.learning_rate > 0, "above 0")
         require(self, "weight_decay", self.weight_decay >= 0, "at least 0")

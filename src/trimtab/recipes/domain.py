@@ -127,11 +127,17 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
 
 
 def long_enough(recipe: DomainRecipe, pairs: int) -> DomainRecipe:
-    """The recipe with as many epochs as `least_steps` asks for with so many training pairs."""
+    """The recipe with as many epochs as `least_steps` asks for with so many training pairs.
+
+    It validates no more often for that: with few pairs and many validation pictures that would take most of the time.
+    """
     training = recipe.training
     drawn = pairs_per_epoch(pairs, recipe.bank.epoch_share, training.batch_size)
     epochs = math.ceil(recipe.least_steps / steps_per_epoch(drawn, training.batch_size))
-    return replace(recipe, training=replace(training, epochs=max(training.epochs, epochs)))
+    if epochs <= training.epochs:
+        return recipe
+    every = training.validate_every * math.ceil(epochs / training.epochs)
+    return replace(recipe, training=replace(training, epochs=epochs, validate_every=every))
 
 
 def make_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -28,8 +29,8 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     """The resolved recipe, what is trained and cached, and how long it takes."""
     train, validation = pairs.train, pairs.validation
     total = method.base_parameters
-    lower_image, upper_image = _seconds(method, frozen.image_side, frozen.images)
-    lower_text, upper_text = _seconds(method, frozen.text_side, frozen.texts)
+    lower_image, passed_image, upper_image = _seconds(method, frozen.image_side, frozen.images)
+    lower_text, passed_text, upper_text = _seconds(method, frozen.text_side, frozen.texts)
     views = len(train.images) * (1 + recipe.data.views) + len(validation.images)
     encoding = views * lower_image + (len(train.captions) + len(validation.captions)) * lower_text
     drawn = pairs_per_epoch(len(train), recipe.bank.epoch_share, recipe.training.batch_size)
@@ -37,6 +38,8 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     step = upper_image + texts * upper_text
     whole = step + lower_image + texts * lower_text
     epochs = recipe.training.epochs
+    looks = math.ceil(epochs / recipe.training.validate_every)
+    look = len(validation.images) * passed_image + len(validation.captions) * passed_text
     kept = min(recipe.memory, len(train.images)) if recipe.method == "adapter" else 0
     lines = [
         to_yaml(recipe).rstrip(),
@@ -55,7 +58,7 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         lines.append(f"step         {100 * step / whole:.0f}% of the time that it would take without the cache")
     lines.append(
         f"time         about {encoding / 60:.0f} min to encode once, {epochs * drawn * step / 60:.0f} min to train "
-        f"({epochs} epochs of {drawn:,} pairs)"
+        f"({epochs} epochs of {drawn:,} pairs), {looks * look / 60:.0f} min to validate ({looks} times)"
     )
     return "\n".join(lines)
 
@@ -68,24 +71,28 @@ def _where(side: Side) -> str:
     return f"frozen below {side.cut.site}: the states that enter it are cached"
 
 
-def _seconds(method: Method, side: Side, states: ImageStates | TextStates) -> tuple[float, float]:
-    """Per item: to compute what is cached, and to train on it."""
+def _seconds(method: Method, side: Side, states: ImageStates | TextStates) -> tuple[float, float, float]:
+    """Per item: to compute what is cached, to pass it on, and to train on it."""
     device = side.base.device
     clock = time.monotonic()
     inputs = states.inputs(np.arange(min(_MEASURED, len(states))))
     count = len(next(iter(inputs.values())))
     with fast_inference(device):
         below: dict[str, Tensor] = side.cut.lower(inputs) if side.cut else inputs
-    lower = time.monotonic() - clock if side.cut else 0.0
-    clock = time.monotonic() if side.cut else clock
+    decoded = time.monotonic() - clock
+    clock = time.monotonic()
     with method.at_work(), fast_training(method.recipe.training.precision, device):
         tokens = inputs if side.tower == "text" else None
         features = side.upper({name: _as_cached(one) for name, one in below.items()}, tokens)
+        passed = time.monotonic() - clock
         if features.requires_grad:
             features.sum().backward()
     for parameter in method.parameters():
         parameter.grad = None
-    return lower / count, (time.monotonic() - clock) / count
+    trained = time.monotonic() - clock
+    # Without a cache what comes in is decoded each time.
+    lower, again = (decoded, 0.0) if side.cut else (0.0, decoded)
+    return lower / count, (again + passed) / count, (again + trained) / count
 
 
 def _as_cached(one: Tensor) -> Tensor:

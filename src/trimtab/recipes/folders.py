@@ -41,6 +41,7 @@ def used(recipe: Recipe) -> dict[str, Any]:
         (mapping, "least_steps", 0),
         (mapping, "memory", 0),
         (mapping["data"], "map_augmentation", to_mapping(MapViewsConfig())),
+        (training, "validate_every", 1),
         (training, "bell", None),
         (training, "optimizer", "adamw"),
         (mapping.get("adapter", {}), "memory", 0),

@@ -80,8 +80,8 @@ def train(
         steps_per_epoch: number of batches in every epoch.
         checkpoint_dir: one run's own folder.
         digest: names the recipe and data; a checkpoint of another digest is refused.
-        validate: epoch -> named numbers, called in eval mode without gradients after every epoch. The key
-            ``collapse`` is compared with ``settings.collapse_at``.
+        validate: epoch -> named numbers, called in eval mode without gradients after every epoch, or as many as
+            ``settings.validate_every``. The key ``collapse`` is compared with ``settings.collapse_at``.
         select: keeps the best weights by a number of `validate`; without it the last weights count.
         shard: (batch, rank, size) -> this rank's part and its weight; see `distributed.rank_slice`.
         run_config: the resolved recipe, for trackers.
@@ -151,7 +151,8 @@ def train(
             if run.step != (epoch + 1) * steps_per_epoch:
                 done = run.step - epoch * steps_per_epoch
                 raise ValueError(f"epoch {epoch} gave {done} batches, not steps_per_epoch={steps_per_epoch}")
-            if validate:
+            due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
+            if validate and due:
                 record = run.validate(validate, epoch, select)
                 _log(trackers, "validation", record)
                 terminal.say(f"epoch {epoch + 1}/{settings.epochs}  {_numbers(record)}")
