@@ -47,6 +47,12 @@ def test_ticks_by_example(low: float, high: float, expected: list[float]) -> Non
     assert ticks(low, high) == pytest.approx(expected)
 
 
+def test_a_log_axis_names_the_few_sizes_that_were_measured() -> None:
+    panel = LinePanel([Series("a", [1, 4, 16], [50.0, 60.0, 70.0])], "t", "pictures per class", "%", log_x=True)
+    named = re.findall(r'class="tick x"[^>]*>([^<]+)<', lines_svg(panel))
+    assert named == ["1", "4", "16"]
+
+
 def test_log_ticks() -> None:
     assert ticks(0.5, 2000, log=True) == [1, 10, 100, 1000]
     assert ticks(0.1, 6, log=True) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5])

@@ -31,6 +31,7 @@ _BAR, _BAR_GAP, _GROUP_GAP = 13, 4, 14
 _LABEL_WIDTH, _VALUE_WIDTH = 46, 38
 _LINE_HEIGHT = 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 20, 40
+_MOST_TICKS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Frame:
     log_x: bool = False
     log_y: bool = False
     height: int = _LINE_HEIGHT
+    x_ticks: tuple[float, ...] = ()
+    """Instead of round numbers."""
 
     @property
     def base(self) -> int:
@@ -60,7 +63,7 @@ class Frame:
             y = self.place(self.x[0], tick)[1]
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick y" x="{_LEFT - 8}" y="{y:.1f}">{format_compact(tick)}</text>')
-        for tick in ticks(*self.x, self.log_x, count=6):
+        for tick in self.x_ticks or ticks(*self.x, self.log_x, count=6):
             x = self.place(tick, self.y[0])[0]
             parts.append(f'<text class="tick x" x="{x:.1f}" y="{self.base + 15}">{format_compact(tick)}</text>')
         middle = _LEFT + (WIDTH - _LEFT - _RIGHT) / 2
@@ -135,6 +138,8 @@ def lines_svg(panel: LinePanel) -> str:
         panel.log_x,
         panel.log_y,
         round(1.5 * _LINE_HEIGHT) if panel.tall else _LINE_HEIGHT,
+        # Sizes that were measured, such as 1, 4 and 16 pictures, are seldom round numbers.
+        tuple(measured) if panel.log_x and len(measured := sorted(set(xs))) <= _MOST_TICKS else (),
     )
     parts = frame.axes(panel.x_label)
     if panel.mark is not None and frame.x[0] <= panel.mark[0] <= frame.x[1]:
