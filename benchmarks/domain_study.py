@@ -65,6 +65,8 @@ VARIANTS: dict[str, Variant] = {
     "no bank: pairs alike, no hard negatives": Variant("adapter"),
     "hard negatives alone: pairs alike": Variant("adapter_negatives"),
     "bank: gamma 2": adapters("bank.gamma=2"),
+    "bank: eps 0.01": adapters("bank.eps=0.01"),
+    "bank: eps 0.001, gamma 0.5": adapters("bank.eps=0.001", "bank.gamma=0.5"),
     "bank: difficulty by rank": adapters("bank.difficulty=rank"),
     "bank: difficulty by loss": adapters("bank.difficulty=loss"),
     "bank: learnability": adapters("bank.difficulty=learnability"),

@@ -158,7 +158,9 @@ def test_it_learns_the_domain(finished: dict[str, Any]) -> None:
     tops = [record["top1"] for record in outcome["history"] if record["kind"] == "validation"]
     # The latest of those that 24 pictures cannot tell from the best.
     error = math.sqrt(max(tops) * (100 - max(tops)) / 24)
-    assert outcome["validation"]["epoch"] == max(at for at, top in enumerate(tops) if top >= max(tops) - error)
+    # The first is before training.
+    assert outcome["validation"]["epoch"] == max(at for at, top in enumerate(tops) if top >= max(tops) - error) - 1
+    assert outcome["validation_before"] == {"top1": tops[0], "mR": recall[0]}
     assert (outcome["pairs"], outcome["images"], outcome["captions"]) == (96, 96, 12)
     assert outcome["steps"] == 12 * 4  # half of the pairs in batches of 12
     assert outcome["difficulty"]["after"]["50%"] < outcome["difficulty"]["before"]["50%"]
@@ -325,6 +327,22 @@ def test_few_pairs_are_seen_for_more_epochs_and_judged_no_more_often(
 ) -> None:
     training = domain.long_enough(load_recipe(toy(least_steps=least, training={"epochs": 2})), 96).training
     assert (training.epochs, training.validate_every) == (epochs, every)
+
+
+def test_a_run_that_only_harms_keeps_the_base(
+    toy: Any, places: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = iter([60.0, 0.0, 0.0])
+    monkeypatch.setattr(domain, "validate", lambda *_: {"top1": next(scores), "mR": 50.0})
+    path = toy(training={"epochs": 2})
+    outcome = adapt(path)
+    assert outcome is not None
+    assert outcome["validation"]["epoch"] == -1
+    assert "worse after every epoch" in caplog.text
+    out = load_recipe(path).out
+    texts = ["a red square", "something else"]
+    assert np.array_equal(trimtab.load(out).encode_text(texts), trimtab.load(places[0]).encode_text(texts))
+    assert "| top1 | 60 | 60 |" in (Path(out) / "README.md").read_text(encoding="utf-8")
 
 
 def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:

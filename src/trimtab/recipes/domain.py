@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import time
@@ -39,6 +40,8 @@ from trimtab.training import distributed
 from trimtab.training.distributed import World
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
+
+logger = logging.getLogger(__name__)
 
 _VIEW_STREAM = 3  # so that views are drawn independently of pairs
 # Of the memory. So sharp, it moves pictures of scenes that it knows and leaves others where they are.
@@ -88,7 +91,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             ),
             seed=recipe.seed,
             validate=lambda _: validate(frozen, pairs, gated),
-            select=Selection("top1", counted=len(pairs.validation.images)),
+            select=Selection("top1", with_start=True, counted=len(pairs.validation.images)),
             run_config=to_mapping(recipe),
             accelerator=accelerator,
         )  # fmt: skip
@@ -96,6 +99,13 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             return None
         hardness = Hardness.of(task, frozen, pairs.train)
         found = dict(result.best or {})
+        at_start = next(one for one in result.history if one["kind"] == "validation")
+        if found.get("epoch", 0) < 0:
+            logger.warning(
+                "validation was worse after every epoch than before the first (top-1 %.1f%%), so nothing of what was "
+                "learned is kept: check the captions, lower training.learning_rate, or give more pairs",
+                at_start["top1"],
+            )
         memory = remember(recipe, method, frozen, pairs, gated, hardness, found)
         if memory and memory["kept"]:
             found |= memory["with"]
@@ -103,6 +113,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
         "folder": recipe.out,
         "method": recipe.method,
         "validation": found,
+        "validation_before": {name: at_start[name] for name in ("top1", "mR")},
         "pairs": len(pairs.train),
         "images": len(pairs.train.images),
         "captions": len(pairs.train.captions),

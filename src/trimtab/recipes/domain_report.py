@@ -89,16 +89,16 @@ def _report(
     base: DualEncoder,
 ) -> Report:
     row = _ROWS.get(recipe.method) or ("adapter_hard" if recipe.bank.enabled else "adapter")
-    best, general = outcome["validation"], outcome.get("general")
+    best, before, general = outcome["validation"], outcome["validation_before"], outcome.get("general")
     share = 100 * outcome["trained_parameters"] / outcome["base_parameters"]
     seconds = outcome["seconds"]
     verdict = (
-        f"{best.get('top1', 0):.1f}% of the validation pictures find a caption of theirs first, after training "
-        f"{share:.3g}% as many numbers as the base has."
+        f"{best.get('top1', 0):.1f}% of the validation pictures find a caption of theirs first, {before['top1']:.1f}% "
+        f"before; {share:.3g}% as many numbers were trained as the base has."
     )
     tiles = [
-        Tile("Validation top-1", best.get("top1"), "%", "picture finds its caption"),
-        Tile("Validation mR", best.get("mR"), "%", "mean recall, both directions"),
+        Tile("Validation top-1", best.get("top1"), "%", f"picture finds its caption; before {before['top1']:.1f}%"),
+        Tile("Validation mR", best.get("mR"), "%", f"mean recall, both directions; before {before['mR']:.1f}%"),
         Tile("Trained parameters", outcome["trained_parameters"], "", f"{share:.3g}% of the base's"),
         Tile("Time", seconds["total"] / 60, "min", f"training {seconds['training'] / 60:.1f} min"),
     ]
@@ -173,7 +173,10 @@ def _general(outcome: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 def model_card(recipe: DomainRecipe, metrics: dict[str, float], outcome: dict[str, Any]) -> str:
     """What a reader of the folder wants to know first."""
     name = Path(recipe.out).name
-    figures = "\n".join(f"| {key} | {value:.3g} |" for key, value in metrics.items())
+    before = outcome["validation_before"]
+    figures = "\n".join(
+        f"| {key} | {f'{before[key]:.3g}' if key in before else '–'} | {value:.3g} |" for key, value in metrics.items()
+    )
     share = 100 * outcome["trained_parameters"] / outcome["base_parameters"]
     if recipe.method == "adapter":
         what = (
@@ -210,8 +213,8 @@ model.similarity(["picture.jpg"], ["..."])
 
 ## Validation ({outcome["steps"]} steps, seed {recipe.seed})
 
-| figure | value |
-|---|---|
+| figure | before | after |
+|---|---:|---:|
 {figures}
 
 `top1` is how many percent of the validation pictures find a caption of theirs first among all of validation, `mR` mean
