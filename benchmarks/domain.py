@@ -216,6 +216,7 @@ def main() -> None:
     if unknown := {*rows, *(row for row, _ in arguments.set_row)} - ROWS.keys():
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     arguments.validation_only |= arguments.scenes
+    require_lists(arguments.data)
     try:
         base = load(load_recipe(arguments.recipe, arguments.set).base)
         scenes = scenes_of(base, arguments.data) if arguments.scenes else frozenset()
@@ -236,7 +237,6 @@ def main() -> None:
 
 def scenes_of(base: Any, root: Path) -> frozenset[str]:
     """The training pictures to hold out, as the base sees them."""
-    require_lists(root)
     pictures = listed(root, "train")
     with fast_inference(base.device):
         features = base.encode_image([root / path for path, _ in pictures])

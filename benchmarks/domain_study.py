@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from domain import RECIPE, Grocery, append, is_done, make_job, read_runs, run, scenes_of
+from domain import RECIPE, Grocery, append, is_done, make_job, read_runs, require_lists, run, scenes_of
 from domain_tables import Run
 from options import numbers
 
@@ -128,6 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.only) - VARIANTS.keys():
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    require_lists(arguments.data)
     try:
         base = load(load_recipe(RECIPE).base)
         grocery = Grocery.prepare(arguments.data, arguments.work, scenes_of(base, arguments.data))
