@@ -71,6 +71,19 @@ def test_the_latest_of_those_that_validation_cannot_tell_apart(tmp_path, counted
     assert result.best["epoch"] == expected
 
 
+@pytest.mark.parametrize(("start", "expected"), [(71.0, -1), (70.0, 0), (65.0, 2), (0.0, 3)])
+def test_few_pictures_are_no_excuse_for_being_worse_than_the_start(tmp_path, start, expected):
+    scores = {-1: start, 0: 70.0, 1: 64.0, 2: 67.0, 3: 64.0}
+    result = Problem().train(
+        tmp_path,
+        settings=settings(epochs=4),
+        validate=lambda epoch: {"score": scores[epoch]},
+        select=Selection("score", with_start=True, counted=50),  # 6.5 points at 70
+    )
+    assert result.best is not None
+    assert result.best["epoch"] == expected
+
+
 @pytest.mark.parametrize(("start", "expected"), [(9.0, -1), (0.0, 1)])
 def test_the_start_may_be_the_best(tmp_path, start, expected):
     problem = Problem()

@@ -200,7 +200,7 @@ def fit_prompt(
             show_progress=show_progress,
         )
     task.eval()
-    if select and result.best and not select.improves(result.best[select.metric], before[select.metric]):
+    if select and result.best and not select.improves(result.best[select.metric], [{**before, "epoch": -1}]):
         task.load_state_dict(start)  # training has not helped
     fitted = FittedPrompt(task, task.logit_scale, templates, history=result.history, steps=result.steps)
     if validation_set:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ class Selection:
     """The validation metric by which the best weights are kept, and its direction.
 
     Attributes:
-        with_start: the weights before the first step are judged too, as those of epoch -1.
+        with_start: the weights before the first step are judged too, as those of epoch -1. Others are kept only if
+            their value is no worse.
         counted: the metric is the percentage that is right of so many. What lies within one standard error of the best
             value counts as equal to it, and of equal ones the latest are kept: among many epochs the best of few
             pictures is mostly luck, and an early one has been trained for less. 0 takes the metric at its word.
@@ -44,17 +45,24 @@ class Selection:
     with_start: bool = False
     counted: int = 0
 
-    def improves(self, new: float, best: float | None) -> bool:
-        """Whether weights of the value `new` are kept, after ones of the best value `best`."""
+    def improves(self, new: float, before: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether weights of the value `new` are kept, after the validations `before`."""
         if not math.isfinite(new):
             return False
-        if best is None:
-            return True
-        ahead = new - best if self.greater_is_better else best - new
+        found = [(one["epoch"], one[self.metric]) for one in before if math.isfinite(one[self.metric])]
         if not self.counted:
-            return ahead > 0
-        error = math.sqrt(max(best * (100 - best), 0) / self.counted)
-        return ahead >= -error
+            return all(self._ahead(new, value) > 0 for _, value in found)
+        # The start is no draw from many: training has to be worth it, however few are counted.
+        if any(self._ahead(new, value) < 0 for epoch, value in found if epoch < 0):
+            return False
+        trained = [value for epoch, value in found if epoch >= 0]
+        if not trained:
+            return True
+        best = max(trained) if self.greater_is_better else min(trained)
+        return self._ahead(new, best) >= -math.sqrt(max(best * (100 - best), 0) / self.counted)
+
+    def _ahead(self, new: float, old: float) -> float:
+        return new - old if self.greater_is_better else old - new
 
 
 @dataclass
@@ -162,9 +170,7 @@ class Run:
             if select:
                 if select.metric not in metrics:
                     raise ValueError(f"validate gave {sorted(metrics)}, not {select.metric!r}")
-                values = [one[select.metric] for one in before if math.isfinite(one[select.metric])]
-                best = (max if select.greater_is_better else min)(values, default=None)
-                if select.improves(metrics[select.metric], best):
+                if select.improves(metrics[select.metric], before):
                     self.best, self.best_tensors = entry, _copy(self.modules)
         return entry
 
