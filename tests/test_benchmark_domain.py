@@ -15,12 +15,12 @@ import torch
 
 from trimtab.config import DomainRecipe, load_recipe
 from trimtab.data.captions import read_entries
-from trimtab.data.fashion import FashionFiles
+from trimtab.recipes.folders import recipe_digest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import domain  # noqa: E402
-import domain_clothes  # noqa: E402
+import domain_elsewhere  # noqa: E402
 import domain_scenes  # noqa: E402
 import domain_study  # noqa: E402
 import domain_tables  # noqa: E402
@@ -296,22 +296,27 @@ def test_the_study_compares_with_the_recipe_of_the_same_seeds() -> None:
     ]
 
 
-def test_clothes_are_trained_by_the_recipe_as_it_is_in_as_many_epochs(tmp_path: Path) -> None:
-    files = FashionFiles(*(tmp_path / name for name in ("train.csv", "validation.csv", "test.csv", "classes.txt")))
-    recipes = {row: domain_clothes.recipe_of(row, 1, files) for row in domain_clothes.SHOWN if row != "base"}
-    assert {one.training.epochs for one in recipes.values()} == {load_recipe(domain.RECIPE).training.epochs}
-    assert {one.bank.epoch_share for one in recipes.values()} == {recipes["adapter_hard"].bank.epoch_share}
-    assert [one.bank.enabled for one in recipes.values()] == [False, False, True]
-    assert recipes["full"].method == "full"
-    assert recipes["adapter_hard"].data.train[0].path == str(files.train)
+def test_other_domains_are_learned_by_the_recipe_as_it_is(tmp_path: Path) -> None:
+    where = domain_elsewhere.Elsewhere("mR", tmp_path / "train.csv", tmp_path / "validation.csv", lambda model: 0.0)
+    rows, seeds, recipes = zip(*domain_elsewhere.recipes(where, domain_elsewhere.SHOWN, [1, 2]), strict=True)
+    assert (rows, seeds) == (("base", *(row for row in domain_elsewhere.SHOWN[1:] for _ in range(2))), (0, *[1, 2] * 3))
+    by_row = dict(zip(rows, recipes, strict=True))
+    assert {one.training.epochs for one in recipes} == {load_recipe(domain.RECIPE).training.epochs}
+    assert {one.bank.epoch_share for one in recipes} == {by_row["adapter_hard"].bank.epoch_share}
+    assert [by_row[row].bank.enabled for row in ("full", "adapter", "adapter_hard")] == [False, False, True]
+    assert by_row["full"].method == "full"
+    assert by_row["adapter_hard"].data.train[0].path == str(where.train)
+    assert len({recipe_digest(one) for one in recipes[1:]}) == 6
 
 
-def test_the_table_of_clothes_compares_seed_by_seed() -> None:
-    def run(row: str, seed: int, top1: float) -> dict[str, Any]:
-        return {"row": row, "seed": seed, "top1": top1, "trained": 2.0, "minutes": 5.0, "steps": 600}
+def test_the_tables_of_other_domains_compare_seed_by_seed() -> None:
+    def run(row: str, seed: int, score: float) -> dict[str, Any]:
+        figures = {"score": score, "trained": 2.0, "minutes": 5.0, "steps": 600}
+        return {"set": "clothes", "metric": "top-1", "row": row, "seed": seed, **figures}
 
-    base = {"row": "base", "seed": 0, "top1": 30.0, "trained": None, "minutes": None, "steps": None}
-    table = domain_clothes.as_table([base, run("full", 1, 80.0), run("adapter_hard", 1, 83.0)])
+    base = {**run("base", 0, 30.0), "trained": None, "minutes": None, "steps": None}
+    table = domain_elsewhere.as_tables([base, run("full", 1, 80.0), run("adapter_hard", 1, 83.0)])
+    assert "| Clothes | top-1 |" in table
     assert "| Base, zero-shot | 30.0 | – | – | – | – |" in table
     assert "| **Adapter, hard sampling** | 83.0 | 2.00 | 5.0 | 600 | 1 |" in table
     assert "− Continual fine-tuning | +3.0 | 1 of 1 |" in table
