@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -343,6 +344,13 @@ def test_a_run_that_only_harms_keeps_the_base(
     texts = ["a red square", "something else"]
     assert np.array_equal(trimtab.load(out).encode_text(texts), trimtab.load(places[0]).encode_text(texts))
     assert "| top1 | 60 | 60 |" in (Path(out) / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("captions", "judge"), [(1, "top1"), (12, "top1"), (13, "mR"), (24, "mR")])
+def test_mean_recall_judges_where_most_pictures_have_their_own_caption(captions: int, judge: str) -> None:
+    rows = [(f"{number}.png", f"caption {number % captions}") for number in range(24)]
+    validation = SimpleNamespace(images=rows, captions=sorted({caption for _, caption in rows}))
+    assert domain.judged_by(validation) == judge  # type: ignore[arg-type]
 
 
 def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:

@@ -78,6 +78,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     gated = make_gate(recipe, method, frozen, pairs, embeddings[0])
     encoding = time.monotonic() - clock
     drawn = pairs_per_epoch(len(pairs.train), recipe.bank.epoch_share, recipe.training.batch_size)
+    judge = judged_by(pairs.validation)
     with method.at_work():
         result = train(
             task.step,
@@ -91,7 +92,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             ),
             seed=recipe.seed,
             validate=lambda _: validate(frozen, pairs, gated),
-            select=Selection("top1", with_start=True, counted=len(pairs.validation.images)),
+            select=Selection(judge, with_start=True, counted=len(pairs.validation.images)),
             run_config=to_mapping(recipe),
             accelerator=accelerator,
         )  # fmt: skip
@@ -102,9 +103,10 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
         at_start = next(one for one in result.history if one["kind"] == "validation")
         if found.get("epoch", 0) < 0:
             logger.warning(
-                "validation was worse after every epoch than before the first (top-1 %.1f%%), so nothing of what was "
+                "validation was worse after every epoch than before the first (%s %.1f%%), so nothing of what was "
                 "learned is kept: check the captions, lower training.learning_rate, or give more pairs",
-                at_start["top1"],
+                judge,
+                at_start[judge],
             )
         memory = remember(recipe, method, frozen, pairs, gated, hardness, found)
         if memory and memory["kept"]:
@@ -113,6 +115,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
         "folder": recipe.out,
         "method": recipe.method,
         "validation": found,
+        "judged_by": judge,
         "validation_before": {name: at_start[name] for name in ("top1", "mR")},
         "pairs": len(pairs.train),
         "images": len(pairs.train.images),
@@ -256,6 +259,12 @@ def validate(
     return {"top1": recall.i2t["R@1"], "mR": recall.mR}
 
 
+def judged_by(validation: ImageTextPairs) -> str:
+    """The figure by which weights are kept: where captions name classes, whether a picture gets its own; where most
+    pictures have a caption of their own, mean recall, as one place among so many says little."""
+    return "top1" if 2 * len(validation.captions) <= len(validation.images) else "mR"
+
+
 @dataclass(frozen=True, eq=False)
 class Hardness:
     """How hard the training pairs are.
@@ -323,7 +332,8 @@ def remember(
     memory.sharpness.fill_(_MEMORY_SHARPNESS)
     memory.to(method.base.device)
     found = validate(frozen, pairs, gated, memory)
-    better = found["top1"] >= validation["top1"]
+    judge = judged_by(pairs.validation)
+    better = found[judge] >= validation[judge]
     if better:
         method.memory = memory
     alone = {name: validation[name] for name in found}

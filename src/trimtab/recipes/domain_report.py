@@ -161,7 +161,7 @@ def _of_memory(memory: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     return {
         "memory, pictures": memory["pictures"],
-        "memory, top-1 of validation without and with it": f"{memory['without']['top1']:.1f}, "
+        "memory, validation top-1 without and with it": f"{memory['without']['top1']:.1f}, "
         f"{memory['with']['top1']:.1f}; {'kept' if memory['kept'] else 'not kept'}",
     }
 
@@ -219,7 +219,7 @@ model.similarity(["picture.jpg"], ["..."])
 
 `top1` is how many percent of the validation pictures find a caption of theirs first among all of validation, `mR` mean
 recall at 1, 5 and 10 in both directions, `forgetting` the points lost on general pictures. The weights were chosen by
-`top1`, so measure on other data before you quote it.
+`{outcome["judged_by"]}`, so measure on other data before you quote it.
 
 ## Limits
 
