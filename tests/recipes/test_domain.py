@@ -429,7 +429,7 @@ def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch
         "text tower   frozen below text.layers.1",
         "gate         none: every picture is adapted",
         "3 epochs of 48 pairs",
-        "min to validate (3 times)",
+        "to validate (3 times)",
     ):
         assert words in result.stdout
     assert not (tmp_path / "out").exists()
