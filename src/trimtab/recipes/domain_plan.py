@@ -34,7 +34,9 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     views = len(train.images) * (1 + recipe.data.views) + len(validation.images)
     encoding = views * lower_image + (len(train.captions) + len(validation.captions)) * lower_text
     drawn = pairs_per_epoch(len(train), recipe.bank.epoch_share, recipe.training.batch_size)
-    texts = min(1.0, len(train.captions) / recipe.training.batch_size)  # captions that a pair of a batch adds
+    size = recipe.training.batch_size
+    negatives = recipe.objective.hard_negatives if recipe.bank.enabled else 0
+    texts = min(size + negatives, len(train.captions)) / size  # captions that a pair of a batch adds
     step = upper_image + texts * upper_text
     whole = step + lower_image + texts * lower_text
     epochs = recipe.training.epochs
