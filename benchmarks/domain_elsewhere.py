@@ -165,8 +165,8 @@ def as_tables(runs: Sequence[Run]) -> str:
 def as_table(name: str, runs: Sequence[Run]) -> str:
     found = {row: {one["seed"]: one for one in runs if one["row"] == row} for row in SHOWN}
     lines = [
-        f"| {name.capitalize()} | {runs[0]['metric']} | trained, % of base | minutes | steps | seeds |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {name.capitalize()} | {runs[0]['metric']} | trained, % of base | steps | seeds |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row, seeds in found.items():
         if not seeds:
@@ -174,7 +174,6 @@ def as_table(name: str, runs: Sequence[Run]) -> str:
         cells = [
             shown(over_seeds(seeds, lambda run: run["score"]), 1),
             shown(over_seeds(seeds, lambda run: run["trained"]), 2),
-            shown(over_seeds(seeds, lambda run: None if run.get("disturbed") else run["minutes"]), 1),
             str(next(iter(seeds.values()))["steps"] or "–"),
             "–" if row == "base" else str(len(seeds)),
         ]
