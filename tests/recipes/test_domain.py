@@ -350,7 +350,8 @@ def test_a_run_that_only_harms_keeps_the_base(
 def test_mean_recall_judges_where_most_pictures_have_their_own_caption(captions: int, judge: str) -> None:
     rows = [(f"{number}.png", f"caption {number % captions}") for number in range(24)]
     validation = SimpleNamespace(images=rows, captions=sorted({caption for _, caption in rows}))
-    assert domain.judged_by(validation) == judge  # type: ignore[arg-type]
+    found = domain.judged_by(validation)  # type: ignore[arg-type]
+    assert (found.metric, found.counted) == (judge, 24 if judge == "top1" else 24 + captions)
 
 
 def test_validation_is_split_off_where_none_is_given(toy: Any) -> None:

@@ -78,7 +78,6 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     gated = make_gate(recipe, method, frozen, pairs, embeddings[0])
     encoding = time.monotonic() - clock
     drawn = pairs_per_epoch(len(pairs.train), recipe.bank.epoch_share, recipe.training.batch_size)
-    judge = judged_by(pairs.validation)
     with method.at_work():
         result = train(
             task.step,
@@ -92,7 +91,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             ),
             seed=recipe.seed,
             validate=lambda _: validate(frozen, pairs, gated),
-            select=Selection(judge, with_start=True, counted=len(pairs.validation.images)),
+            select=judged_by(pairs.validation),
             run_config=to_mapping(recipe),
             accelerator=accelerator,
         )  # fmt: skip
@@ -100,6 +99,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             return None
         hardness = Hardness.of(task, frozen, pairs.train)
         found = dict(result.best or {})
+        judge = judged_by(pairs.validation).metric
         at_start = next(one for one in result.history if one["kind"] == "validation")
         if found.get("epoch", 0) < 0:
             logger.warning(
@@ -259,10 +259,13 @@ def validate(
     return {"top1": recall.i2t["R@1"], "mR": recall.mR}
 
 
-def judged_by(validation: ImageTextPairs) -> str:
-    """The figure by which weights are kept: where captions name classes, whether a picture gets its own; where most
-    pictures have a caption of their own, mean recall, as one place among so many says little."""
-    return "top1" if 2 * len(validation.captions) <= len(validation.images) else "mR"
+def judged_by(validation: ImageTextPairs) -> Selection:
+    """By what weights are kept: where captions name classes, whether a picture gets its own; where most pictures have a
+    caption of their own, mean recall, as the first place among so many says little."""
+    images, captions = len(validation.images), len(validation.captions)
+    if 2 * captions <= images:
+        return Selection("top1", with_start=True, counted=images)
+    return Selection("mR", with_start=True, counted=images + captions)  # both sides ask
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +335,7 @@ def remember(
     memory.sharpness.fill_(_MEMORY_SHARPNESS)
     memory.to(method.base.device)
     found = validate(frozen, pairs, gated, memory)
-    judge = judged_by(pairs.validation)
+    judge = judged_by(pairs.validation).metric
     better = found[judge] >= validation[judge]
     if better:
         method.memory = memory
