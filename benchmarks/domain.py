@@ -313,7 +313,12 @@ def without_places(recipe: DomainRecipe) -> DomainRecipe:
     data = recipe.data
     sources = {"train": data.train, "validation": data.validation}
     plain = {
-        name: tuple(replace(one, path=Path(one.path).name, root=None) for one in found)
+        name: tuple(
+            replace(
+                one, path=Path(one.path).name, root=None, descriptions=one.descriptions and Path(one.descriptions).name
+            )
+            for one in found
+        )
         for name, found in sources.items()
     }
     return replace(recipe, data=replace(data, **plain))
