@@ -94,7 +94,7 @@ def _report(
     seconds = outcome["seconds"]
     verdict = (
         f"{best.get('top1', 0):.1f}% of the validation pictures find a caption of theirs first, {before['top1']:.1f}% "
-        f"before; {share:.3g}% as many numbers were trained as the base has."
+        f"before. What was trained is {share:.3g}% of the base's size."
     )
     tiles = [
         Tile("Validation top-1", best.get("top1"), "%", f"picture finds its caption; before {before['top1']:.1f}%"),
