@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from domain import RECIPE, ROWS, append, machine, read_runs, run_folder, without_places
-from domain_tables import NAMES, Run, differences, over_seeds, shown, spread
+from domain_tables import NAMES, Run, differences, of_last_setting, over_seeds, shown, spread
 from options import numbers
 
 from trimtab.adapters.adapted import load
@@ -110,8 +110,11 @@ def main() -> None:
         for name in arguments.sets:
             where = SETS[name](arguments.work / name)
             for row, seed, recipe in recipes(where, arguments.rows, arguments.seeds):
-                setting = digest_of(recipe_digest(recipe), where.train.read_text(encoding="utf-8"))[:16]
-                if setting not in {one["setting"] for one in read_runs(arguments.out)}:
+                # Without the seed: runs of equal settings are averaged.
+                setting = digest_of(recipe_digest(replace(recipe, seed=0)), where.train.read_text(encoding="utf-8"))[
+                    :16
+                ]
+                if (setting, seed) not in {(one["setting"], one["seed"]) for one in read_runs(arguments.out)}:
                     print(f"{name}: {row}, seed {seed}", flush=True)
                     found = run(row, recipe, where, arguments.work)
                     facts = {"set": name, "metric": where.metric, "row": row, "seed": seed, "setting": setting}
@@ -136,14 +139,12 @@ def recipes(where: Elsewhere, rows: Sequence[str], seeds: Sequence[int]) -> Iter
 def run(row: str, recipe: DomainRecipe, where: Elsewhere, work: Path) -> dict[str, Any]:
     """Train a row, and measure it on the test pictures."""
     if row == "base":
-        return {"score": score(recipe.base, where), "minutes": None, "trained": None, "steps": None}
+        return {"score": score(recipe.base, where), "trained": None, "steps": None}
     with run_folder(work) as out:
         outcome = adapt(replace(recipe, out=str(out)))
         assert outcome is not None  # one process
-        seconds = outcome["seconds"]
         return {
             "score": score(str(out), where),
-            "minutes": (seconds["training"] + (0 if recipe.method == "full" else seconds["encoding"])) / 60,
             "trained": 100 * outcome["trained_parameters"] / outcome["base_parameters"],
             "steps": outcome["steps"],
             "validation": outcome["validation"],
@@ -163,7 +164,8 @@ def as_tables(runs: Sequence[Run]) -> str:
 
 
 def as_table(name: str, runs: Sequence[Run]) -> str:
-    found = {row: {one["seed"]: one for one in runs if one["row"] == row} for row in SHOWN}
+    counted = of_last_setting(runs, lambda run: run["row"])
+    found = {row: {one["seed"]: one for one in counted if one["row"] == row} for row in SHOWN}
     lines = [
         f"| {name.capitalize()} | {runs[0]['metric']} | trained, % of base | steps | seeds |",
         "|---|---:|---:|---:|---:|",

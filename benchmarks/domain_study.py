@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 from domain import RECIPE, Grocery, append, is_done, make_job, read_runs, require_lists, run, scenes_of
-from domain_tables import Run
+from domain_tables import Run, of_last_setting
 from options import numbers
 
 from trimtab.adapters.adapted import load
@@ -167,11 +167,9 @@ def as_table(runs: Sequence[Run]) -> str:
 
     Of each row the setting that was run last: older recipes are left out.
     """
-    settings = {one["change"]: one["setting"] for one in runs}
     found: dict[str, dict[int, Run]] = {}
-    for one in runs:
-        if one["setting"] == settings[one["change"]]:
-            found.setdefault(one["change"], {})[one["seed"]] = one
+    for one in of_last_setting(runs, lambda run: run["change"]):
+        found.setdefault(one["change"], {})[one["seed"]] = one
     known = found.get(AS_IT_IS, {})
     lines = [
         "| change | held-out scenes | validation | mean of both, against the recipe | trained, % of base | seeds |",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -38,18 +38,20 @@ def latest(runs: Iterable[Run]) -> dict[Key, dict[int, Run]]:
 
     A run that was repeated without its curve over alpha keeps the curve of the run before.
     """
-    setting: dict[Key, str] = {}
-    runs = [one for run in runs for one in (run, *without_gate(run))]
-    for run in runs:
-        setting[key_of(run)] = run["setting"]
+    every = [one for run in runs for one in (run, *without_gate(run))]
     found: dict[Key, dict[int, Run]] = {}
-    for run in runs:
-        if run["setting"] == setting[key_of(run)]:
-            seeds = found.setdefault(key_of(run), {})
-            curve = run.get("alpha") or seeds.get(run["seed"], {}).get("alpha")
-            seeds[run["seed"]] = {**run, "alpha": curve or []}
+    for run in of_last_setting(every, key_of):
+        seeds = found.setdefault(key_of(run), {})
+        curve = run.get("alpha") or seeds.get(run["seed"], {}).get("alpha")
+        seeds[run["seed"]] = {**run, "alpha": curve or []}
     order = list(NAMES)
     return dict(sorted(found.items(), key=lambda item: (-item[0][1], order.index(item[0][0]), item[0][2])))
+
+
+def of_last_setting(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> list[Run]:
+    """Of the runs of each key those of the setting that was run last: older recipes are left out."""
+    setting = {key(run): run["setting"] for run in runs}
+    return [run for run in runs if run["setting"] == setting[key(run)]]
 
 
 def without_gate(run: Run) -> list[Run]:

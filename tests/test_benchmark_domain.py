@@ -311,11 +311,12 @@ def test_other_domains_are_learned_by_the_recipe_as_it_is(tmp_path: Path) -> Non
 
 def test_the_tables_of_other_domains_compare_seed_by_seed() -> None:
     def run(row: str, seed: int, score: float) -> dict[str, Any]:
-        figures = {"score": score, "trained": 2.0, "minutes": 5.0, "steps": 600}
+        figures = {"score": score, "trained": 2.0, "steps": 600, "setting": "now"}
         return {"set": "clothes", "metric": "top-1", "row": row, "seed": seed, **figures}
 
-    base = {**run("base", 0, 30.0), "trained": None, "minutes": None, "steps": None}
-    table = domain_elsewhere.as_tables([base, run("full", 1, 80.0), run("adapter_hard", 1, 83.0)])
+    base = {**run("base", 0, 30.0), "trained": None, "steps": None}
+    older = {**run("adapter_hard", 2, 50.0), "setting": "before"}
+    table = domain_elsewhere.as_tables([older, base, run("full", 1, 80.0), run("adapter_hard", 1, 83.0)])
     assert "| Clothes | top-1 |" in table
     assert "| Base, zero-shot | 30.0 | – | – | – |" in table
     assert "| **Adapter, hard sampling** | 83.0 | 2.00 | 600 | 1 |" in table

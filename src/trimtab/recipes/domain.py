@@ -78,6 +78,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     gated = make_gate(recipe, method, frozen, pairs, embeddings[0])
     encoding = time.monotonic() - clock
     drawn = pairs_per_epoch(len(pairs.train), recipe.bank.epoch_share, recipe.training.batch_size)
+    select = judged_by(pairs.validation)
     with method.at_work():
         result = train(
             task.step,
@@ -91,7 +92,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             ),
             seed=recipe.seed,
             validate=lambda _: validate(frozen, pairs, gated),
-            select=judged_by(pairs.validation),
+            select=select,
             run_config=to_mapping(recipe),
             accelerator=accelerator,
         )  # fmt: skip
@@ -99,7 +100,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             return None
         hardness = Hardness.of(task, frozen, pairs.train)
         found = dict(result.best or {})
-        judge = judged_by(pairs.validation).metric
+        judge = select.metric
         at_start = next(one for one in result.history if one["kind"] == "validation")
         if found.get("epoch", 0) < 0:
             logger.warning(
