@@ -114,7 +114,8 @@ def main() -> None:
                 setting = digest_of(recipe_digest(replace(recipe, seed=0)), where.train.read_text(encoding="utf-8"))[
                     :16
                 ]
-                if (setting, seed) not in {(one["setting"], one["seed"]) for one in read_runs(arguments.out)}:
+                done = {(one["row"], one["seed"], one["setting"]) for one in read_runs(arguments.out)}
+                if (row, seed, setting) not in done:
                     print(f"{name}: {row}, seed {seed}", flush=True)
                     found = run(row, recipe, where, arguments.work)
                     facts = {"set": name, "metric": where.metric, "row": row, "seed": seed, "setting": setting}
