@@ -110,10 +110,7 @@ def main() -> None:
         for name in arguments.sets:
             where = SETS[name](arguments.work / name)
             for row, seed, recipe in recipes(where, arguments.rows, arguments.seeds):
-                # Without the seed: runs of equal settings are averaged.
-                setting = digest_of(recipe_digest(replace(recipe, seed=0)), where.train.read_text(encoding="utf-8"))[
-                    :16
-                ]
+                setting = setting_of(recipe, where)
                 done = {(one["row"], one["seed"], one["setting"]) for one in read_runs(arguments.out)}
                 if (row, seed, setting) not in done:
                     print(f"{name}: {row}, seed {seed}", flush=True)
@@ -135,6 +132,12 @@ def recipes(where: Elsewhere, rows: Sequence[str], seeds: Sequence[int]) -> Iter
             recipe = load_recipe(RECIPE, [*sources, "training.trackers=[]", f"seed={seed}", *ROWS[row]])
             assert isinstance(recipe, DomainRecipe)
             yield row, seed, recipe
+
+
+def setting_of(recipe: DomainRecipe, where: Elsewhere) -> str:
+    """Names recipe and data, neither the seed, as runs of equal settings are averaged, nor where the tables lie."""
+    published = without_places(replace(recipe, seed=0))
+    return digest_of(recipe_digest(published), where.train.read_text(encoding="utf-8"))[:16]
 
 
 def run(row: str, recipe: DomainRecipe, where: Elsewhere, work: Path) -> dict[str, Any]:

@@ -307,6 +307,23 @@ def test_other_domains_are_learned_by_the_recipe_as_it_is(tmp_path: Path) -> Non
     assert by_row["full"].method == "full"
     assert by_row["adapter_hard"].data.train[0].path == str(where.train)
     assert len({recipe_digest(one) for one in recipes[1:]}) == 6
+    # Neither the seed nor the place of the tables makes another setting.
+    copies = [tmp_path, tmp_path / "copy"]
+    for folder in copies:
+        folder.mkdir(exist_ok=True)
+        (folder / "train.csv").write_text("image,text\n", encoding="utf-8")
+    places = [
+        domain_elsewhere.Elsewhere("mR", folder / "train.csv", folder / "validation.csv", lambda model: 0.0)
+        for folder in copies
+    ]
+    found = [
+        {domain_elsewhere.setting_of(recipe, one) for _, _, recipe in domain_elsewhere.recipes(one, [row], [1, 2])}
+        for one in places
+        for row in ("full", "adapter", "adapter_hard")
+    ]
+    assert [len(one) for one in found] == [1] * 6
+    assert found[:3] == found[3:]
+    assert len(set.union(*found)) == 3
 
 
 def test_the_tables_of_other_domains_compare_seed_by_seed() -> None:
