@@ -150,7 +150,12 @@ def test_dry_run_says_all_and_does_nothing(
     expected = load_recipe(path, overrides)
     assert (expected.training.epochs, expected.adapter.width) == (3, 16)
     assert printed.strip() == to_yaml(expected).strip()
-    for words in ("350 to train on, 50 for validation", "GB in " + str(cache), "min to encode once", "3 epochs of 350"):
+    for words in (
+        "350 to train on, 50 for validation",
+        "GB in " + str(cache),
+        "under a minute to encode once",
+        "3 epochs of 350",
+    ):
         assert words in result.stdout
     frozen = sum(p.numel() for m in (finished["base"], finished["student"]) for p in m.model.parameters())
     assert f"trained, {frozen:,} frozen" in result.stdout

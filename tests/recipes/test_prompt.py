@@ -26,8 +26,7 @@ from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
-from trimtab.tasks.prompt import PromptTask
-from trimtab.towers.prompting import _no_patches
+from trimtab.towers.prompting import PromptTower, _no_patches
 
 FAMILY = "vision-text-dual-encoder"
 ROOT = Path(__file__).parents[2]
@@ -181,6 +180,21 @@ def test_the_context_may_learn_first(places: tuple[Path, Path], tmp_path: Path) 
     np.testing.assert_allclose(every, fitted.logits(features["validation"]), atol=1e-4)
 
 
+def test_training_that_only_harms_is_undone(places: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = replace(toy_recipe(*places, tmp_path / "out", prompt={"domain": {"solve": False}}), select="loss")
+    base = trimtab.load(places[0])
+    sets = prompt_recipe.read_sets(recipe)
+    features = {name: part.fill() for name, part in prompt_recipe.frozen_features(recipe, base, sets).items()}
+    train = LabelledFeatures(features["train"], (sets.train.labels + 1) % len(NAMES))  # all of them wrong
+    validation = LabelledFeatures(features["validation"], sets.validation.labels)
+    fitted = fit_prompt(base, recipe, train, validation, NAMES)
+    before, *after = (one["loss"] for one in fitted.history if one["kind"] == "validation")
+    assert before < min(after)
+    assert fitted.validation["loss"] == pytest.approx(before)
+    untrained = prompt_recipe.new_prompt(recipe, PromptTower(base), train.features.patch_width, len(NAMES))
+    assert torch.equal(fitted.prompt.general, untrained.general)
+
+
 def test_a_context_of_nothing_is_refused() -> None:
     with pytest.raises(RecipeError, match="steps=0"):
         ContextConfig(steps=0)
@@ -189,10 +203,10 @@ def test_a_context_of_nothing_is_refused() -> None:
 def test_a_dry_run_says_what_it_would_do(
     toy: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(PromptTask, "step", None)
+    monkeypatch.setattr("trimtab.recipes.prompt.fit_prompt", None)
     assert adapt(toy(), dry_run=True) is None
     said = capsys.readouterr().out
-    for part in ("link: prompt", "16 for train, 16 for validation; 4 classes", "trained (", "to encode once, then 24"):
+    for part in ("link: prompt", "16 for train, 16 for validation; 4 classes", "trained (", "to train (24 steps)"):
         assert part in said
     assert not (tmp_path / "out").exists()
 

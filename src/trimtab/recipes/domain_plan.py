@@ -15,6 +15,7 @@ from trimtab.precision import fast_inference, fast_training
 from trimtab.recipes.domain_methods import Method
 from trimtab.recipes.domain_pairs import DomainPairs
 from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates
+from trimtab.recipes.estimates import about
 from trimtab.tasks.domain import Side
 
 _MEASURED = 16
@@ -59,14 +60,10 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     if frozen.image_side.cut or frozen.text_side.cut:
         lines.append(f"step         {100 * step / whole:.0f}% of the time that it would take without the cache")
     lines.append(
-        f"time         {_minutes(encoding)} to encode once, {_minutes(epochs * drawn * step)} to train "
-        f"({epochs} epochs of {drawn:,} pairs), {_minutes(looks * look)} to validate ({looks} times)"
+        f"time         {about(encoding)} to encode once, {about(epochs * drawn * step)} to train "
+        f"({epochs} epochs of {drawn:,} pairs), {about(looks * look)} to validate ({looks} times)"
     )
     return "\n".join(lines)
-
-
-def _minutes(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} min" if seconds >= 60 else "under a minute"
 
 
 def _where(side: Side) -> str:

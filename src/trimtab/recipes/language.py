@@ -28,6 +28,7 @@ from trimtab.evaluation.matching import mean_pairwise_cosine, translation_match
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
+from trimtab.recipes.estimates import about
 from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
 from trimtab.recipes.sources import PreparedText, Words, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
@@ -334,7 +335,7 @@ def plan(
             f"pairs        {len(text.train):,} to train on, {len(text.validation):,} for validation",
             f"parameters   {trained:,} trained, {frozen:,} frozen",
             f"cache        {size / 1e9:.2f} GB in {cache_home() / 'features'}",
-            f"time         about {encoding / 60:.0f} min to encode once, {training / 60:.0f} min to train "
+            f"time         {about(encoding)} to encode once, {about(training)} to train "
             f"({recipe.training.epochs} epochs of {pairs:,} pairs)",
         ]
     )

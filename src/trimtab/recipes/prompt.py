@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trimtab.adapters.adapted import load
 from trimtab.adapters.domain import DomainAdapted
+from trimtab.adapters.prompt import Pictures
 from trimtab.adapters.prompted import save_prompt
 from trimtab.config import PromptRecipe, to_mapping, to_yaml
 from trimtab.data.labelled import LabelledPictures, load_labelled
 from trimtab.data.shots import apart, draw_shots
 from trimtab.files import cache_home, digest_of
-from trimtab.precision import tune_allocator
+from trimtab.precision import fast_training, tune_allocator
+from trimtab.recipes.estimates import about
 from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
 from trimtab.recipes.prompt_features import PictureFeatures
-from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt, new_prompt
+from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt, new_prompt, new_task, steps_per_epoch
 from trimtab.recipes.prompt_report import write_prompt_report
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
@@ -164,10 +168,18 @@ def plan(
 ) -> str:  # fmt: skip
     """The resolved recipe, what is trained and cached, and how long encoding takes: for `--dry-run`."""
     train = features["train"]
-    some = train.take(np.arange(min(_MEASURED, len(train))))
+    chosen = np.arange(min(_MEASURED, len(train)))
     clock = time.monotonic()
-    some.encode()
-    each = (time.monotonic() - clock) / len(some)
+    some = train.take(chosen).encode()
+    each = (time.monotonic() - clock) / len(chosen)
+    phases = [recipe.resolved()]
+    if phases[0].context is not None:
+        phases.append(phases[0].of_context().resolved())
+    steps = [phase.training.epochs * steps_per_epoch(phase, len(train)) for phase in phases]
+    training = sum(
+        count * _seconds_a_step(base, phase, some, sets.train.labels[chosen], sets.train.classes)
+        for count, phase in zip(steps, phases, strict=True)
+    )
     passes = sum(len(part) * (1 + part.views) for part in features.values())
     counts = ", ".join(f"{len(pictures):,} for {name}" for name, pictures in sets.as_dict().items())
     parameters = new_prompt(recipe, PromptTower(base), train.patch_width, len(sets.train.classes)).trained_parameters
@@ -179,8 +191,26 @@ def plan(
         f"pictures     {counts}; {len(sets.train.classes):,} classes",
         f"parameters   {parameters:,} trained ({share}), the others frozen",
         f"cache        {sum(part.nbytes for part in features.values()) / 1e9:.2f} GB in {cache_home() / 'features'}",
-        f"time         about {passes * each / 60:.1f} min to encode once, then {recipe.steps or 'as many'} steps",
+        f"time         {about(passes * each)} to encode once, {about(training)} to train ({sum(steps):,} steps)",
     ])  # fmt: skip
+
+
+def _seconds_a_step(
+    base: DualEncoder, recipe: PromptRecipe, some: Pictures, labels: np.ndarray, classes: Sequence[str]
+) -> float:
+    tower = PromptTower(base)
+    prompt = new_prompt(recipe, tower, 0 if some.tokens is None else some.tokens.shape[-1], len(classes))
+    at = np.arange(recipe.training.batch_size) % len(labels)
+    tokens, mask = (None if part is None else part[at] for part in some[1:])
+    batch = Pictures(some.embeddings[at], tokens, mask)
+    task, _ = new_task(recipe, tower, prompt, classes, lambda *_: batch, labels)
+    seconds = []
+    for _ in range(2):  # the first allocates
+        clock = time.monotonic()
+        with fast_training(recipe.training.precision, base.device):
+            torch.stack(list(task.step((at, np.zeros_like(at))).values())).sum().backward()
+        seconds.append(time.monotonic() - clock)
+    return min(seconds)
 
 
 def save(

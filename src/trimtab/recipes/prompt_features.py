@@ -105,9 +105,9 @@ class PictureFeatures:
             self._cached.append(cached_arrays(where, [*parts, *drawn], keys, compute, progress=progress))
         return self
 
-    def encode(self) -> np.ndarray:
-        """Features (N, ...) of the pictures as they are, computed anew: to see how long it takes."""
-        return self._encode_all(self._rows.tolist(), 0)
+    def encode(self) -> Pictures:
+        """Features of the pictures as they are, computed anew: to see how long it takes."""
+        return self._unpacked(torch.from_numpy(self._encode_all(self._rows.tolist(), 0)).to(self.base.device))
 
     def take(self, positions: np.ndarray) -> PictureFeatures:
         """The same features for some of the pictures, by position; nothing is copied."""

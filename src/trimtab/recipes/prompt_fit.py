@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -161,23 +161,12 @@ def fit_prompt(
             show_progress=show_progress,
         )
         prompt.general.data.copy_(first.prompt.general.data)
-    templates = recipe.templates or tuple(default_templates(names)[1])
-    task = PromptTask(
-        PromptedClasses(tower, prompt, names),
-        lookup=train_set.features.pictures,
-        labels=train_set.labels,
-        templates=torch.from_numpy(class_vectors(tower.base, names, templates)),
-        objective=recipe.objective,
-        logit_scale=recipe.objective.logit_scale or base.logit_scale,
-    ).to(base.device)
+    task, templates = new_task(recipe, tower, prompt, names, train_set.features.pictures, train_set.labels)
     if prompt.vectors() and recipe.prompt.domain.solve:
         start_vectors(task, recipe, train_set, validation_set)
-    start = {name: tensor.detach().clone() for name, tensor in task.state_dict().items()}
-    select = _SELECTIONS[recipe.select] if validation_set else None
-    before = validate(task, validation_set) if validation_set else {}
     settings = recipe.training
     batch_size = min(settings.batch_size, len(train_set))
-    per_epoch = math.ceil((recipe.steps or settings.epochs * len(train_set) / batch_size) / settings.epochs)
+    per_epoch = steps_per_epoch(recipe, len(train_set))
 
     def epoch_batches(epoch: int) -> PictureBatches:
         views = train_set.features.views
@@ -195,13 +184,11 @@ def fit_prompt(
             digest=digest,
             seed=seed,
             validate=(lambda _: validate(task, validation_set)) if validation_set else None,
-            select=select,
+            select=_SELECTIONS[recipe.select] if validation_set else None,
             run_config=run_config,
             show_progress=show_progress,
         )
     task.eval()
-    if select and result.best and not select.improves(result.best[select.metric], [{**before, "epoch": -1}]):
-        task.load_state_dict(start)  # training has not helped
     fitted = FittedPrompt(task, task.logit_scale, templates, history=result.history, steps=result.steps)
     if validation_set:
         found = logits(task, validation_set.features)
@@ -224,7 +211,40 @@ def new_prompt(
     return StructuredPrompt(config, tower, patch_width=patch_width, classes=classes, seed=seed).to(tower.device)
 
 
-_SELECTIONS = {"last": None, "top1": Selection("top1"), "loss": Selection("loss", greater_is_better=False)}
+def new_task(
+    recipe: PromptRecipe,
+    tower: PromptTower,
+    prompt: StructuredPrompt,
+    names: Sequence[str],
+    lookup: Callable[[np.ndarray, np.ndarray], Pictures],
+    labels: np.ndarray,
+) -> tuple[PromptTask, tuple[str, ...]]:
+    """What is trained, in its objective, and the hand templates that it is compared with."""
+    base = tower.base
+    templates = recipe.templates or tuple(default_templates(names)[1])
+    task = PromptTask(
+        PromptedClasses(tower, prompt, names),
+        lookup=lookup,
+        labels=labels,
+        templates=torch.from_numpy(class_vectors(base, names, templates)),
+        objective=recipe.objective,
+        logit_scale=recipe.objective.logit_scale or base.logit_scale,
+    )
+    return task.to(base.device), templates
+
+
+def steps_per_epoch(recipe: PromptRecipe, pictures: int) -> int:
+    """Optimiser steps of each epoch with so many training pictures."""
+    settings = recipe.training
+    batch_size = min(settings.batch_size, pictures)
+    return math.ceil((recipe.steps or settings.epochs * pictures / batch_size) / settings.epochs)
+
+
+_SELECTIONS = {
+    "last": None,
+    "top1": Selection("top1", with_start=True),
+    "loss": Selection("loss", greater_is_better=False, with_start=True),
+}
 
 
 @dataclass(frozen=True, eq=False)
