@@ -5,8 +5,8 @@
 Texts and pictures, one per request, over loopback. Four questions for each: what does the model do without a server,
 what does one client see, what do many clients get together, and what happens when four times as much comes as can be
 done. In the last case every answer must be a result or an explicit 429, 503 or 504, and must come in bounded time.
-Writes `benchmarks/results/serve.json` and `serve.md`, and with `--page docs/serving.md` the table there. It takes about
-three minutes and wants the machine for itself; say with `--note` if it was not alone.
+Writes `benchmarks/results/serve.json` and `serve.md`. It takes about three minutes and wants the machine for itself;
+say with `--note` if it was not alone.
 """
 
 from __future__ import annotations
@@ -294,17 +294,6 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update_page(page: Path, table: str) -> None:
-    """Put the table between the marks of a page."""
-    start, end = "<!-- benchmark:serve -->\n", "<!-- /benchmark:serve -->"
-    text = page.read_text(encoding="utf-8")
-    before, found, rest = text.partition(start)
-    _, also, after = rest.partition(end)
-    if not (found and also):
-        sys.exit(f"{page} has no marks {start.strip()} and {end}")
-    write_text(page, before + start + table + end + after)
-
-
 def shown(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
@@ -315,7 +304,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--note", default="", help="what else ran, for the reader")
-    parser.add_argument("--page", type=Path, help="a page to put the table into")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
@@ -345,8 +333,6 @@ def main() -> None:
     write_json(arguments.out / "serve.json", results)
     write_text(arguments.out / "serve.md", markdown(results))
     print(markdown(results))
-    if arguments.page:
-        update_page(arguments.page, markdown(results))
     for kind in ("text", "image"):
         if results[kind]["errors"]:
             sys.exit(f"{kind}: {results[kind]['errors']} answers were neither results nor explicit refusals")

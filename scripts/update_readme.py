@@ -2,11 +2,10 @@
 
     python scripts/update_readme.py                  # from runs/quickstart/results.json
     python scripts/update_readme.py OTHER.json --check
-    python scripts/update_readme.py --domain         # benchmarks/results/domain.md into docs/domain.md
 
 Every figure of the table comes from the file; one that is missing, double or no number ends the script with status 1
-and leaves the README as it was. `--check` writes nothing and fails when the README says something else. With `--domain`
-the tables of `benchmarks/domain.py` are copied as they are.
+and leaves the README as it was. `--check` writes nothing and fails when the README says something else. Tables of
+benchmarks are copied by `update_tables.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ DOMAIN_COLUMNS = {
     ("training", "percent_of_base"): ("Trained, of the base", "{:.2f}%"),
     ("training", "minutes"): ("Minutes", "{:.1f}"),
 }
-MARKED_DOMAIN = re.compile(r"(<!-- benchmark:domain -->\n).*?(<!-- /benchmark:domain -->)", re.DOTALL)
 
 
 class Refused(Exception):  # noqa: N818 - it reads as what happened
@@ -159,18 +157,6 @@ def domain_table(domain: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def update_domain(page: str, tables: str) -> str:
-    """The text of `docs/domain.md` with the tables of `benchmarks/domain.py`.
-
-    Raises:
-        Refused: there is no table, or the page does not have the markers exactly once.
-    """
-    if "|---" not in tables:
-        raise Refused("there is no table in it: run benchmarks/domain.py")
-    origin = "From `python benchmarks/domain.py --data path/to/grocery`; mean ± standard deviation over seeds."
-    return between(MARKED_DOMAIN, page, f"## What it gains\n\n{origin}\n\n{tables.strip()}\n", "the page")
-
-
 def between(markers: re.Pattern[str], page: str, text: str, name: str) -> str:
     """A page with other text between its markers."""
     updated, count = markers.subn(lambda match: match[1] + text + match[2], page)
@@ -183,21 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "runs/quickstart/results.json")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument(
-        "--domain",
-        nargs="?",
-        type=Path,
-        const=ROOT / "benchmarks/results/domain.md",
-        metavar="TABLES.md",
-        help="copy the tables of the domain link instead",
-    )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/domain.md", help="where --domain copies them to")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the README differs")
     chosen = parser.parse_args(arguments)
-    source, page = (chosen.domain, chosen.page) if chosen.domain else (chosen.results, chosen.readme)
+    source, page = chosen.results, chosen.readme
     try:
         before, found = (path.read_text(encoding="utf-8") for path in (page, source))
-        updated = update_domain(before, found) if chosen.domain else update(before, json.loads(found))
+        updated = update(before, json.loads(found))
     except (OSError, ValueError, Refused) as error:
         print(f"error: {source}: {error}", file=sys.stderr)
         return 1

@@ -37,6 +37,7 @@ from trimtab.data.packages import PACKAGES
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import update_readme  # noqa: E402
+import update_tables  # noqa: E402
 
 PAPERS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
@@ -405,18 +406,26 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "markers 0 times" in capsys.readouterr().err
 
 
-def test_the_tables_of_the_domain_link_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tables, page = tmp_path / "domain.md", tmp_path / "page.md"
-    page.write_bytes((ROOT / "docs/domain.md").read_bytes())
-    arguments = ["--domain", str(tables), "--page", str(page)]
-    tables.write_text("nothing was measured\n", encoding="utf-8")
-    assert update_readme.main(arguments) == 1
-    assert "no table" in capsys.readouterr().err
-    tables.write_text("| Method | top-1 |\n|---|---:|\n| Adapter | 71.5 |\n", encoding="utf-8")
-    assert update_readme.main([*arguments, "--check"]) == 1
-    assert update_readme.main(arguments) == 0
-    assert update_readme.main([*arguments, "--check"]) == 0
-    old, new = ((ROOT / "docs/domain.md").read_text(encoding="utf-8"), page.read_text(encoding="utf-8"))
-    assert "| Adapter | 71.5 |" in new
-    assert new.split("<!-- benchmark:domain -->")[0] == old.split("<!-- benchmark:domain -->")[0]
-    assert new.split("<!-- /benchmark:domain -->")[1] == old.split("<!-- /benchmark:domain -->")[1]
+def test_pages_say_what_benchmarks_found() -> None:
+    assert update_tables.main(["--check"]) == 0
+
+
+def test_tables_are_copied_between_their_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, table = tmp_path / "page.md", tmp_path / "one.md"
+    page.write_text("a\n<!-- benchmark:one -->\nold\n<!-- /benchmark:one -->\nb\n", encoding="utf-8")
+    arguments = [str(page), "--results", str(tmp_path)]
+    assert update_tables.main(arguments) == 1
+    assert "benchmark:one has no table" in capsys.readouterr().err
+    table.write_text("nothing was measured\n", encoding="utf-8")
+    assert update_tables.main(arguments) == 1
+    assert "no table in" in capsys.readouterr().err
+    table.write_text("\n| Method | top-1 |\n|---|---:|\n| Adapter | 71.5 |\n", encoding="utf-8")
+    assert update_tables.main([*arguments, "--check"]) == 1
+    assert update_tables.main(arguments) == 0
+    assert update_tables.main([*arguments, "--check"]) == 0
+    copied = "| Method | top-1 |\n|---|---:|\n| Adapter | 71.5 |\n"
+    marked = f"a\n<!-- benchmark:one -->\n{copied}<!-- /benchmark:one -->\nb\n"
+    assert page.read_text(encoding="utf-8") == marked
+    page.write_text("<!-- benchmark:one -->\nno end\n", encoding="utf-8")
+    assert update_tables.main(arguments) == 1
+    assert "is not closed" in capsys.readouterr().err
