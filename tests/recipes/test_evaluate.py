@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
+from tiny_pictures import noisy
 from trimtab import __version__
+from trimtab.adapters.adapted import load_adapted
+from trimtab.adapters.composing import load_composed
 from trimtab.data.manifests import read_classification
 from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
@@ -18,6 +22,7 @@ from trimtab.evaluation import classify
 from trimtab.files import write_text
 from trimtab.recipes.evaluate import evaluate_classification, evaluate_retrieval
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.text_encoder import TextEncoder
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -206,3 +211,70 @@ def test_a_folder_and_its_loaded_model_give_the_same(
     assert by_folder["fingerprint"] == by_object["fingerprint"] == base.fingerprint
     assert by_folder["top1"] == by_object["top1"] == direct.top1
     assert by_folder["mistakes"] == by_object["mistakes"]
+
+
+# Models with prompts
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Twelve pictures of noise with the classes of the tiny prompts in turn, and one that cannot be read."""
+    for number in range(12):
+        noisy(np.full((40, 40, 3), 20 * number), number, 100).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    numbers = ["bad", *range(12)]
+    rows = [f"{number}.png,{CLASSES[at % len(CLASSES)]}" for at, number in enumerate(numbers)]
+    write_text(tmp_path / "items.csv", "\n".join(["image,label", *rows]) + "\n")
+    return tmp_path / "items.csv"
+
+
+def prompted(kind: str, base: DualEncoder, folder: Path) -> Any:
+    if kind != "composed":
+        return load_adapted(save_tiny_prompt(folder / "prompt", base, instance=kind == "instance"), base=base)
+    domain = save_tiny_domain(folder / "domain", base)
+    prompt = save_tiny_prompt(folder / "prompt", load_adapted(domain, base=base))
+    return load_composed([domain, prompt], base=base)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "instance", "composed"])
+def test_prompts_score_as_their_classifier_does(
+    kind: str, tiny_base: Callable[[str], Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.evaluation.classification._SCORES_AT_ONCE", 5 * len(CLASSES))  # several parts
+    model, names = prompted(kind, tiny_base("clip"), tmp_path), list(reversed(CLASSES))
+    result = evaluate_classification(model, labelled, names, report=tmp_path / "report")
+    pictures = [labelled.parent / f"{number}.png" for number in range(12)]
+    truth = np.array([names.index(CLASSES[(number + 1) % len(CLASSES)]) for number in range(12)])
+    found = model.classifier(names).scores(pictures).argmax(axis=1)
+    assert result["top1"] == pytest.approx(100 * np.mean(found == truth))
+    each = [100 * np.mean(found[truth == at] == at) for at in range(len(names))]
+    assert result["mean_per_class"] == pytest.approx(np.mean(each))
+    wrong = {(names[true], names[taken]) for true, taken in zip(truth, found) if true != taken}
+    assert {(cell["class"], cell["taken_for"]) for cell in result["confusions"]} == wrong
+    assert (result["n"], [item["source"] for item in result["skipped"]]) == (12, ["bad.png"])
+    assert (result["templates_for"], result["templates"]) == ("prompts", [])
+    assert "Classification by prompts" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    given = evaluate_classification(model, labelled, names, templates=["a {}"])
+    assert (given["templates_for"], given["templates"]) == ("given", ["a {}"])
+    direct = classify(model, read_classification(labelled, names), names, ["a {}"])
+    assert (given["top1"], given["mistakes"][0]["margin"]) == (direct.top1, round(direct.mistakes[0].margin, 4))
+
+
+def test_names_that_no_prompt_scores_are_zero_shot(
+    tiny_base: Callable[[str], Any], tiny_folder: Callable[[str], Path], labelled: Path, tmp_path: Path
+) -> None:
+    base, student = tiny_base("clip"), TextEncoder.load(tiny_folder("bert"), device="cpu")
+    language = save_language(tmp_path / "zh", base, student)
+    model = load_composed([language, save_tiny_prompt(tmp_path / "prompt", base)], base=base, student=student)
+    new = evaluate_classification(model, labelled, [*CLASSES, "茶"])
+    assert (new["templates_for"], new["n_classes"]) == ("prompts", 4)
+    write_text(tmp_path / "zh.csv", "image,label\n0.png,茶\n1.png,花\n")
+    chinese = evaluate_classification(model, tmp_path / "zh.csv", ["茶", "花"])
+    assert (chinese["templates_for"], chinese["templates"]) == ("zh", DEFAULT_TEMPLATES["zh"])
+
+
+def test_pictures_that_prompts_cannot_read(tiny_base: Callable[[str], Any], labelled: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        (labelled.parent / f"{number}.png").unlink()
+    with pytest.raises(DataError, match="none of the 13 images can be read"):
+        evaluate_classification(prompted("instance", tiny_base("clip"), tmp_path), labelled, CLASSES)

@@ -25,6 +25,7 @@ from trimtab.config import ContextConfig, recipe_from_mapping
 from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
+from trimtab.recipes.evaluate import evaluate_classification
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
 from trimtab.towers.prompting import PromptTower, _no_patches
 
@@ -110,6 +111,8 @@ def test_the_folder_classifies_as_it_was_measured(finished: dict[str, Any]) -> N
     loss = -np.log(scores[np.arange(20), labels]).mean()
     assert loss == pytest.approx(finished["outcome"]["test"]["loss"], abs=2e-2)  # features are cached in fp16
     assert model.classifier().predict([picture(0)])[0][0].label == "red"
+    evaluated = evaluate_classification(model, finished["test"], sorted(NAMES))
+    assert evaluated["top1"] == pytest.approx(finished["outcome"]["test"]["top1"])
 
 
 def test_images_and_texts_are_encoded_as_by_the_base(finished: dict[str, Any], places: tuple[Path, Path]) -> None:

@@ -25,7 +25,7 @@ from trimtab.adapters.files import (
 from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptConfig, from_mapping, to_mapping
 from trimtab.errors import DataError, ModelError
-from trimtab.towers.classifier import Classifier, check_class_names, softmax
+from trimtab.towers.classifier import Classifier, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import freeze
 from trimtab.towers.prompting import PromptTower, image_tokens
@@ -148,23 +148,27 @@ class PromptClassifier(Classifier):
             return classes, classes.embeddings()
 
     @torch.no_grad()
-    def _scores(self, images: Any, known: Known, batch_size: int, on_error: Literal["raise", "skip"]) -> np.ndarray:
+    def _similarities(
+        self, images: Any, known: Known, batch_size: int, on_error: Literal["raise", "skip"], progress: bool = False
+    ) -> np.ndarray:
         classes, embeddings = known
         if classes.prompt.instance is None and not classes.prompt.config.reads_patches:
-            return super()._scores(images, classes.weights(embeddings).cpu().numpy(), batch_size, on_error)
+            weights = classes.weights(embeddings).cpu().numpy()
+            return super()._similarities(images, weights, batch_size, on_error, progress)
         model = self.model
         needs_tokens = classes.prompt.config.reads_patches
         if model._are_embeddings(images):
             raise DataError("this classifier looks at more of a picture than its embedding: give pictures")
         parts = [np.zeros((0, len(classes)), np.float32)]
-        for pixels in model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error):
+        batches = model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error, progress=progress)
+        for pixels in batches:
             with model.lock:
                 features, tokens, mask = (
                     image_tokens(model.base, pixels) if needs_tokens else (model.pixel_features(pixels), None, None)
                 )
                 pictures = Pictures(F.normalize(features.float(), dim=-1), tokens, mask)
                 scores = classes.scores(pictures, embeddings)
-            parts.append(softmax(self.logit_scale * scores.float().cpu().numpy()))
+            parts.append(scores.float().cpu().numpy())
         model.last_skipped = model.base.last_skipped
         return np.concatenate(parts)
 

@@ -56,7 +56,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Sentence with {} for the class name; repeat for several. Chosen by script if not given.",
+            help="Sentence with {} for the class name; repeat for several. If not given, prompts score where the "
+            "model has any; else chosen by script.",
         ),
     ] = None,
     retrieval: Annotated[
@@ -75,7 +76,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="'auto' takes a GPU where there is one; or a torch device.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Most images per forward pass.")] = 64,
 ) -> None:
-    """Measure zero-shot classification or image-text retrieval on your own pictures."""
+    """Measure classification (zero-shot, or by learned prompts) or image-text retrieval on your own pictures."""
     if (classification is None) == (retrieval is None):
         raise TrimtabError("give exactly one of --classification and --retrieval")
     if classification is not None and classes is None:

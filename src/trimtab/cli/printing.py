@@ -73,7 +73,9 @@ def show_classification(result: Mapping[str, Any]) -> None:
     table = Table("pictures", "classes", "top-1", "top-5", title=Text(result["model"]))
     table.add_row(f"{result['n']:,}", f"{result['n_classes']:,}", f"{result['top1']:.2f}", f"{result['top5']:.2f}")
     console().print(table)
-    console().print(Text(f"templates ({result['templates_for']}): {' | '.join(result['templates'])}"), soft_wrap=True)
+    templates = f"templates ({result['templates_for']}): {' | '.join(result['templates'])}"
+    scored = "scored by the model's prompts; --template takes hand templates instead"
+    console().print(Text(scored if result["templates_for"] == "prompts" else templates), soft_wrap=True)
     show_skipped(result)
 
 

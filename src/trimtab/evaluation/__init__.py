@@ -6,6 +6,7 @@ from trimtab.evaluation.classification import (
     ClassificationResult,
     classify,
     classify_embeddings,
+    classify_with,
     embed_classes,
 )
 from trimtab.evaluation.embedding import EmbeddedImages, Encoder, Skipped, embed_images
@@ -26,6 +27,7 @@ __all__ = [
     "Skipped",
     "classify",
     "classify_embeddings",
+    "classify_with",
     "embed_classes",
     "embed_images",
     "mean_pairwise_cosine",

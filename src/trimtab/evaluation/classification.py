@@ -1,11 +1,11 @@
-"""Zero-shot classification: a class is the mean of its name in several templates."""
+"""Classification: zero-shot, where a class is the mean of its name in several templates, or by learned prompts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from trimtab.evaluation.embedding import (
     Encoder,
     Skipped,
     check_embeddings,
+    check_some_read,
     embed_images,
     embed_texts,
     normalise,
+    read_and_skipped,
     spans,
 )
 from trimtab.evaluation.ranking import TIE
@@ -26,6 +28,26 @@ from trimtab.evaluation.ranking import TIE
 MISTAKES_KEPT = 50
 _TEXTS_AT_ONCE = 1 << 15
 _SCORES_AT_ONCE = 1 << 24
+
+
+class Scorer(Protocol):
+    """The part of `trimtab.towers.classifier.Classifier` that `classify_with` uses.
+
+    ``last_skipped`` is as of an `Encoder`.
+    """
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """C names."""
+
+    @property
+    def last_skipped(self) -> Any:
+        """What the last call left out."""
+
+    def similarities(
+        self, images: Any, *, batch_size: int = 64, on_error: Any = "raise", progress: bool = False
+    ) -> np.ndarray:
+        """(N, C) of the images that could be read; the highest of a row is its class."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,8 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class Mistake:
-    """An item taken for another class; `margin` is how far the wrong class's cosine lies above the right's."""
+    """An item taken for another class; `margin` is how far the wrong class's cosine, or the score that prompts give
+    it, lies above the right's."""
 
     source: Any
     true: str
@@ -49,7 +72,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """One zero-shot evaluation.
+    """One evaluation.
 
     Attributes:
         top1: percent of items whose class scores above all others.
@@ -61,7 +84,7 @@ class ClassificationResult:
             cells that are not zero.
         mistakes: the 50 most confident, worst first.
         skipped: images that could not be read.
-        templates: what the class names stood in.
+        templates: what the class names stood in; none behind prompts.
     """
 
     top1: float
@@ -159,13 +182,7 @@ def classify(
         RecipeError: for a template without exactly one ``{}``.
         ModelError: when the embeddings are not finite.
     """
-    sources = [item.path if hasattr(item, "path") else item[0] for item in items]
-    labels = np.array([item.label if hasattr(item, "label") else item[1] for item in items], np.int64)
-    if not len(labels):
-        raise DataError("there are no items to classify")
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(outside):
-        raise DataError(f"item {outside[0]} has label {labels[outside[0]]}, but there are {len(classes)} classes")
+    sources, labels = _sources_and_labels(items, len(classes))
     class_vectors = embed_classes(model, classes, templates, progress=progress)
     embedded = embed_images(model, sources, progress=progress) if images is None else images
     if embedded.total != len(items):
@@ -179,6 +196,36 @@ def classify(
         sources=[sources[at] for at in embedded.positions],
         skipped=embedded.skipped,
     )
+
+
+def classify_with(
+    classifier: Scorer, items: Sequence[Any], *, batch_size: int = 64, progress: bool = False
+) -> ClassificationResult:
+    """As `classify`, by a classifier that scores pictures itself, such as one behind learned prompts.
+
+    Args:
+        items: as for `classify`, with indices into the classifier's names.
+        batch_size: images per forward pass.
+        progress: show a bar.
+
+    Raises:
+        DataError: for no items, labels out of range, or when no image can be read.
+        ModelError: when scores are not finite.
+    """
+    names = tuple(classifier.classes)
+    sources, labels = _sources_and_labels(items, len(names))
+    read, parts = [], []
+    skipped: list[Skipped] = []
+    for some in spans(len(sources), max(1, _SCORES_AT_ONCE // len(names))):
+        scores = classifier.similarities(sources[some], batch_size=batch_size, on_error="skip", progress=progress)
+        positions, left_out = read_and_skipped(range(len(sources))[some], classifier.last_skipped)
+        check_embeddings(scores, len(positions), "images")
+        parts.append(_verdicts(scores, labels[positions]))
+        read.append(positions)
+        skipped += left_out
+    check_some_read(skipped, len(sources))
+    used = np.concatenate(read)
+    return _result(parts, labels[used], names, sources=[sources[at] for at in used], skipped=skipped)
 
 
 def classify_embeddings(
@@ -206,19 +253,54 @@ def classify_embeddings(
     check_embeddings(images, count, "images")
     check_embeddings(class_vectors, n_classes, "classes")
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(n_classes))
-    ranks = np.zeros(count, np.int64)
-    taken_for = np.zeros(count, np.int64)
-    margins = np.zeros(count, np.float32)
-    for some in spans(count, max(1, _SCORES_AT_ONCE // n_classes)):
-        scores = images[some] @ class_vectors.T
-        here = np.arange(len(scores))
-        right = scores[here, labels[some]]
-        ranks[some] = np.count_nonzero(scores >= right[:, None] - TIE, axis=1)
-        scores[here, labels[some]] = -np.inf
-        rival = scores.argmax(axis=1)
-        margins[some] = scores[here, rival] - right
-        taken_for[some] = np.where(ranks[some] == 1, labels[some], rival)
+    parts = [
+        _verdicts(images[some] @ class_vectors.T, labels[some])
+        for some in spans(count, max(1, _SCORES_AT_ONCE // n_classes))
+    ]
+    return _result(parts, labels, names, templates=templates, sources=sources, skipped=skipped)
 
+
+class _Verdicts(NamedTuple):
+    """Of some pictures: the rank of the own class, the class that it is taken for, and how far ahead the best wrong
+    class is."""
+
+    ranks: np.ndarray
+    taken_for: np.ndarray
+    margins: np.ndarray
+
+
+def _sources_and_labels(items: Sequence[Any], n_classes: int) -> tuple[list[Any], np.ndarray]:
+    sources = [item.path if hasattr(item, "path") else item[0] for item in items]
+    labels = np.array([item.label if hasattr(item, "label") else item[1] for item in items], np.int64)
+    if not len(labels):
+        raise DataError("there are no items to classify")
+    outside = np.flatnonzero((labels < 0) | (labels >= n_classes))
+    if len(outside):
+        raise DataError(f"item {outside[0]} has label {labels[outside[0]]}, but there are {n_classes} classes")
+    return sources, labels
+
+
+def _verdicts(scores: np.ndarray, labels: np.ndarray) -> _Verdicts:
+    """Verdicts by scores (B, C), which are written over."""
+    here = np.arange(len(scores))
+    right = scores[here, labels]
+    ranks = np.count_nonzero(scores >= right[:, None] - TIE, axis=1)
+    scores[here, labels] = -np.inf
+    rival = scores.argmax(axis=1)
+    return _Verdicts(ranks, np.where(ranks == 1, labels, rival), scores[here, rival] - right)
+
+
+def _result(
+    parts: Sequence[_Verdicts],
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    *,
+    templates: Sequence[str] = (),
+    sources: Sequence[Any] | None = None,
+    skipped: Sequence[Skipped] = (),
+) -> ClassificationResult:
+    ranks, taken_for, margins = (np.concatenate(part) for part in zip(*parts, strict=True))
+    n_classes = len(names)
     cells, counts = np.unique(np.stack([labels, taken_for], axis=1), axis=0, return_counts=True)
     confusion = {(int(t), int(p)): int(c) for (t, p), c in zip(cells, counts)}
     members = np.bincount(labels, minlength=n_classes)
@@ -231,7 +313,7 @@ def classify_embeddings(
     return ClassificationResult(
         top1=100 * float(np.mean(ranks <= 1)),
         top5=100 * float(np.mean(ranks <= min(5, n_classes))),
-        n=count,
+        n=len(labels),
         n_classes=n_classes,
         per_class=per_class,
         confusion=confusion,

@@ -66,17 +66,34 @@ def embed_images(model: Encoder, sources: Sequence[Any], *, progress: bool = Fal
     if not len(sources):
         raise DataError("there are no images to evaluate")
     embeddings = model.encode_image(list(sources), on_error="skip", progress=progress)
-    skipped = tuple(Skipped(int(at), str(source), str(reason)) for at, source, reason in model.last_skipped)
-    if len(skipped) == len(sources):
-        first = skipped[0]
-        raise DataError(
-            f"none of the {len(sources)} images can be read; the first is {first.source}: {first.reason}. "
-            "Check the paths in the manifest and --root"
-        )
-    left_out = {item.position for item in skipped}
-    positions = np.array([at for at in range(len(sources)) if at not in left_out], np.int64)
+    positions, skipped = read_and_skipped(range(len(sources)), model.last_skipped)
+    check_some_read(skipped, len(sources))
     check_embeddings(embeddings, len(positions), "images")
     return EmbeddedImages(embeddings, positions, len(sources), skipped)
+
+
+def read_and_skipped(positions: range, last_skipped: Any) -> tuple[np.ndarray, tuple[Skipped, ...]]:
+    """Of pictures that stand at `positions` of the input, (K,) those that were read, and the others.
+
+    Args:
+        last_skipped: see `Encoder`, for these pictures alone.
+    """
+    skipped = tuple(Skipped(positions[int(at)], str(source), str(reason)) for at, source, reason in last_skipped)
+    left_out = {item.position for item in skipped}
+    return np.array([at for at in positions if at not in left_out], np.int64), skipped
+
+
+def check_some_read(skipped: Sequence[Skipped], total: int) -> None:
+    """Refuse an evaluation of no picture at all.
+
+    Raises:
+        DataError: all of `total` pictures were skipped.
+    """
+    if len(skipped) == total:
+        raise DataError(
+            f"none of the {total} images can be read; the first is {skipped[0].source}: {skipped[0].reason}. "
+            "Check the paths in the manifest and --root"
+        )
 
 
 def embed_texts(model: Encoder, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:

@@ -22,6 +22,7 @@ from trimtab.evaluation import (
     Report,
     RetrievalResult,
     classify,
+    classify_with,
     retrieve,
     write_report,
 )
@@ -43,6 +44,7 @@ from trimtab.files import digest_of, explain_disk_errors, sha256_of, write_json
 from trimtab.towers.scripts import default_templates
 
 if TYPE_CHECKING:
+    from trimtab.adapters.prompted import PromptClassifier
     from trimtab.towers.dual_encoder import DualEncoder
 
 Model: TypeAlias = "str | Path | DualEncoder"
@@ -64,13 +66,14 @@ def evaluate_classification(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Zero-shot classification of a manifest's pictures.
+    """Classification of a manifest's pictures: zero-shot, or as learned prompts score them where the model has any.
 
     Args:
         model: what `trimtab.load` takes, or what it returned.
         items: manifest with the columns ``image`` and ``label``.
         classes: file with one class name per line, or the names.
-        templates: sentences with one ``{}``; None chooses by the script of the names (`default_templates`).
+        templates: sentences with one ``{}``, which replace prompts; None takes the model's prompts, or without any
+            chooses by the script of the names (`default_templates`).
         root: folder of the pictures; the manifest's own by default.
         json_path: where to write the result as well.
         report: folder for ``report.html`` and ``report.md``.
@@ -79,8 +82,9 @@ def evaluate_classification(
         progress: show bars.
 
     Returns:
-        ``top1``, ``top5`` in percent, ``n``, the templates used, classes, confusions, skipped pictures, and what
-        was measured on what (fingerprint of the model, digests of the files); exactly what the JSON holds.
+        ``top1``, ``top5`` in percent, ``n``, the templates used (none behind prompts: ``templates_for`` is then
+        ``prompts``), classes, confusions, skipped pictures, and what was measured on what (fingerprint of the model,
+        digests of the files); exactly what the JSON holds.
 
     Raises:
         DataError: manifest or class names cannot be used, or no picture can be read.
@@ -94,7 +98,12 @@ def evaluate_classification(
     labelled = read_classification(items, names, root)
     encoder = _InBatches.of(model, device, batch_size)
     start = time.perf_counter()
-    result = classify(encoder, labelled, names, chosen, progress=progress)
+    prompts = _prompts(encoder.model, names) if templates is None else None
+    if prompts is None:
+        result = classify(encoder, labelled, names, chosen, progress=progress)
+    else:
+        origin = "prompts"
+        result = classify_with(prompts, labelled, batch_size=batch_size, progress=progress)
     figures = _relative(result.as_json(), items, root)
     outcome = {
         "task": "classification",
@@ -185,6 +194,16 @@ class _InBatches:
         return self.model.encode_text(texts, progress=progress)
 
 
+def _prompts(model: DualEncoder, names: Sequence[str]) -> PromptClassifier | None:
+    """The model's own classifier for these names; None where it has no prompts, or none that score any of them."""
+    if getattr(model, "prompt", None) is None:
+        return None
+    from trimtab.adapters.prompted import PromptClassifier
+
+    classifier = model.classifier(names)
+    return classifier if isinstance(classifier, PromptClassifier) else None
+
+
 def _provenance(encoder: _InBatches, manifest: str | Path, start: float) -> dict[str, Any]:
     return {
         "model": encoder.model.name,
@@ -246,6 +265,8 @@ def _publish(
 
 
 def _classification_report(result: ClassificationResult, outcome: Mapping[str, Any]) -> Report:
+    prompted = outcome["templates_for"] == "prompts"
+    measure = "score" if prompted else "cosine"
     confusions = Table(
         [Column("Class", numeric=False), Column("Taken for", numeric=False), Column("Times")],
         [TableRow([cell["class"], cell["taken_for"], cell["count"]]) for cell in outcome["confusions"][:_LISTED]],
@@ -259,14 +280,15 @@ def _classification_report(result: ClassificationResult, outcome: Mapping[str, A
     grid = ImageGrid(
         [GridQuery(true, images[:_GRID_IMAGES], meaning=f"taken for {taken}") for (true, taken), images in largest],
         title="Confident mistakes",
-        note="Below each picture, how far the wrong class lies above the right one in cosine.",
+        note=f"Below each picture, how far the wrong class lies above the right one in {measure}.",
     )
     sections: list[Block] = [class_errors(outcome)]
     if outcome["confusions"]:
         sections += [confusions, grid]
-    sections.append(Details("Templates", [Table([Column("Template", numeric=False)], _rows(result.templates))]))
+    if not prompted:
+        sections.append(Details("Templates", [Table([Column("Template", numeric=False)], _rows(result.templates))]))
     return _report(
-        "Zero-shot classification",
+        "Classification by prompts" if prompted else "Zero-shot classification",
         f"{result.top1:.1f}% of {result.n:,} pictures get their own class among {result.n_classes:,}.",
         [
             Tile("Top-1", result.top1, "%", tone="good"),

@@ -83,7 +83,25 @@ class Classifier:
         Raises:
             ImageError: an image cannot be used and `on_error` is "raise".
         """
-        return self._scores(images, self._known[1], batch_size, on_error)
+        return softmax(self.logit_scale * self._similarities(images, self._known[1], batch_size, on_error))
+
+    def similarities(
+        self,
+        images: Iterable[ImageSource] | ImageSource | np.ndarray,
+        *,
+        batch_size: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+        progress: bool = False,
+    ) -> np.ndarray:
+        """What `scores` turns into probabilities, times `logit_scale`; arguments as there.
+
+        Args:
+            progress: show a bar.
+
+        Returns:
+            (N, C) float32 cosines of images with classes; behind learned prompts, with what class vectors add to them.
+        """
+        return self._similarities(images, self._known[1], batch_size, on_error, progress)
 
     def predict(
         self,
@@ -101,7 +119,7 @@ class Classifier:
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")
         names, known = self._known
-        scores = self._scores(images, known, batch_size, on_error)
+        scores = softmax(self.logit_scale * self._similarities(images, known, batch_size, on_error))
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (N, k)
         return [
             [Prediction(names[at], float(row[at])) for at in chosen] for row, chosen in zip(scores, best, strict=True)
@@ -125,10 +143,12 @@ class Classifier:
     def _appended(self, known: Any, added: Any) -> Any:
         return np.concatenate([known, added])
 
-    def _scores(self, images: Any, known: Any, batch_size: int, on_error: Literal["raise", "skip"]) -> np.ndarray:
+    def _similarities(
+        self, images: Any, known: Any, batch_size: int, on_error: Literal["raise", "skip"], progress: bool = False
+    ) -> np.ndarray:
         if not self.model._are_embeddings(images):
-            images = self.model.encode_image(images, batch_size=batch_size, on_error=on_error)
-        return softmax(self.logit_scale * (np.asarray(images, np.float32) @ known.T))
+            images = self.model.encode_image(images, batch_size=batch_size, on_error=on_error, progress=progress)
+        return np.asarray(images, np.float32) @ known.T
 
 
 def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where: str = "") -> tuple[str, ...]:
