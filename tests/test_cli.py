@@ -273,6 +273,15 @@ def test_convert_refuses_what_is_not_there(tmp_path: Path) -> None:
     assert "no.pt: no such checkpoint file" in refused("convert", tmp_path / "no.pt", tmp_path / "out")
 
 
+def test_options_take_paths_in_the_home_folder(
+    clip: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = classification(clip, data, "--json=~/out.json", "--template=a ~/{}", "--device=cpu")
+    assert run(*arguments).exit_code == 0
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["templates"] == ["a ~/{}"]
+
+
 # Recipes
 
 

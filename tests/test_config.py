@@ -12,9 +12,11 @@ import pytest
 from trimtab import config, strict_yaml
 from trimtab.config import (
     DistillationConfig,
+    LabelSource,
     LanguageAdapterConfig,
     LanguageData,
     LanguageRecipe,
+    PairSource,
     TextSource,
     TrainingConfig,
     from_mapping,
@@ -170,6 +172,25 @@ def test_overrides(recipe):
     assert read.adapter == LanguageAdapterConfig(layers=1)
     assert read.data.train == (TextSource("pairs.tsv", language="no"),)
     assert read.out == "runs/a=b"
+
+
+def test_paths_in_the_home_folder(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    read = recipe(
+        "link: language\nout: ~/runs/x\nbase: ~/base\nstudent: ~/student\n"
+        "data: {train: [~/a.csv, cedict], exclude: [~/b.csv, c.csv]}\n"
+    )
+    assert (read.out, read.base, read.student.name) == ("/home/me/runs/x", "/home/me/base", "/home/me/student")
+    assert [source.path for source in read.data.train] == ["/home/me/a.csv", "cedict"]
+    assert read.data.exclude == ("/home/me/b.csv", "c.csv")
+    assert recipe(MINIMAL, "out=~/x", "data.train=~/c.csv").data.train == (TextSource("/home/me/c.csv"),)
+    domain = recipe(
+        "link: domain\ndata: {train: {path: ~/p.csv, root: ~/pictures, descriptions: ~/d.csv}}\n", "method=full"
+    )
+    assert domain.data.train == (PairSource("/home/me/p.csv", root="/home/me/pictures", descriptions="/home/me/d.csv"),)
+    prompt = recipe("link: prompt\ndata: {train: {path: ~/p, root: ~/pictures}, classes: ~/c.txt}\n")
+    assert prompt.data.train == (LabelSource("/home/me/p", root="/home/me/pictures"),)
+    assert prompt.data.classes == "/home/me/c.txt"
 
 
 @pytest.mark.parametrize(

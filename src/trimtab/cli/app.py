@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 class _Commands(TyperGroup):
     """Ends every command alike: a sentence and a status instead of a traceback, where the user can mend it."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does, with the home folder for ~ in ``--out=~/runs``, where shells leave it."""
+        return super().parse_args(ctx, [_expanded(arg) for arg in args])
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -30,6 +35,13 @@ class _Commands(TyperGroup):
                 "yellow",
             )
             raise typer.Exit(INTERRUPTED) from error
+
+
+def _expanded(argument: str) -> str:
+    option, _, value = argument.partition("=")
+    if not (option.startswith("--") and value.startswith(f"~{os.sep}")):
+        return argument
+    return f"{option}={os.path.expanduser(value)}"  # noqa: PTH111 - a Path fails where there is no home
 
 
 app = typer.Typer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trimtab.config.checks import require
+from trimtab.config.checks import expand_home, require
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 
@@ -51,6 +51,7 @@ class PairSource:
         require(self, "templates", set(places) == {1}, "one or more texts with exactly one {} each")
         require(self, "share", 0 < self.share <= 1, "above 0 and at most 1")
         require(self, "limit", self.limit is None or self.limit >= 1, "at least 1, or null for all")
+        expand_home(self, "path", "root", "descriptions")
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,7 @@ class DomainRecipe:
     def __post_init__(self) -> None:
         require(self, "base", bool(self.base.strip()), "non-empty text")
         require(self, "out", bool(self.out.strip()), "the folder to write")
+        expand_home(self, "base", "out")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         require(self, "memory", self.memory >= 0, "at least 0")
         require(self, "least_steps", self.least_steps >= 0, "at least 0")

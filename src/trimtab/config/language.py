@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trimtab.config.checks import require
+from trimtab.config.checks import expand_home, require
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 
@@ -38,6 +38,7 @@ class TextSource:
         require(self, "english", self.english != self.target, f"another column than target={self.target!r}")
         require(self, "weight", self.weight > 0, "above 0")
         require(self, "limit", self.limit is None or self.limit >= 1, "at least 1, or null for all")
+        expand_home(self, "path")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class LanguageData:
         require(self, "phrases", self.phrases >= 0, "at least 0")
         require(self, "templates", self.templates >= 0, "at least 0")
         require(self, "epoch_pairs", self.epoch_pairs is None or self.epoch_pairs >= 1, "at least 1, or null")
+        expand_home(self, "exclude")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class StudentConfig:
         require(self, "name", bool(self.name.strip()), "non-empty text")
         distinct = 0 < len(self.layers) == len(set(self.layers))
         require(self, "layers", distinct, "one or more different layer numbers, for example [-1] or [6, -1]")
+        expand_home(self, "name")
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class LanguageRecipe:
     def __post_init__(self) -> None:
         require(self, "base", bool(self.base.strip()), "non-empty text")
         require(self, "out", bool(self.out.strip()), "the folder to write")
+        expand_home(self, "base", "out")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         contrastive = self.objective.infonce > 0 or self.objective.gram > 0
         if contrastive and self.training.batch_size < 2:

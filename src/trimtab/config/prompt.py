@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trimtab.config.checks import require
+from trimtab.config.checks import expand_home, require
 from trimtab.config.domain import ViewsConfig
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
@@ -37,6 +37,7 @@ class LabelSource:
             require(self, name, bool(getattr(self, name).strip()), "non-empty text")
         require(self, "root", self.root is None or bool(self.root.strip()), "non-empty text, or null")
         require(self, "label", self.label != self.image, f"another column than image={self.image!r}")
+        expand_home(self, "path", "root")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class PromptData:
         require(self, "classes", self.classes is None or bool(self.classes.strip()), "the path of a file, or null")
         require(self, "shots", self.shots is None or self.shots >= 1, "at least 1, or null for all")
         require(self, "views", self.views >= 0, "at least 0")
+        expand_home(self, "classes")
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ class PromptRecipe:
     def __post_init__(self) -> None:
         require(self, "base", bool(self.base.strip()), "non-empty text")
         require(self, "out", bool(self.out.strip()), "the folder to write")
+        expand_home(self, "base", "out")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         places = [template.count("{}") for template in self.templates]
         require(self, "templates", set(places) <= {1}, "texts with exactly one {} each")
