@@ -163,15 +163,16 @@ def test_overrides(recipe):
         "student.layers=[6, -1]",
         "adapter.layers=1",
         "data.train={path: pairs.tsv, language: no}",
-        "out=runs/a=b",
+        "out=runs/a=b#1",
+        "adapter.dropout='0.5'",
     )
     assert read.training.learning_rate == 1e-4
     assert read.training.clip is None
     assert read.training.trackers == ()
     assert read.student == config.StudentConfig("e5-small", (6, -1))
-    assert read.adapter == LanguageAdapterConfig(layers=1)
+    assert read.adapter == LanguageAdapterConfig(layers=1, dropout=0.5)
     assert read.data.train == (TextSource("pairs.tsv", language="no"),)
-    assert read.out == "runs/a=b"
+    assert read.out == "runs/a=b#1"
 
 
 def test_paths_in_the_home_folder(recipe, monkeypatch):
@@ -203,7 +204,17 @@ def test_paths_in_the_home_folder(recipe, monkeypatch):
         ("data.train.path=x", "data.train has no keys; give data.train=... as a whole"),
         ("seed.x=1", "seed has no keys"),
         ("training.epochs=0", "training.epochs=0 must be at least 1"),
-        ("out=[a", "override 'out=[a'"),
+        ("out=[a", "override 'out=[a' is not YAML (expected ',' or ']', but got '<stream end>'): put quotes around"),
+        ("out=runs/exp #2", "what follows # would be left out as a comment of YAML"),
+        ("out=runs/exp #2", "put quotes around the value and the whole, \"out='runs/exp #2'\""),
+        ("out=#2", "comment of YAML"),
+        ("data.train=[a.csv] # b", "comment of YAML"),
+        ("data.train=*.csv", "\"data.train='*.csv'\""),
+        ("data.train=@x", "\"data.train='@x'\""),
+        ("data.train=it's: @x", "\"data.train='it''s: @x'\""),
+        ('data.train="C:\\data\\x.csv"', "\"data.train='C:\\data\\x.csv'\""),
+        ('out="a\\0b"', "override 'out=\"a\\\\0b\"', line 1: 'a\\x00b' has the character '\\x00'"),
+        ('out="\\ud800.csv"', "has the character '\\ud800', which no file name or text can hold; leave it out"),
         ("link=prompts", "link='prompts' is unknown"),
     ],
 )

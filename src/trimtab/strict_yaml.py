@@ -15,6 +15,7 @@ import re
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -24,6 +25,7 @@ from trimtab.errors import RecipeError
 T = TypeVar("T")
 
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_NO_TEXT = re.compile("[\\0\\ud800-\\udfff]")  # NUL, and halves of a character, which UTF-8 does not have
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -34,11 +36,18 @@ _show = _SHORT.repr
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that leaves plain scalars as text (null aside) and refuses duplicate keys."""
+    """SafeLoader that leaves plain scalars as text (null aside), and refuses duplicate keys and what is no text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
         first: [("tag:yaml.org,2002:null", _NULL)] for first in ("~", "n", "N", "")
     }
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and (bad := _NO_TEXT.search(value)):
+            problem = f"{value!r} has the character {bad[0]!r}, which no file name or text can hold; leave it out"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -115,15 +124,31 @@ def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[s
     A value replaces what was there as a whole: lists are given anew, ``x=null`` clears an optional field.
 
     Raises:
-        RecipeError: an override without ``=``, an unknown key, a path through something that is no section.
+        RecipeError: an override without ``=``, an unknown key, a path through something that is no section, a value
+            that is no YAML or has a comment.
     """
     result = copy.deepcopy(dict(mapping))
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
             raise RecipeError(f"override {override!r} must have the form key=value, for example seed=1")
-        _put(cls, result, path.strip().split("."), parse(text, f"override {override!r}"), override)
+        _put(cls, result, path.strip().split("."), _override_value(path.strip(), text, override), override)
     return result
+
+
+def _override_value(key: str, text: str, override: str) -> Any:
+    where, inner = f"override {override!r}", text.strip().strip("\"'").replace("'", "''")
+    remedy = f"put quotes around the value and the whole, \"{key}='{inner}'\""
+    try:
+        yaml.compose(text, _Loader)
+        tokens = pairwise(yaml.scan(text, _Loader))
+        if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in tokens):
+            raise RecipeError(f"{where}: what follows # would be left out as a comment of YAML: {remedy}")
+    except yaml.MarkedYAMLError as error:
+        raise RecipeError(f"{where} is not YAML ({error.problem}): {remedy}") from error
+    except (yaml.YAMLError, RecursionError):
+        pass  # `parse` says so
+    return parse(text, where)
 
 
 def _put(cls: type, mapping: dict[str, Any], path: list[str], value: Any, override: str) -> None:
