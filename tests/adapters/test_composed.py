@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_names_in_chinese(base: Any, folders: dict[str, Path], pictures: list[Im
     added.add_classes(["茶"])
     assert added.classes == (*CLASSES, "茶")
     assert added.scores(pictures).shape == (len(pictures), 4)
+
+
+@pytest.mark.parametrize("kind", ["domain prompt", "instance prompt"])
+def test_names_for_one_class_are_named(
+    base: Any, folders: dict[str, Path], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = put(base, folders["language"], folders["domain"], folders[kind], aliases={"狗": "dog"})
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        model.classifier(["cat", "dog", "茶"])
+        model.classifier(["cat", "dog", "狗", "茶"])
+    found = [record.args[:2] for record in caplog.records if record.name == "trimtab.data.classes"]  # type: ignore[index]
+    assert found == [("dog", "狗")]
 
 
 def test_a_mixed_score_is_the_cosine_with_the_language_links_vector(

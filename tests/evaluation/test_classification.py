@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -64,6 +65,14 @@ def test_a_tie_is_a_mistake() -> None:
     result = classify_embeddings(unit([X]), same, np.array([0]))
     assert (result.top1, result.top5) == (0.0, 100.0)
     assert result.confusion == {(0, 1): 1}
+
+
+def test_classes_that_the_model_reads_alike_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = TableModel({"x": X, "y": Y}, {"a cat": X, "a Cat": X, "a cow": Y})
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        result = classify(model, [("x", 0), ("y", 1)], ["cat", "cow", "Cat"], ["a {}"])
+    assert result.top1 == 50.0
+    assert ["'cat' and 'Cat' alike" in record.getMessage() for record in caplog.records] == [True]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def test_classes_can_be_added_without_training(model: Any, pictures: list[Image.
     np.testing.assert_allclose(classifier.scores(pictures), whole.scores(pictures), atol=1e-6)
     classifier.add_classes("black bear")
     assert classifier.classes[-1] == "black bear"
+
+
+def test_names_that_the_model_reads_alike_are_named(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        model.classifier(NAMES).add_classes(NAMES[0].upper())
+        model.classifier(["x", "X"])
+    found = [record.args[:2] for record in caplog.records if record.name == "trimtab.data.classes"]  # type: ignore[index]
+    assert found == [(NAMES[0], NAMES[0].upper()), ("x", "X")]
 
 
 def test_refused_names_leave_the_classes_as_they_are(model: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trimtab.adapters.adapted import LanguageAdapted
 from trimtab.adapters.domain import DomainAdapted
@@ -220,6 +221,11 @@ class _MixedClasses:
 
     def weights(self, embeddings: Tensor) -> Tensor:  # (P, D) -> (C, D)
         return torch.cat([self.inner.weights(embeddings), self.vectors])[self.order]
+
+    def scored_by(self, embeddings: Tensor) -> Tensor:  # -> (C, F)
+        prompted = self.inner.scored_by(embeddings)
+        others = F.pad(self.vectors, (0, prompted.shape[1] - self.vectors.shape[1]))
+        return torch.cat([prompted, others])[self.order]
 
     def scores(self, pictures: Pictures, embeddings: Tensor) -> Tensor:  # -> (B, C)
         scores = [self.inner.scores(pictures, embeddings), pictures.embeddings @ self.vectors.T]

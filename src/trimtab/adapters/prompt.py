@@ -267,6 +267,11 @@ class PromptedClasses(nn.Module):
         weighted = self.prompt.text_weight * embeddings
         return weighted if self.prompt.residual is None else weighted + self.prompt.residual
 
+    def scored_by(self, embeddings: Tensor) -> Tensor:
+        """What tells classes apart, (C, F): `weights`, beside them the vectors for patch tokens if there are any."""
+        weights, patches = self.weights(embeddings), self.prompt.patches
+        return weights if patches is None else torch.cat([weights, patches], dim=1)
+
     def scores(self, pictures: Pictures, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores (B, C) of pictures: cosines with class embeddings, plus products with residual vectors.
 

@@ -134,18 +134,25 @@ class PromptClassifier(Classifier):
         self.templates = model.templates
         self.logit_scale = model.class_scale
         self._known = (names, self._vectors(names))
+        self._warn_of_equal()
 
     def add_classes(self, names: Sequence[str] | str) -> None:
         """As `Classifier.add_classes`; of an added class prompts know its name alone."""
         added = check_class_names([names] if isinstance(names, str) else names, known=self.classes)
         whole = self.classes + added
         self._known = (whole, self._vectors(whole))
+        self._warn_of_equal()
 
     @torch.no_grad()
     def _vectors(self, names: Sequence[str]) -> Known:
         classes = self.model.prompted(names)
         with self.model.lock:
             return classes, classes.embeddings()
+
+    @torch.no_grad()
+    def _compared(self, known: Known) -> np.ndarray:
+        classes, embeddings = known
+        return classes.scored_by(embeddings).cpu().numpy()
 
     @torch.no_grad()
     def _similarities(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from trimtab.data.classes import warn_of_equal
 from trimtab.data.templates import fill_all
 from trimtab.errors import DataError
 from trimtab.evaluation.embedding import (
@@ -169,6 +170,8 @@ def classify(
 ) -> ClassificationResult:
     """Evaluate zero-shot classification; images that cannot be read are left out and listed.
 
+    Classes whose vectors are equal tie, which counts against both; a warning names them.
+
     Args:
         model: encodes both sides.
         items: `trimtab.data.manifests.LabelledImage`, or (image, class index).
@@ -184,6 +187,7 @@ def classify(
     """
     sources, labels = _sources_and_labels(items, len(classes))
     class_vectors = embed_classes(model, classes, templates, progress=progress)
+    warn_of_equal(classes, class_vectors, tie=TIE)
     embedded = embed_images(model, sources, progress=progress) if images is None else images
     if embedded.total != len(items):
         raise ValueError(f"{embedded.total} images were embedded, but there are {len(items)} items")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from trimtab.data.classes import warn_of_equal
 from trimtab.data.templates import check_template, fill_all
 from trimtab.errors import DataError
 from trimtab.towers.scripts import default_templates
@@ -27,6 +28,8 @@ class Prediction(NamedTuple):
 
 class Classifier:
     """Classes as one unit vector each: the mean of their name in several templates.
+
+    Where the model reads two names alike, a warning names them.
 
     Attributes:
         model: encodes the pictures, and the names of classes.
@@ -50,6 +53,7 @@ class Classifier:
         self.logit_scale = model.logit_scale if logit_scale is None else logit_scale
         # Replaced as one: a thread that predicts meanwhile sees the old classes or the new.
         self._known: tuple[tuple[str, ...], Any] = (names, self._vectors(names))
+        self._warn_of_equal()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model.name!r}, {len(self.classes)} classes)"
@@ -134,6 +138,7 @@ class Classifier:
         added = check_class_names([names] if isinstance(names, str) else names, known=self.classes)
         old_names, old = self._known
         self._known = (old_names + added, self._appended(old, self._vectors(added)))
+        self._warn_of_equal()
 
     # For classifiers that know more of a class than its vector
 
@@ -142,6 +147,14 @@ class Classifier:
 
     def _appended(self, known: Any, added: Any) -> Any:
         return np.concatenate([known, added])
+
+    def _compared(self, known: Any) -> np.ndarray:
+        """All that the score of a class depends on, (C, F)."""
+        return known
+
+    def _warn_of_equal(self) -> None:
+        names, known = self._known
+        warn_of_equal(names, self._compared(known))
 
     def _similarities(
         self, images: Any, known: Any, batch_size: int, on_error: Literal["raise", "skip"], progress: bool = False

@@ -1,0 +1,35 @@
+"""Names of classes that a model cannot tell apart."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_equal(names: Sequence[str], vectors: np.ndarray, *, tie: float = 1e-6) -> None:
+    """Log a warning that names classes whose vectors are equal: pictures of these can only be taken for both.
+
+    So it is with names that differ in case, inner blanks or an invisible character alone, which tokenizers drop.
+
+    Args:
+        vectors: (C, F), one per name.
+        tie: numbers closer than this are equal.
+    """
+    # Equal vectors are neighbours along any direction, so that not all pairs need comparing.
+    order = np.argsort(vectors @ np.random.default_rng(0).standard_normal(vectors.shape[1]), kind="stable")
+    differences = np.abs(np.diff(vectors[order], axis=0)).max(axis=1)
+    pairs = [sorted(order[at : at + 2].tolist()) for at in np.flatnonzero(differences <= tie)]
+    if pairs:
+        one, other = min(pairs)
+        more = f" (and {len(pairs) - 1:,} more such pairs)" if len(pairs) > 1 else ""
+        logger.warning(
+            "the model reads the class names %r and %r alike%s, so it can tell no picture of one from the other, and "
+            "in an evaluation both count as wrong: rename one, or make them one class",
+            names[one],
+            names[other],
+            more,
+        )
