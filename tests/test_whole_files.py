@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,38 @@ def test_the_target_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         temporary.write_text("new")
         assert not target.exists()
     assert target.read_text() == "new"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name in ("old.txt", "new.txt"):
+        (tmp_path / name).symlink_to(Path("real", name))
+    write_text(tmp_path / "real" / "old.txt", "old")
+    for name in ("old.txt", "new.txt"):
+        write_text(tmp_path / name, "written")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "real" / name).read_text() == "written"
+    assert names_in(tmp_path / "real") == ["new.txt", "old.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
+def test_pipes_are_written_into(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (pipe, tmp_path / "link"):
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit(pipe.read_text)
+            write_text(path, "text")
+            assert read.result(10) == "text"
+        assert pipe.is_fifo()
+    assert names_in(tmp_path) == ["link", "pipe"]
+
+
+def test_names_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    write_text(tmp_path / ("猫" * 83 + ".json"), "text")  # 254 bytes
+    with pytest.raises(TrimtabError, match="its name is too long: choose a shorter one"):
+        write_text(tmp_path / ("a" * 256), "text")
 
 
 def test_files_have_the_usual_permissions(tmp_path: Path) -> None:

@@ -31,17 +31,29 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `target` that replaces it when the block ends without error.
 
     The bytes are flushed to disk before the rename, so that after a kill or a power cut `target` is either
-    the old file or the new one, never a part.
+    the old file or the new one, never a part. Of a link what it leads to is replaced. Into a pipe or a device, which
+    cannot be replaced, the bytes are written when they are whole.
     """
     target = Path(target)
     with explain_disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        special = is_special(target)
+        if special:
+            folder = Path(tempfile.gettempdir())
+        else:
+            target = followed(target)
+            folder = target.parent
+            folder.mkdir(parents=True, exist_ok=True)
+        # Of the name only the start, as with the rest it could be longer than a name can be.
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name[:40]}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
         with explain_disk_errors(target):
             yield temporary
+            if special:
+                with temporary.open("rb") as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+                return
             with temporary.open("rb+") as stream:
                 os.fsync(stream.fileno())
             temporary.chmod(0o666 & ~_umask())
@@ -50,9 +62,19 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def followed(path: Path) -> Path:
+    """What a link leads to, whether that is there or not; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` is, or leads to, a pipe, a terminal or a device: something to write into, not to replace."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 @contextlib.contextmanager
 def explain_disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no space", "read-only" and "denied" into messages that name the file and the remedy.
+    """Turn "no space", "read-only", "denied" and names that cannot be into messages with the file and the remedy.
 
     Raises:
         TrimtabError: in place of the OSError; other errors pass through.
@@ -62,6 +84,8 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
         errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EACCES: "permission denied: choose a folder that you may write to",
+        errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
+        errno.ELOOP: "its links lead in a circle: choose another place",
     }
     try:
         yield

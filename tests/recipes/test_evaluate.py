@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,17 @@ def test_what_cannot_work_fails_before_the_model_is_loaded(data: Path, tmp_path:
         evaluate_classification("nowhere/nothing", items, classes, json_path=items / "out.json")
     with pytest.raises(TrimtabError, match="lies below, a file"):
         evaluate_retrieval("nowhere/nothing", data / "pairs.csv", report=items)
+    for target in (items, classes):
+        with pytest.raises(TrimtabError, match="it is a file that this evaluation reads; name another"):
+            evaluate_classification("nowhere/nothing", items, classes, json_path=target)
+    (tmp_path / "report.md").symlink_to(data / "pairs.csv")
+    with pytest.raises(TrimtabError, match=r"report\.md: it is a file that this evaluation reads"):
+        evaluate_retrieval("nowhere/nothing", data / "pairs.csv", report=tmp_path)
+    with pytest.raises(TrimtabError, match="its name is too long"):
+        evaluate_retrieval("nowhere/nothing", data / "pairs.csv", json_path=tmp_path / ("a" * 300))
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(TrimtabError, match="its links lead in a circle"):
+        evaluate_retrieval("nowhere/nothing", data / "pairs.csv", json_path=tmp_path / "circle")
     if Path("/proc/self").exists():  # no folder can be made there, and the error is not one of permission
         with pytest.raises(TrimtabError, match="/proc/nowhere: no folder can be made there"):
             evaluate_retrieval("nowhere/nothing", data / "pairs.csv", json_path="/proc/nowhere/out.json")
@@ -165,6 +178,16 @@ def test_what_cannot_work_fails_before_the_model_is_loaded(data: Path, tmp_path:
         evaluate_retrieval("nowhere/nothing", data / "no.csv")
     with pytest.raises(ModelError, match="no such folder"):
         evaluate_retrieval("nowhere/nothing", data / "pairs.csv")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
+def test_results_go_into_pipes(model: Any, data: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        result = evaluate_retrieval(model, data / "pairs.csv", json_path=pipe)
+        assert json.loads(read.result(10)) == result
 
 
 def test_a_full_disk_does_not_lose_the_figures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -40,7 +41,7 @@ from trimtab.evaluation.blocks import (
     Tile,
 )
 from trimtab.evaluation.summaries import class_errors, reproducibility, skipped_images
-from trimtab.files import digest_of, explain_disk_errors, sha256_of, write_json
+from trimtab.files import digest_of, explain_disk_errors, followed, is_special, sha256_of, write_json
 from trimtab.towers.scripts import default_templates
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def evaluate_classification(
         RecipeError: a template without exactly one ``{}``.
         ModelError: the model cannot be used.
     """
-    _check_targets(json_path, report)
+    _check_targets(json_path, report, [items, *([classes] if isinstance(classes, (str, Path)) else [])])
     names = read_class_names(classes) if isinstance(classes, (str, Path)) else list(classes)
     origin, chosen = default_templates(names) if templates is None else ("given", list(templates))
     fill_all(chosen, ["name"])  # refuses templates that cannot be filled, before the model is loaded
@@ -148,7 +149,7 @@ def evaluate_retrieval(
         DataError: the manifest cannot be used, or no picture can be read.
         ModelError: the model cannot be used.
     """
-    _check_targets(json_path, report)
+    _check_targets(json_path, report, [pairs])
     read = read_retrieval(pairs, root)
     encoder = _InBatches.of(model, device, batch_size)
     start = time.perf_counter()
@@ -227,11 +228,20 @@ def _relative(figures: dict[str, Any], manifest: str | Path, root: str | Path | 
 # Writing
 
 
-def _check_targets(json_path: str | Path | None, report: str | Path | None) -> None:
-    """Find out before the work, not after it, that its result has no place."""
-    if json_path is not None and Path(json_path).is_dir():
-        raise TrimtabError(f"cannot write {json_path}: it is a folder; name a file in it")
-    folders = [Path(json_path).parent] if json_path is not None else []
+def _check_targets(json_path: str | Path | None, report: str | Path | None, inputs: Sequence[str | Path]) -> None:
+    """Find out before the work, not after it, that its result has no place, or only that of a file that is read."""
+    files = [Path(json_path)] if json_path is not None else []
+    files += [Path(report, name) for name in ("report.html", "report.md")] if report is not None else []
+    for file in files:
+        with explain_disk_errors(file), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            file.stat()
+            if any(file.samefile(path) for path in inputs if Path(path).exists()):
+                raise TrimtabError(f"cannot write {file}: it is a file that this evaluation reads; name another")
+    folders: list[Path] = []
+    if json_path is not None and not is_special(Path(json_path)):
+        if Path(json_path).is_dir():
+            raise TrimtabError(f"cannot write {json_path}: it is a folder; name a file in it")
+        folders.append(followed(Path(json_path)).parent)
     for folder in [*folders, Path(report)] if report is not None else folders:
         try:
             with explain_disk_errors(folder):
