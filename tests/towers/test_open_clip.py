@@ -197,6 +197,7 @@ ONE = torch.zeros(1)
         ({"state": {"logit_bias": ONE}}, "logit bias"),
         ({"without": ["visual.proj"]}, "lacks visual.proj"),
         ({"without": ["transformer.resblocks.1.ln_1.bias"]}, r"missing \['text_model.encoder.layers.1"),
+        ({"without": ["visual.transformer.resblocks.0.mlp.c_fc.weight"]}, r"lacks visual\.transformer\..*c_fc"),
         ({"state": {"visual.extra.weight": ONE}, "without": ["text_projection"]}, "lacks text_projection"),
         ({"text_cfg": {**MODEL_CFG["text_cfg"], "pool_type": "last"}}, "text_cfg.pool_type is 'last'"),
         ({"vision_cfg": {**MODEL_CFG["vision_cfg"], "pool_type": "avg"}}, "vision_cfg.pool_type is 'avg'"),
@@ -240,6 +241,55 @@ def test_unreadable_checkpoints_are_named(tiny_folder: Callable[[str], Path], tm
     torch.save([1, 2], folder / "list.pt")
     with pytest.raises(ModelError, match="does not hold a state dict"):
         convert(folder / "list.pt", tiny_folder("clip"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "reason"),
+    [
+        ("model_cfg", None, "model_cfg is None, but must be an object"),
+        ("model_cfg", {"vision_cfg": None}, "vision_cfg is None, but must be an object: mend it, or leave it out"),
+        ("model_cfg", {"text_cfg": "ViT"}, "text_cfg is 'ViT', but must be an object"),
+        ("model_cfg", {"quick_gelu": "no"}, "quick_gelu is 'no', but must be true or false"),
+        ("model_cfg", {"vision_cfg": {"head_width": 0}}, r"vision_cfg\.head_width is 0, but must be a whole number"),
+        ("model_cfg", {"text_cfg": {"heads": "2"}}, r"text_cfg\.heads is '2', but"),
+        ("model_cfg", {"text_cfg": {"norm_kwargs": {"eps": None}}}, r"text_cfg\.norm_kwargs\.eps is None, but"),
+        ("model_cfg", {"vision_cfg": {"act_kwargs": [1]}}, r"vision_cfg\.act_kwargs is \[1\], but"),
+        ("preprocess_cfg", [1], r"preprocess_cfg is \[1\], but must be an object"),
+        ("preprocess_cfg", {"interpolation": "area"}, r"interpolation is 'area', but must be null or one of .*bicubic"),
+        ("preprocess_cfg", {"mean": "x"}, "mean is 'x', but must be one or three numbers"),
+        ("preprocess_cfg", {"mean": [0.5, 0.5]}, r"mean is \[0\.5, 0\.5\], but"),
+        ("preprocess_cfg", {"std": 0}, "std is 0, but must be one or three numbers above 0"),
+        ("preprocess_cfg", {"size": []}, r"size is \[\], but"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(
+    part: str, changes: Any, reason: str, checkpoint: Any, tiny_folder: Callable[[str], Path]
+) -> None:
+    path = checkpoint()
+    config = path.parent / "open_clip_config.json"
+    config.write_text(json.dumps({"model_cfg": MODEL_CFG, part: changes}))
+    with pytest.raises(ModelError, match=rf"open_clip_config\.json: .*{reason}"):
+        convert(path, tiny_folder("clip"))
+    assert not (path.parent.parent / "converted").exists()
+
+
+def test_one_number_stands_for_all_colours(checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
+    path = checkpoint()
+    preprocess = {"mean": 0.5, "std": 0.25, "interpolation": None}
+    settings = {"model_cfg": MODEL_CFG, "preprocess_cfg": preprocess}
+    (path.parent / "open_clip_config.json").write_text(json.dumps(settings))
+    processor = convert(path, tiny_folder("clip")).image_processor
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.5] * 3, [0.25] * 3)
+
+
+def test_written_files_can_be_read_by_others(checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
+    path = checkpoint()
+    out = path.parent.parent / "empty"
+    out.mkdir()
+    convert_open_clip(path, out, tokenizer=tiny_folder("clip"))
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
+    with pytest.raises(ModelError, match=r"would lie below the file .*safetensors: choose another folder"):
+        convert_open_clip(path, path / "below" / "it", tokenizer=tiny_folder("clip"))
 
 
 def test_existing_folders_are_kept(checkpoint: Any, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

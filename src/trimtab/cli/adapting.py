@@ -116,7 +116,7 @@ def info(model: Model) -> None:
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="OpenCLIP's .safetensors, or a .bin or .pt state dict.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: a new or an empty one.")],
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="open_clip_config.json; the one beside CHECKPOINT by default.")
     ] = None,

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import ModelError
-from trimtab.files import explain_disk_errors
+from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.hf import resolve_folder
 from trimtab.towers.parts import image_processor_class, load_tokenizer, quiet
 
@@ -52,6 +53,58 @@ _PLAIN = {
 }  # fmt: skip
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_positive(value)
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_null_or(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _are(fits: Callable[[Any], bool], count: int) -> Callable[[Any], bool]:
+    """One value, or `count` of them in a list."""
+    return lambda value: fits(value) or (isinstance(value, list) and len(value) == count and all(map(fits, value)))
+
+
+_INTERPOLATIONS = ("random", "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+# What is read of a configuration: whether a value fits, and what would. Sections stand before what is in them.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_cfg": (_is_section, "an object"),
+    "model_cfg.quick_gelu": (lambda value: isinstance(value, bool), "true or false"),
+    "model_cfg.vision_cfg": (_is_section, "an object"),
+    "model_cfg.text_cfg": (_is_section, "an object"),
+    "model_cfg.vision_cfg.head_width": (_is_count, "a whole number above 0"),
+    "model_cfg.text_cfg.heads": (_is_count, "a whole number above 0"),
+    **{
+        f"model_cfg.{tower}.{name}": (_is_null_or(_is_section), "an object or null")
+        for tower in ("vision_cfg", "text_cfg")
+        for name in ("act_kwargs", "norm_kwargs")
+    },
+    "model_cfg.vision_cfg.norm_kwargs.eps": (_is_positive, "a number above 0"),
+    "model_cfg.text_cfg.norm_kwargs.eps": (_is_positive, "a number above 0"),
+    "preprocess_cfg": (_is_section, "an object"),
+    "preprocess_cfg.size": (_are(_is_count, 2), "one or two whole numbers above 0"),
+    "preprocess_cfg.mean": (_is_null_or(_are(_is_number, 3)), "one or three numbers, or null"),
+    "preprocess_cfg.std": (_is_null_or(_are(_is_positive, 3)), "one or three numbers above 0, or null"),
+    "preprocess_cfg.interpolation": (
+        _is_null_or(lambda value: isinstance(value, str) and value in _INTERPOLATIONS),
+        f"null or one of {', '.join(_INTERPOLATIONS)}",
+    ),
+}
+
+
 def convert_open_clip(
     checkpoint: str | Path,
     out_folder: str | Path,
@@ -65,7 +118,7 @@ def convert_open_clip(
     Args:
         checkpoint: ``open_clip_model.safetensors``, or a ``.bin`` or ``.pt`` state dict, which is read
             without running code.
-        out_folder: a new folder.
+        out_folder: a new or an empty folder.
         config: ``open_clip_config.json``; the one beside the checkpoint when None. Without any, sizes are
             read from the weights, with heads 64 wide.
         tokenizer: folder or hub id of the CLIP tokenizer; the folder of the checkpoint when None.
@@ -76,11 +129,14 @@ def convert_open_clip(
         `out_folder`.
 
     Raises:
-        ModelError: not an OpenCLIP checkpoint, or one that `CLIPModel` cannot compute.
+        ModelError: not an OpenCLIP checkpoint, one that `CLIPModel` cannot compute, or a configuration with a value
+            that cannot be.
     """
     checkpoint, out_folder = Path(checkpoint), Path(out_folder)
     if out_folder.is_file() or (out_folder.is_dir() and any(out_folder.iterdir())):
-        raise ModelError(f"{out_folder} exists already: choose a new folder")
+        raise ModelError(f"{out_folder} exists already: choose a new or an empty folder")
+    if not (place := next(path for path in out_folder.absolute().parents if path.exists())).is_dir():
+        raise ModelError(f"{out_folder} would lie below the file {place}: choose another folder")
     state = _normalise_names(read_state_dict(checkpoint))
     _refuse_foreign(checkpoint, state)
     beside = checkpoint.parent / "open_clip_config.json"
@@ -112,6 +168,7 @@ def convert_open_clip(
                 scratch = Path(temporary) / "model"
                 for part in (model, clip_tokenizer, processor):
                     part.save_pretrained(scratch)
+                open_up(scratch)
                 scratch.replace(out_folder)
     return out_folder
 
@@ -224,7 +281,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ModelError(f"{path} is not an OpenCLIP configuration: it is no JSON object")
     # Files in OpenCLIP's model_configs folder hold the model part alone.
-    return settings if "model_cfg" in settings else {"model_cfg": settings}
+    settings = settings if "model_cfg" in settings else {"model_cfg": settings}
+    for name, (fits, allowed) in _SETTINGS.items():
+        *sections, key = name.split(".")
+        values: Any = settings
+        for section in sections:
+            values = values.get(section) or {}
+        if key in values and not fits(values[key]):
+            short = name.removeprefix("model_cfg.")
+            raise ModelError(f"{path}: {short} is {values[key]!r:.60}, but must be {allowed}: mend it, or leave it out")
+    return settings
 
 
 def _clip_config(checkpoint: Path, state: StateDict, model: dict[str, Any], quick_gelu: bool | None) -> CLIPConfig:
@@ -290,12 +356,15 @@ def _tower_config(
             f"{checkpoint}: the {'image' if prefix else 'text'} tower has {len(layers)} layers of width "
             f"{width}, which {heads} heads do not divide: pass its open_clip_config.json"
         )
+    inner = f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"
+    if inner not in state:
+        raise ModelError(f"{checkpoint} is not an OpenCLIP checkpoint of a ViT: it lacks {inner}")
     tanh = (given.get("act_kwargs") or {}).get("approximate") == "tanh"
     return {
         "hidden_size": width,
         "num_attention_heads": heads,
         "num_hidden_layers": max(layers) + 1,
-        "intermediate_size": state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "intermediate_size": state[inner].shape[0],
         "hidden_act": "quick_gelu" if quick_gelu else ("gelu_pytorch_tanh" if tanh else "gelu"),
         "layer_norm_eps": float((given.get("norm_kwargs") or {}).get("eps", 1e-5)),
     }
@@ -336,8 +405,13 @@ def _image_processor(given: dict[str, Any], image_size: int) -> Any:
         size=square if mode == "squash" else {"shortest_edge": image_size},
         do_center_crop=mode == "shortest",
         crop_size=square,
-        image_mean=list(given.get("mean") or CLIP_MEAN),
-        image_std=list(given.get("std") or CLIP_STD),
+        image_mean=_of_channels(given.get("mean") or CLIP_MEAN),
+        image_std=_of_channels(given.get("std") or CLIP_STD),
         resample=Resampling[interpolation.upper()],
         do_convert_rgb=True,
     )
+
+
+def _of_channels(values: Any) -> list[float]:
+    """A number for each of the three colours; as in OpenCLIP, one stands for all."""
+    return [values] * 3 if isinstance(values, (int, float)) else list(values)
