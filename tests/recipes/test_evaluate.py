@@ -259,7 +259,7 @@ def prompted(kind: str, base: DualEncoder, folder: Path) -> Any:
     return load_composed([domain, prompt], base=base)
 
 
-@pytest.mark.parametrize("kind", ["vectors", "instance", "composed"])
+@pytest.mark.parametrize("kind", ["context", "instance", "composed"])
 def test_prompts_score_as_their_classifier_does(
     kind: str, tiny_base: Callable[[str], Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tiny_adapted import save_tiny_adapted
+from tiny_links import CLASSES, save_tiny_domain, save_tiny_prompt
 from tiny_models import CONTEXT, DUAL_ENCODERS, EMBEDDING_DIM, IMAGE_SIZE
+from trimtab.adapters.adapted import load_adapted
 from trimtab.errors import ModelError
+from trimtab.recipes.compose import compose
 from trimtab.recipes.info import describe
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -69,6 +72,31 @@ def test_an_adapted_folder_needs_neither_torch_nor_its_base(adapted: Path) -> No
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_prompt_folder_is_described_by_its_classes(tmp_path: Path, tiny_base: Callable[[str], Any]) -> None:
+    base = tiny_base("clip")
+    facts = describe(save_tiny_prompt(tmp_path / "prompt", base, instance=True))
+    assert (facts["link"], facts["classes"], facts["first classes"]) == ("prompt", len(CLASSES), list(CLASSES))
+    assert facts["parts"][:2] == ["general tokens from 'a photo of a'", "instance tokens by attention"]
+    assert "class vectors over patches" in facts["parts"]
+    assert facts["adapter"]["numbers"] > 0
+    assert not {"languages", "english", "student"} & facts.keys()
+    assert describe(save_tiny_prompt(tmp_path / "plain", base))["parts"] == ["general tokens from 'a photo of a'"]
+
+
+def test_a_composed_folder_has_the_facts_of_each_link(
+    adapted: Path, tmp_path: Path, tiny_base: Callable[[str], Any]
+) -> None:
+    base = tiny_base("clip")
+    domain = save_tiny_domain(tmp_path / "domain", base)
+    prompt = save_tiny_prompt(tmp_path / "prompt", load_adapted(domain, base=base))
+    compose([base.name, adapted, domain, prompt], tmp_path / "all", device="cpu")
+    facts = describe(tmp_path / "all")
+    assert facts["links"] == "domain, language, prompt"
+    assert (facts["prompt"]["classes"], facts["prompt"]["first classes"]) == (len(CLASSES), list(CLASSES))
+    assert facts["language"]["languages"] == ["zh"]
+    assert (facts["domain"]["alpha"], facts["domain"]["gate"]) == (1.0, "none")
 
 
 def test_languages_stand_in_the_data_or_in_the_recipe(

@@ -20,6 +20,7 @@ from trimtab.errors import ModelError
 if TYPE_CHECKING:
     from trimtab.towers.dual_encoder import DualEncoder
 
+_CLASSES_SHOWN = 5
 # By the first word of a parameter's name.
 _SIDES = {"vision": "image", "visual": "image", "image": "image", "text": "text"}
 
@@ -44,12 +45,11 @@ def _describe_composed(folder: Path) -> dict[str, Any]:
     from trimtab.adapters.composing import read_composed
 
     about = read_composed(folder)
-    links = {name: _describe_adapted(read_adapter(folder / name, tensors=False)) for name in about["links"]}
-    own = ("languages", "english", "alpha", "classes", "metrics")
+    links = {name: read_adapter(folder / name, tensors=False) for name in about["links"]}
     return {
         "model": str(folder),
         "links": ", ".join(links),
-        **{name: {key: facts[key] for key in own if key in facts} for name, facts in links.items()},
+        **{name: {**_own(adapter), "metrics": adapter.metrics} for name, adapter in links.items()},
         "other names of classes": len(about["aliases"]),
         "base": about["base"],
         "fingerprint": about["fingerprint"],
@@ -80,34 +80,61 @@ def _describe_base(name: str | Path) -> dict[str, Any]:
 
 
 def _describe_adapted(adapter: AdapterFile) -> dict[str, Any]:
-    student = adapter.student
-    own: dict[str, Any] = {}
-    if adapter.link == "domain":
-        config = adapter.config
-        own = {
-            "adapters": _groups(config.get("adapters")),
-            "gate": config.get("gate", "none"),
-            "alpha": config.get("alpha"),
-        }
-    else:
-        own = {"languages": _languages(adapter), "english": adapter.config.get("english")}
     return {
         "model": str(adapter.folder),
         "link": adapter.link,
-        **own,
+        **_own(adapter),
         "base": {
             "name": adapter.base.name,
             "family": adapter.base.family,
             "embedding_dim": adapter.base.embedding_dim,
             "fingerprint": adapter.base.fingerprint,
         },
-        **({} if student is None and adapter.link == "domain" else {"student": _student(student)}),
+        **({"student": _student(adapter.student)} if adapter.student or adapter.link == "language" else {}),
         "adapter": {**_scalars(adapter.config.get("adapter")), "numbers": _count_numbers(adapter.folder)},
         "metrics": adapter.metrics,
         "data": adapter.data,
         "versions": adapter.versions,
         "file_bytes": _file_sizes(adapter.folder),
     }
+
+
+def _own(adapter: AdapterFile) -> dict[str, Any]:
+    """What folders of this link have and others have not."""
+    config = adapter.config
+    if adapter.link == "domain":
+        return {
+            "adapters": _groups(config.get("adapters")),
+            "gate": config.get("gate", "none"),
+            "alpha": config.get("alpha"),
+        }
+    if adapter.link == "prompt":
+        classes = config.get("classes")
+        classes = classes if isinstance(classes, list) else []
+        return {
+            "method": adapter.recipe.get("method"),
+            "parts": _parts(config.get("prompt")),
+            "classes": len(classes),
+            "first classes": classes[:_CLASSES_SHOWN],
+        }
+    return {"languages": _languages(adapter), "english": config.get("english")}
+
+
+def _parts(prompt: Any) -> list[str]:
+    """The parts of a prompt that are switched on."""
+    general, instance, domain = (
+        part if isinstance(prompt, dict) and isinstance(part := prompt.get(name), dict) else {}
+        for name in ("general", "instance", "domain")
+    )
+    init = f"general tokens from {general['init']!r}" if general.get("init") else "general tokens"
+    parts = {
+        init: general,
+        f"instance tokens by {instance.get('kind')}": instance,
+        "tokens behind class names": domain.get("tokens"),
+        "class vectors": domain.get("residual"),
+        "class vectors over patches": domain.get("patches"),
+    }
+    return [name for name, there in parts.items() if there]
 
 
 def _student(student: StudentReference | None) -> dict[str, Any]:
