@@ -125,6 +125,13 @@ def test_one_corrupt_picture_is_skipped_and_named(clip: Path, data: Path, tmp_pa
     assert (found["n"], found["n_skipped"], found["skipped"][0]["source"]) == (4, 1, "3.png")
 
 
+def test_lost_texts_are_counted(clip: Path, data: Path) -> None:
+    assert "left out with" not in run("evaluate", clip, "--retrieval", data / "pairs.csv", "--device", "cpu").output
+    (data / "1.png").write_bytes(b"nothing")
+    result = run("evaluate", clip, "--retrieval", data / "pairs.csv", "--device", "cpu")
+    assert "on 4 images and 4 texts; texts left out with their pictures: 1" in result.output
+
+
 def test_every_picture_corrupt(clip: Path, data: Path) -> None:
     for path in data.glob("*.png"):
         path.write_bytes(b"nothing")
@@ -420,6 +427,18 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         running.stdout.close()
         assert running.stderr.read() == b""
         running.wait(timeout=30)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("stub", ["{'a': 1}", "print('a')"])  # one flushes, the other leaves it to the end
+def test_output_that_finds_no_room(stub: str) -> None:
+    program = f"{STUB}{stub}\nfrom trimtab.cli import main\nmain()"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program, "info", "x"], stdout=full, stderr=subprocess.PIPE, check=False, timeout=60
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.decode() == "error: cannot write the output: the disk is full: free some space\n"
 
 
 def test_a_warning_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,6 +277,15 @@ def test_devices_and_precisions() -> None:
         hf.pick_dtype("int8")
 
 
+def test_of_a_backends_reasons_the_first_sentence_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object, **__: object) -> None:
+        raise NotImplementedError("Could not run on 'MPS'. This could be because.\nCPU: registered at x.cpp:1")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(ModelError, match=r"^device 'mps' cannot be used here \(Could not run on 'MPS'\): choose"):
+        hf.pick_device("mps")
+
+
 def test_missing_pooler_is_no_concern_of_a_student(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Many text encoders come without their pooling head, which a student never uses."""
     folder = tiny_folder("bert")

@@ -6,6 +6,8 @@ one holds commands; importing it adds them to the application.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -46,8 +48,17 @@ def main() -> None:
     logging.getLogger("trimtab").addHandler(_Warnings())
     logging.getLogger("trimtab").propagate = False
     try:
-        app()
-    except Exception:
+        try:
+            app()
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                print(end="", flush=True)  # here rather than at exit, so that a full disk is noticed
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            say(f"error: cannot write {error.filename or 'the output'}: the disk is full: free some space", "bold red")
+            if sys.stdout is not None:  # what it still holds would be written, and fail, once more at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(2)
         traceback.print_exc()
         say(f"This is a bug in trimtab {__version__}: please report it with the text above and the command.", "red")
         sys.exit(1)

@@ -85,9 +85,10 @@ def show_retrieval(result: Mapping[str, Any]) -> None:
     for key, words in (("t2i", "text finds image"), ("i2t", "image finds text")):
         table.add_row(words, *(f"{result[key][recall]:.2f}" for recall in recalls))
     console().print(table)
+    lost = f"; texts left out with their pictures: {result['n_lost_texts']:,}" if result["n_lost_texts"] else ""
     corrected = "" if result["hubness"] == "none" else f", corrected by {result['hubness']} (transductive)"
     console().print(
-        f"mR {result['mR']:.2f} on {result['n_images']:,} images and {result['n_texts']:,} texts{corrected}"
+        f"mR {result['mR']:.2f} on {result['n_images']:,} images and {result['n_texts']:,} texts{corrected}{lost}"
     )
     show_skipped(result)
 

@@ -149,7 +149,8 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except Exception as error:  # AssertionError, RuntimeError, NotImplementedError by backend
-        raise ModelError(f"device {device!r} cannot be used here ({error}): choose 'auto' or 'cpu'") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # the rest lists what torch was built with
+        raise ModelError(f"device {device!r} cannot be used here ({reason}): choose 'auto' or 'cpu'") from error
     return chosen
 
 
