@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_lists_and_nulls(suffix: str, tmp_path: Path) -> None:
         ("c.png", (), 3),
         ("the column 'image' is empty", ("a cat", ""), 4),
     ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_nan_is_no_text_and_whole_floats_are_whole(suffix: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / f"t{suffix}", [("a.png", nan), ("b.png", 1.0)], ("image", "label"))
+    assert shown(read_entries(PairSource(str(table), label="label", templates=("{}",)))) == [
+        ("a.png", (), 1),
+        ("b.png", ("1",), 2),
+    ]
+    write_table(table, [("a.png", [0.5, nan])])
+    assert shown(read_entries(PairSource(str(table)))) == [("a.png", ("0.5", ""), 1)]
+    write_table(table, [("a.png", inf)])
+    with pytest.raises(DataError, match="row 1: 'text' is infinite"):
+        read_entries(PairSource(str(table)))
 
 
 def test_jsonl_keys_may_be_missing_in_some_rows_not_in_all(tmp_path: Path) -> None:
@@ -243,6 +258,8 @@ def test_shards_as_sources(tmp_path: Path) -> None:
             "3.txt": "no picture",
             "4.png": picture_bytes(4),
             "4.json": '{"text": {"en": "x"}}',
+            "5.png": picture_bytes(6),
+            "5.json": '{"text": NaN, "caption": "a fox"}',
         },
     )
     cut = write_shard(tmp_path / "s-1.tar", {"0.png": picture_bytes(5), "0.json": '{"text": "x", "caption": "y"}'})
@@ -255,11 +272,12 @@ def test_shards_as_sources(tmp_path: Path) -> None:
         ("s-0.tar/2.png", (), 3),
         ("the shard has no picture beside the caption", ("no picture",), 4),
         ("s-0.tar/4.png", (), 5),
+        ("s-0.tar/5.png", ("a fox",), 6),
         ("s-1.tar/0.png", ("x",), 1),
         ("the shard is cut off or damaged (unexpected end of data): what follows is lost", (), 2),
     ]
     assert entries[4].problem.startswith("the JSON member holds a dict")
-    assert shown(read_entries(PairSource(pattern, text="caption")))[5][1] == ("y",)
+    assert shown(read_entries(PairSource(pattern, text="caption")))[6][1] == ("y",)
     labelled = read_entries(PairSource(pattern, label="label", templates=("a {}",)))
     assert [entry.texts for entry in labelled[:3]] == [["a dog"], [], []]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def test_class_folders_and_shards(tmp_path: Path) -> None:
     }
     write_shard(tmp_path / "some.tar", members)
     assert load_labelled([Source(str(tmp_path / "some.tar"))]).classes == ("fig", "pear")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_cells_that_data_frames_leave_empty_are_no_labels(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(DataError, match="row 2: the picture has no label"):
+        load_labelled(table(tmp_path, [1.0, math.nan, 0.0], f"items{suffix}"))
+    assert load_labelled(table(tmp_path, [1.0, 0.0], f"items{suffix}")).classes == ("0", "1")
 
 
 def test_a_file_gives_classes_and_their_order(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import csv
 import json
 import os
 import tempfile
+from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +30,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 NO_NUL = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30)
 
 
-def write_table(path: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> Path:
+def write_table(path: Path, rows: list[tuple[Any, ...]], columns: tuple[str, ...] = COLUMNS) -> Path:
     if path.suffix == ".jsonl":
         lines = [json.dumps(dict(zip(columns, row)), ensure_ascii=len(rows) % 2 == 0) for row in rows]
         path.write_bytes(("\n".join(lines) + "\n").encode())
@@ -105,6 +107,18 @@ def test_parquet_numbers_dictionaries_and_nulls(tmp_path: Path) -> None:
         read_rows(path, ("note",))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_nan_is_a_missing_cell_and_whole_floats_are_whole(suffix: str, tmp_path: Path) -> None:
+    path = write_table(tmp_path / f"t{suffix}", [(0.0, 2.5, nan), (1.0, -3.0, 1e300)], (*COLUMNS, "note"))
+    rows = read_rows(path, COLUMNS, optional=("note",))
+    assert [tuple(row.values.values()) for row in rows] == [("0", "2.5", ""), ("1", "-3", "1e+300")]
+    with pytest.raises(DataError, match=r"row 1: 'note' is null: fill it in"):
+        read_rows(path, ("note",))
+    write_table(path, [("a", 1.0), ("b", inf)])
+    with pytest.raises(DataError, match=r"row 2: 'english' is infinite"):
+        read_rows(path, COLUMNS)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -136,6 +150,8 @@ def test_parquet_numbers_dictionaries_and_nulls(tmp_path: Path) -> None:
         ("t.jsonl", b'{"target": "a", "en": "b"}\n', "row 1: has no 'english'; keys found: target, en"),
         ("t.jsonl", b'{"target": "a", "english": ["b"]}\n', "row 1: 'english' holds a list"),
         ("t.jsonl", b'{"target": "\\ud83d", "english": "b"}\n', "row 1: 'target' holds half a character"),
+        ("t.jsonl", b'{"target": "a", "english": null}\n', "row 1: 'english' is null: fill it in or remove"),
+        ("t.jsonl", b'{"target": "a", "english": ' + b"7" * 5000 + b"}\n", "row 1: is not JSON"),
         ("t.jsonl", b'{"target": ' + b"[" * 100_000, "row 1: is not JSON"),
         ("t.xlsx", b"PK", r"unknown suffix '\.xlsx'.*\.csv"),
         ("t", b"x", "unknown suffix"),

@@ -24,6 +24,7 @@ from PIL import Image
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve import embed as module
 from trimtab.serve.embed import embed
+from trimtab.serve.items import items_of, open_input
 from trimtab.serve.store import Embeddings
 
 
@@ -137,6 +138,13 @@ def test_webdataset_shards(model: Any, pictures: list[Image.Image], tmp_path: Pa
     assert "not an image" in reasons["bad"]
     embed(f"{tmp_path}/s-{{0..1}}.tar", model, tmp_path / "t", of="texts")
     assert [row["text"] for row in read(tmp_path / "t")[0][:3]] == ["caption 0", "caption 1", "caption 2"]
+
+
+def test_captions_of_shards_that_are_missing(tmp_path: Path) -> None:
+    records = {"a.json": b'{"caption": NaN}', "b.json": b'{"caption": null}', "c.json": b'{"caption": " x "}'}
+    (work,) = open_input(pack(tmp_path, "s.tar", [], records), of="texts").works(10)
+    items, _ = items_of(work, "texts")
+    assert [item.source for item in items] == ["", "", "x"]
 
 
 def test_a_shard_that_is_cut_off_gives_what_it_has(model: Any, pictures: list[Image.Image], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from trimtab.data.images import is_address
-from trimtab.data.manifests import SUFFIXES, read_rows, read_text, resolve_image_path
+from trimtab.data.manifests import SUFFIXES, cell_text, is_null, read_rows, read_text, resolve_image_path
 from trimtab.data.parallel import clean_text
 from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
 from trimtab.data.templates import fill_all
@@ -205,13 +205,9 @@ def _check_columns(path: Path, found: Iterable[str], columns: Sequence[str]) -> 
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    """A cell's texts: of a null none, of a list those of its items."""
-    texts = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
-        if isinstance(item, bool) or not isinstance(item, (str, int, float, type(None))):
-            raise DataError(f"{where} holds a {type(item).__name__}, not a text or a list of texts")
-        texts.append("" if item is None else str(item))
-    return texts
+    """A cell's texts: of a missing one none, of a list those of its items."""
+    items = value if isinstance(value, list) else [] if is_null(value) else [value]
+    return [cell_text(item, where, "a text or a list of texts") for item in items]
 
 
 # Class folders and shards
@@ -257,7 +253,7 @@ def _from_shards(source: SourceOptions) -> list[Entry]:
         for row, sample in enumerate(samples.values(), start=1):
             record, problem = sample.record, sample.problem
             keys = (source.label,) if source.label else (source.text, *_RECORD_TEXTS)
-            value = next((record[key] for key in keys if record.get(key) is not None), None)
+            value = next((record[key] for key in keys if not is_null(record.get(key))), None)
             try:
                 texts = _texts(value, "the JSON member")
             except DataError as error:

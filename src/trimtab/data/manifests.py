@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -296,13 +297,14 @@ def _read_jsonl(path: Path, columns: list[str], optional: list[str]) -> Iterator
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
             raise DataError(f"{path}, row {number}: is not JSON ({error}): give one object per line") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, row {number}: is not an object: write {{{_example(columns)}}}")
-        if missing := [name for name in columns if record.get(name) is None]:
+        if missing := [name for name in columns if name not in record]:
             listed = ", ".join(map(str, record)) or "none"
             raise DataError(f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}")
+        _refuse_nulls(path, number, record, columns)
         yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
 
 
@@ -327,22 +329,44 @@ def _read_parquet(path: Path, columns: list[str], optional: list[str]) -> Iterat
             for batch in table_file.iter_batches(columns=names):
                 for record in batch.to_pylist():
                     number += 1
-                    if missing := [name for name in columns if record[name] is None]:
-                        raise DataError(f"{path}, row {number}: {', '.join(map(repr, missing))} is null")
+                    _refuse_nulls(path, number, record, columns)
                     yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: is not a readable Parquet file ({error}): export it again") from error
 
 
+def is_null(value: Any) -> bool:
+    """Whether a cell of JSON or Parquet is missing: null, or the NaN that data frames write in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def cell_text(value: Any, where: str, wanted: str = "text or a number") -> str:
+    """Text of a cell of JSON or Parquet, "" of a missing one; the 3.0 of a column of floats is "3".
+
+    Raises:
+        DataError: it is neither text nor a finite number; begins with `where`.
+    """
+    if is_null(value):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f"{where} holds a {type(value).__name__}, not {wanted}")
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise DataError(f"{where} is infinite: write a text or a finite number")
+        if value.is_integer() and abs(value) < 2**53:  # data frames turn whole numbers beside nulls into floats
+            return str(int(value))
+    return str(value)
+
+
+def _refuse_nulls(path: Path, number: int, record: dict[str, Any], columns: list[str]) -> None:
+    if missing := [name for name in columns if is_null(record[name])]:
+        raise DataError(f"{path}, row {number}: {', '.join(map(repr, missing))} is null: fill it in or remove the row")
+
+
 def _to_row(path: Path, number: int, record: dict[str, Any]) -> Row:
     values = {}
     for name, value in record.items():
-        if value is None:
-            value = ""
-        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            kind = type(value).__name__
-            raise DataError(f"{path}, row {number}: {name!r} holds a {kind}, not text or a number")
-        values[name] = str(value)
+        values[name] = cell_text(value, f"{path}, row {number}: {name!r}")
         if not values[name].isascii():
             try:
                 values[name].encode()

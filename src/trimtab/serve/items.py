@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from trimtab.data.images import ImageError, is_address
-from trimtab.data.manifests import SUFFIXES, iter_rows, read_text, resolve_image_path
-from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
+from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text, resolve_image_path
+from trimtab.data.shards import PictureFile, ShardSample, expand_shards, picture_names, read_shard
 from trimtab.errors import DataError
 from trimtab.files import digest_of
 from trimtab.serve.store import SOURCE_COLUMN, Kind
@@ -248,12 +248,16 @@ def items_of(work: Work, of: Kind) -> tuple[Iterable[Item], str]:
     path = Path(work.archive)
     samples, damage = read_shard(path)
     if of == "texts":
-        texts = ((stem, sample.text or str(sample.record.get("caption") or "")) for stem, sample in samples.items())
-        return [Item(stem, text.strip()) for stem, text in texts], damage
+        return [Item(stem, _shard_text(sample)) for stem, sample in samples.items()], damage
     return [
         Item(stem, one.picture.name if isinstance(one.picture, PictureFile) else stem, (), one.picture)
         for stem, one in samples.items()
     ], damage
+
+
+def _shard_text(sample: ShardSample) -> str:
+    caption = sample.record.get("caption")
+    return (sample.text or ("" if is_null(caption) else str(caption))).strip()
 
 
 def encoded_picture(item: Item) -> Path | bytes:
