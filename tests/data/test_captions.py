@@ -164,9 +164,10 @@ def test_class_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     entries = read_entries(PairSource(str(tmp_path), templates=("a photo of a {}", "{}")))
     assert shown(entries) == [
-        ("fire-truck/a.JPG", ("a photo of a fire truck", "fire truck"), 1),
-        ("fire-truck/b.png", ("a photo of a fire truck", "fire truck"), 2),
-        ("wild/Arctic_fox/c.webp", ("a photo of a Arctic fox", "Arctic fox"), 3),
+        (f"{tmp_path.resolve()}/top.png: lies in no class folder", (), 1),
+        ("fire-truck/a.JPG", ("a photo of a fire truck", "fire truck"), 2),
+        ("fire-truck/b.png", ("a photo of a fire truck", "fire truck"), 3),
+        ("wild/Arctic_fox/c.webp", ("a photo of a Arctic fox", "Arctic fox"), 4),
     ]
 
 
@@ -180,6 +181,12 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_pictures(tmp_path / "twice", ["dog/images/a.png", "cat/images/b.png"])
     with pytest.raises(DataError, match="folders cat/images and dog/images both name the class 'images'"):
         read_entries(PairSource(str(tmp_path / "twice")))
+    save_pictures(tmp_path / "merged", ["red-apple/a.png", "red_apple/b.png"])
+    with pytest.raises(DataError, match="folders red-apple and red_apple both name the class 'red apple'"):
+        read_entries(PairSource(str(tmp_path / "merged")))
+    save_pictures(tmp_path / "flat", ["a.png"])
+    with pytest.raises(DataError, match="flat: holds no class folders with pictures"):
+        read_entries(PairSource(str(tmp_path / "flat")))
     save_pictures(tmp_path / "linked", ["dog/a.png"])
     (tmp_path / "linked" / "cat").symlink_to(tmp_path / "twice" / "cat")
     with pytest.raises(DataError, match="linked/cat: is a link to a folder"):

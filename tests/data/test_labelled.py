@@ -60,6 +60,42 @@ def test_cells_that_data_frames_leave_empty_are_no_labels(tmp_path: Path, suffix
     assert load_labelled(table(tmp_path, [1.0, 0.0], f"items{suffix}")).classes == ("0", "1")
 
 
+def test_folder_names_match_lists_and_tables_however_they_are_written(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "folder", ["T-shirt/1.png", "long_sleeve/2.png", "Socks/3.png"])
+    folder = [Source(str(tmp_path / "folder"))]
+    classes = ["long_sleeve", "socks", "T-shirt"]
+    listed = load_labelled(folder, classes)
+    assert (listed.classes, listed.labels.tolist()) == (tuple(classes), [1, 2, 0])
+    alone = load_labelled(folder)
+    assert alone.classes == ("Socks", "T shirt", "long sleeve")
+    rows = table(tmp_path, ["T-shirt", "long_sleeve"])
+    validation = load_labelled(rows, alone.classes, every_class=False)
+    assert validation.labels.tolist() == [1, 2]
+    together = load_labelled([*folder, *rows])
+    assert together.classes == ("Socks", "T-shirt", "long_sleeve")
+    assert together.labels.tolist() == [0, 1, 2, 1, 2]
+
+
+def test_names_that_several_classes_could_mean_match_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'T shirt' \(.*row 2; 1 pictures, do you mean"):
+        load_labelled(table(tmp_path, ["T shirt"]), ["T-shirt", "t_shirt"])
+    with pytest.raises(DataError, match=r"'-1' \(.*row 3; 1 pictures"):
+        load_labelled(table(tmp_path, ["1", "-1"]), ["0", "1"])
+    assert load_labelled(table(tmp_path, ["red-apple", "red_apple"])).classes == ("red-apple", "red_apple")
+
+
+def test_pictures_in_no_class_folder_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_pictures(tmp_path, ["top.png", "fig/1.png", "pear/2.png"])
+    with caplog.at_level(logging.WARNING):
+        found = load_labelled([Source(str(tmp_path))])
+    assert (found.classes, len(found)) == (("fig", "pear"), 2)
+    assert [one.reason for one in found.dropped] == [f"{tmp_path.resolve()}/top.png: lies in no class folder"]
+    assert "1 of 3 pictures cannot be used" in caplog.text
+    rows = write_table(tmp_path / "t.jsonl", [(None, None)], ("image", "label"))
+    with pytest.raises(DataError, match=r"1 of 1 pictures cannot be used.*row 1: the column 'image' is empty"):
+        load_labelled([Source(str(rows))])
+
+
 def test_a_file_gives_classes_and_their_order(tmp_path: Path) -> None:
     names = tmp_path / "classes.txt"
     names.write_text("pear\napple\n")

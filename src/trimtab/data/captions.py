@@ -23,6 +23,7 @@ from trimtab.errors import DataError, RecipeError
 
 logger = logging.getLogger(__name__)
 
+_BETWEEN_WORDS = r"[-_\s]+"
 _RECORD_TEXTS = ("caption", "text")  # keys of JSON members, when the source's own is not there
 
 Cells: TypeAlias = "dict[str, list[str]]"
@@ -214,7 +215,10 @@ def _texts(value: Any, where: str) -> list[str]:
 
 
 def _from_folder(folder: Path) -> list[Entry]:
-    """Pictures of every folder below, named for the class by the folder that holds them."""
+    """Pictures of every folder below, named for the class by the folder that holds them.
+
+    Those that lie in `folder` itself are entries without a picture.
+    """
     root = folder.resolve()
     entries: list[Entry] = []
     places: dict[str, str] = {}
@@ -227,19 +231,26 @@ def _from_folder(folder: Path) -> list[Entry]:
         for name in subfolders:
             if (Path(where) / name).is_symlink():
                 raise DataError(f"{Path(where) / name}: is a link to a folder, which is not followed: copy the folder")
-        if Path(where) == root or not (names := picture_names(files)):
+        names = picture_names(files)
+        if Path(where) == root:
+            for name in names:
+                problem = f"{Path(where) / name}: lies in no class folder"
+                entries.append(Entry(problem, [], str(folder), len(entries) + 1))
+            continue
+        if not names:
             continue
         below = Path(where).relative_to(root)
-        if (other := places.setdefault(below.name, str(below))) != str(below):
+        label = clean_text(re.sub(_BETWEEN_WORDS, " ", below.name))
+        if (other := places.setdefault(label, str(below))) != str(below):
             raise DataError(
-                f"{folder}: the folders {other} and {below} both name the class {below.name!r}: give their pictures "
+                f"{folder}: the folders {other} and {below} both name the class {label!r}: give their pictures "
                 "one folder, rename one, or list the pictures in a table with a column of labels"
             )
         for name in names:
             row = len(entries) + 1
             picture = _picture((below / name).as_posix(), root, folder, row)
-            entries.append(Entry(picture, [re.sub(r"[-_\s]+", " ", below.name)], str(folder), row))
-    if not entries:
+            entries.append(Entry(picture, [label], str(folder), row))
+    if not places:
         shards = next(iter(sorted(folder.glob("*.tar"))), None)
         hint = f"; it holds shards: give a pattern such as {shards}" if shards else ""
         raise DataError(f"{folder}: holds no class folders with pictures{hint}")
@@ -273,8 +284,9 @@ def _from_shards(source: SourceOptions) -> list[Entry]:
 
 def _with_class_captions(entries: list[Entry], source: SourceOptions) -> list[Entry]:
     names = dict.fromkeys(clean_text(text) for entry in entries for text in entry.texts)
-    sentences = _descriptions(source, [name for name in names if name])
-    captions = {name: [*fill_all(source.templates, [name]), *sentences.get(_fold(name), [])] for name in names if name}
+    named = [name for name in names if name]
+    sentences = _descriptions(source, named)
+    captions = {name: [*fill_all(source.templates, [name]), *sentences.get(fold_name(name), [])] for name in named}
     return [
         entry._replace(texts=[caption for text in entry.texts for caption in captions.get(clean_text(text), [""])])
         for entry in entries
@@ -288,8 +300,8 @@ def _descriptions(source: SourceOptions, names: list[str]) -> dict[str, list[str
     sentences: dict[str, list[str]] = {}
     for row in read_rows(source.descriptions, ("class", "description")):
         parts = split_sentences(row.values["description"])
-        sentences.setdefault(_fold(row.values["class"]), []).extend(parts)
-    lacking = [name for name in names if not sentences.get(_fold(name))]
+        sentences.setdefault(fold_name(row.values["class"]), []).extend(parts)
+    lacking = [name for name in names if not sentences.get(fold_name(name))]
     if names and len(lacking) == len(names):
         raise DataError(
             f"{source.descriptions}: describes none of the {len(names)} classes of {source.path}: it has "
@@ -309,9 +321,9 @@ def split_sentences(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _fold(name: str) -> str:
-    """What class names share that differ in case, blanks, hyphens or underscores."""
-    return re.sub(r"[-_\s]+", " ", name).strip().casefold()
+def fold_name(name: str) -> str:
+    """What class names share that differ in case, blanks, hyphens or underscores; "-1" is no "1"."""
+    return re.sub(r"(?<=.)" + _BETWEEN_WORDS, " ", clean_text(name)).strip().casefold()
 
 
 def _first(names: list[str]) -> str:

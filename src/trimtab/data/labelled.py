@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trimtab.data.captions import Entry, read_entries
+from trimtab.data.captions import Entry, fold_name, read_entries
 from trimtab.data.manifests import read_class_names
 from trimtab.data.pairs import Dropped
 from trimtab.data.parallel import clean_text
@@ -129,24 +129,29 @@ def load_labelled(
             labels; a class without picture; fewer than 2 classes; more than half of the pictures unusable.
     """
     where = ", ".join(source.path for source in sources)
-    entries = [
-        entry
-        for one in sources
-        for entry in read_entries(_Source(one.path, one.image, one.label, one.root))
-    ]  # fmt: skip
+    entries: list[Entry] = []
+    dropped: list[Dropped] = []
+    for one in sources:
+        for entry in read_entries(_Source(one.path, one.image, one.label, one.root)):
+            if isinstance(entry.picture, str) and not entry.texts:
+                dropped.append(Dropped(entry.file, entry.row, entry.picture))
+            else:
+                entries.append(entry)
+    read = len(entries) + len(dropped)
+    if not entries:
+        _report(where, dropped, read)
     names = [_label(entry) for entry in entries]
     listed = isinstance(classes, (str, Path))
     known = (
         read_class_names(classes) if isinstance(classes, (str, Path)) else None if classes is None else list(classes)
     )
     if known is None:
-        known = sorted(set(names))
+        known = _found(entries, names)
     origin = str(classes) if listed else where
     if len(known) < 2:
         raise DataError(f"{origin}: there is only the class {known[0]!r}, and telling classes apart takes two")
     numbers = _numbers(entries, names, known, origin)
 
-    dropped: list[Dropped] = []
     labels: dict[PictureFile, int] = {}
     places: dict[PictureFile, Entry] = {}
     for entry, label in zip(entries, numbers, strict=True):
@@ -165,7 +170,7 @@ def load_labelled(
     for picture, reason in find_damaged(list(labels), notes).items():
         dropped.append(Dropped(places[picture].file, places[picture].row, f"{picture}: {reason}"))
         del labels[picture]
-    _report(where, dropped, len(entries))
+    _report(where, dropped, read)
     found = LabelledPictures(
         tuple(labels), np.fromiter(labels.values(), np.int64, len(labels)), tuple(known), tuple(dropped)
     )
@@ -193,12 +198,40 @@ def _label(entry: Entry) -> str:
     return name
 
 
+def _found(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
+    """The class names there are, sorted; what a folder is called gives way to a label that only writes it otherwise."""
+    folders = {file for file in {entry.file for entry in entries} if Path(file).is_dir()}
+    written = {name for entry, name in zip(entries, names, strict=True) if entry.file not in folders}
+    place = _Places(written)
+    return sorted(written | {name for name in set(names) if place.get(name) is None})
+
+
+class _Places:
+    """Positions of class names; a name that only one of them equals, case, hyphens and underscores aside, is that one.
+
+    A folder's name is tidied for captions, so a list or a table may write it in another way.
+    """
+
+    def __init__(self, classes: Iterable[str]) -> None:
+        self._exact = {clean_text(name): at for at, name in enumerate(classes)}
+        self._folded: dict[str, list[int]] = {}
+        for name, at in self._exact.items():
+            self._folded.setdefault(fold_name(name), []).append(at)
+
+    def get(self, name: str) -> int | None:
+        if name in self._exact:
+            return self._exact[name]
+        near = self._folded.get(fold_name(name), [])
+        return near[0] if len(near) == 1 else None
+
+
 def _numbers(entries: Sequence[Entry], names: Sequence[str], classes: Sequence[str], origin: str) -> list[int]:
     """The class of each entry, from its name, or from its number where all labels are numbers and none is a name."""
-    place = {clean_text(name): at for at, name in enumerate(classes)}
-    unknown = [at for at, name in enumerate(names) if name not in place]
+    places = _Places(classes)
+    place = {name: places.get(name) for name in set(names)}
+    unknown = [at for at, name in enumerate(names) if place[name] is None]
     if not unknown:
-        return [place[name] for name in names]
+        return [at for name in names if (at := place[name]) is not None]
     if len(unknown) == len(names) and all(name.isascii() and name.isdigit() for name in names):
         numbers = [int(name) for name in names]
         if max(numbers) >= len(classes):
