@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from trimtab.data.images import is_address
-from trimtab.data.manifests import SUFFIXES, cell_text, is_null, read_rows, read_text, resolve_image_path
+from trimtab.data.manifests import SUFFIXES, cell_text, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
+from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
 from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, RecipeError
@@ -112,7 +113,7 @@ def read_entries(source: SourceOptions) -> list[Entry]:
 def _from_table(path: Path, source: SourceOptions) -> list[Entry]:
     if source.root is not None and not Path(source.root).is_dir():
         raise DataError(f"root {source.root}: no such folder (current folder: {Path.cwd()})")
-    root = (path.parent if source.root is None else Path(source.root)).resolve()
+    root = PictureFolder((path.parent if source.root is None else Path(source.root)).resolve())
     column = source.label or source.text
     pictures: dict[str, PictureFile | str] = {}
     entries = []
@@ -129,14 +130,14 @@ def _from_table(path: Path, source: SourceOptions) -> list[Entry]:
     return entries
 
 
-def _picture(name: str, root: Path, file: Path, row: int) -> PictureFile:
+def _picture(name: str, root: PictureFolder, file: Path, row: int) -> PictureFile:
     try:
-        path = resolve_image_path(name, root, manifest=file, row=row)
+        path = root.find(name, file=file, row=row)
     except DataError as error:
         # What is an option of `trimtab evaluate` is a key in a recipe.
         key = "path" if file.is_dir() else "root"
         raise DataError(str(error).replace("with --root", f"as the {key} of this source")) from None
-    return PictureFile(path, path.relative_to(root).as_posix())
+    return PictureFile(path, path.relative_to(root.root).as_posix())
 
 
 def read_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
@@ -220,6 +221,7 @@ def _from_folder(folder: Path) -> list[Entry]:
     Those that lie in `folder` itself are entries without a picture.
     """
     root = folder.resolve()
+    inside = PictureFolder(root)
     entries: list[Entry] = []
     places: dict[str, str] = {}
 
@@ -248,7 +250,7 @@ def _from_folder(folder: Path) -> list[Entry]:
             )
         for name in names:
             row = len(entries) + 1
-            picture = _picture((below / name).as_posix(), root, folder, row)
+            picture = _picture((below / name).as_posix(), inside, folder, row)
             entries.append(Entry(picture, [label], str(folder), row))
     if not places:
         shards = next(iter(sorted(folder.glob("*.tar"))), None)

@@ -7,14 +7,13 @@ import difflib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.images import is_address
+from trimtab.data.picture_folder import PictureFolder
 from trimtab.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -120,31 +119,6 @@ def read_text(path: str | Path) -> str:
         raise DataError(_wrong_encoding(path, where, _guess_encoding(data))) from None
 
 
-def resolve_image_path(value: str, root: Path, *, manifest: str | Path, row: int) -> Path:
-    """Path of a picture below `root`, symbolic links followed; the file itself may be missing.
-
-    Raises:
-        DataError: for an address, an empty path, and whatever leads out of `root`: an absolute path, `..`,
-            a symbolic link. The message names manifest, row and remedy.
-    """
-    where = f"{manifest}, row {row}: image path {value!r}"
-    if not value.strip() or "\0" in value:
-        raise DataError(f"{where} is empty or not a path: give a path relative to {root}")
-    if is_address(value):
-        raise DataError(f"{where} is an address, and addresses are never opened: download the pictures first")
-    try:
-        base = root.resolve()
-        resolved = (base / value).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a path the system refuses
-        raise DataError(f"{where} cannot be followed ({error}): mend the link or the path") from error
-    if resolved.is_relative_to(base):
-        return resolved
-    remedy = f"outside the data folder {root}: pass the folder that holds the pictures with --root"
-    if Path(os.path.normpath(base / value)).is_relative_to(base):
-        raise DataError(f"{where} is a symbolic link that leads {remedy}, or copy the file")
-    raise DataError(f"{where} leads {remedy}")
-
-
 def read_class_names(path: str | Path) -> list[str]:
     """One class name per line; blank lines at the end do not count.
 
@@ -181,9 +155,9 @@ def read_classification(
 
     Raises:
         DataError: for labels that are not among the classes (the first few, with rows and similar names),
-            and as `read_rows` and `resolve_image_path`.
+            and as `read_rows` and `PictureFolder.find`.
     """
-    base = _image_root(path, root)
+    folder = _picture_folder(path, root)
     index = {name.strip(): position for position, name in enumerate(classes)}
     unknown: dict[str, list[int]] = {}
     items = []
@@ -192,7 +166,7 @@ def read_classification(
         if label not in index:
             unknown.setdefault(label, []).append(record.row)
             continue
-        image = resolve_image_path(record.values["image"], base, manifest=path, row=record.row)
+        image = folder.find(record.values["image"].strip(), file=path, row=record.row)
         items.append(LabelledImage(image, index[label], record.row))
     if unknown:
         shown = [_describe_label(label, rows, list(index)) for label, rows in list(unknown.items())[:5]]
@@ -212,9 +186,9 @@ def read_retrieval(path: str | Path, root: str | Path | None = None) -> Retrieva
         root: folder of the pictures; the manifest's own by default.
 
     Raises:
-        DataError: for an empty text, and as `read_rows` and `resolve_image_path`.
+        DataError: for an empty text, and as `read_rows` and `PictureFolder.find`.
     """
-    base = _image_root(path, root)
+    folder = _picture_folder(path, root)
     images: dict[Path, int] = {}
     texts: dict[str, int] = {}
     positives: dict[tuple[int, int], None] = {}
@@ -222,17 +196,17 @@ def read_retrieval(path: str | Path, root: str | Path | None = None) -> Retrieva
         text = record.values["text"].strip()
         if not text:
             raise DataError(f"{path}, row {record.row}: the text is empty: write one or remove the row")
-        image = resolve_image_path(record.values["image"], base, manifest=path, row=record.row)
+        image = folder.find(record.values["image"].strip(), file=path, row=record.row)
         pair = (images.setdefault(image, len(images)), texts.setdefault(text, len(texts)))
         positives[pair] = None
     return RetrievalPairs(list(images), list(texts), list(positives))
 
 
-def _image_root(path: str | Path, root: str | Path | None) -> Path:
+def _picture_folder(path: str | Path, root: str | Path | None) -> PictureFolder:
     base = Path(path).parent if root is None else Path(root)
     if root is not None and not base.is_dir():
         raise DataError(f"--root {base}: no such folder")
-    return base.resolve()
+    return PictureFolder(base.resolve())
 
 
 def _describe_label(label: str, rows: list[int], classes: list[str]) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from trimtab.data.images import ImageError, is_address
-from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text, resolve_image_path
+from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text
+from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import PictureFile, ShardSample, expand_shards, picture_names, read_shard
 from trimtab.errors import DataError
 from trimtab.files import digest_of
@@ -115,6 +116,7 @@ class Input:
 
     def _folder_items(self) -> Iterator[Item]:
         root = Path(self.path).resolve()
+        inside = PictureFolder(root)
 
         def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
             raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -123,11 +125,12 @@ class Input:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in picture_names(files):
                 path = Path(where) / name
-                yield _picture_item(path.relative_to(root).as_posix(), root, self.path, 0)
+                yield _picture_item(path.relative_to(root).as_posix(), inside, self.path, 0)
 
     def _table_items(self) -> Iterator[Item]:
         optional = (*self.keep, *((self.id_column,) if self.id_column else ()))
         seen: set[int] = set()
+        root = PictureFolder(self.root)
         for record in iter_rows(self.path, (self.column, *optional)):
             values = record.values
             kept = tuple(values[name] for name in self.keep)
@@ -140,13 +143,13 @@ class Input:
                 if (key := hash(name)) in seen:
                     continue
                 seen.add(key)
-            yield _picture_item(name, self.root, self.path, record.row, kept, own)
+            yield _picture_item(name, root, self.path, record.row, kept, own)
 
 
 def _picture_item(
-    name: str, root: Path, file: str, row: int, kept: tuple[str, ...] = (), own: str | None = None
+    name: str, root: PictureFolder, file: str, row: int, kept: tuple[str, ...] = (), own: str | None = None
 ) -> Item:
-    path = resolve_image_path(name, root, manifest=file, row=row) if name else None
+    path = root.find(name, file=file, row=row) if name else None
     picture = PictureFile(path, name) if path else "the path is empty"
     return Item(name if own is None else own, name, kept, picture)
 
