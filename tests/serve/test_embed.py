@@ -172,7 +172,8 @@ def test_texts_of_every_plane_come_back(model: Any, tmp_path: Path, texts: list[
 def test_unreadable_pictures_are_listed(model: Any, photos: Path, tmp_path: Path) -> None:
     (photos / "a.jpg").write_bytes(b"")
     (photos / "b.jpg").write_bytes(b"<html>")
-    path = write_csv(photos / "t.csv", ["image"], [("a.jpg",), ("图0.png",), ("b.jpg",), ("gone.png",), ("",)])
+    rows = [(name, "x") for name in ("a.jpg", "图0.png", "b.jpg", "gone.png", "")]
+    path = write_csv(photos / "t.csv", ["image", "note"], rows)
     outcome = embed(path, model, tmp_path / "e", shard_size=2)
     assert (outcome["count"], outcome["skipped"]) == (1, 4)
     with (tmp_path / "e/skipped.csv").open(encoding="utf-8") as stream:

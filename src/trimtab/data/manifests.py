@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -102,7 +103,7 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise DataError(_unreadable(path, error)) from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(_wrong_encoding(path, "byte 1, line 1", "UTF-16"))
+        raise DataError(_wrong_encoding(path, "byte 1, line 1", ["UTF-16"]))
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         raise DataError(f"{path}: is empty")
@@ -116,7 +117,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         where = f"byte {error.start + 1}, line {line}"
-        raise DataError(_wrong_encoding(path, where, _guess_encoding(data))) from None
+        raise DataError(_wrong_encoding(path, where, _guess_encodings(data))) from None
 
 
 def read_class_names(path: str | Path) -> list[str]:
@@ -218,8 +219,9 @@ def _describe_label(label: str, rows: list[int], classes: list[str]) -> str:
 def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
     # newline="" keeps line ends inside quoted fields as they are.
     tab = path.suffix.lower() == ".tsv"
-    lines = io.StringIO(read_text(path), newline="")
-    reader = csv.reader(lines, delimiter="\t" if tab else ",", strict=True)
+    text = read_text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # it guards memory, and all of the text is there
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",", strict=True)
     header: list[str] | None = None
     start = 1
     while True:
@@ -229,11 +231,16 @@ def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iter
         except StopIteration:
             break
         except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(
+                    f"{path}, row {start}: a quote that opens in this row is never closed: close it, or write quotes "
+                    "that belong to the text twice, in a quoted field"
+                ) from None
             raise DataError(
                 f"{path}, row {start}: {error}: a field that starts with a quote, or holds a line break or "
                 "the separator, is quoted, and quotes inside it are doubled"
             ) from None
-        if not fields:
+        if not any(field.strip() for field in fields):  # as spreadsheets leave them below the last row
             continue
         if header is None:
             header = [name.strip() for name in fields]
@@ -252,6 +259,8 @@ def _separator_hint(header: list[str], tab: bool) -> str:
     if len(header) == 1 and ("," if tab else "\t") in header[0]:
         found, suffix = ("comma", "csv") if tab else ("tab", "tsv")
         return f"; the header looks {found}-separated: name the file .{suffix}"
+    if len(header) == 1 and ";" in header[0]:
+        return f"; the header looks semicolon-separated: save it with {'tabs' if tab else 'commas'} instead"
     return ""
 
 
@@ -357,19 +366,33 @@ def _unreadable(path: Path, error: OSError) -> str:
     return f"{path}: cannot be read ({error.strerror or error})"
 
 
-def _guess_encoding(data: bytes) -> str:
-    # European letters may decode as Chinese too, but stand alone between ASCII letters; Chinese ones do not.
+# First bytes of the most frequent signs: common Han, for Japanese kana, for Korean hangul.
+_FREQUENT = {"GB18030": (0xB0, 0xD7), "BIG5": (0xA4, 0xC6), "SHIFT_JIS": (0x82, 0x83), "EUC-KR": (0xB0, 0xC8)}
+_LEAST_FREQUENT = 0.3
+
+
+def _guess_encodings(data: bytes) -> list[str]:
+    """Encodings that the text may have, the likeliest first."""
+    # European letters may decode as East Asian signs too, but nearly all stand alone between ASCII letters. Of the
+    # East Asian encodings that is so in Shift-JIS alone.
     runs = re.findall(rb"[\x80-\xff]+", data)
-    alone = sum(len(run) == 1 for run in runs)
-    try:
-        data.decode("gb18030")
-    except UnicodeDecodeError:
-        return "WINDOWS-1252"
-    return "GB18030" if alone <= len(runs) / 2 else "WINDOWS-1252"
+    alone = sum(len(run) == 1 for run in runs) > 0.75 * len(runs)
+    shares = {}
+    for name in ("SHIFT_JIS",) if alone else _FREQUENT:
+        first, last = _FREQUENT[name]
+        with contextlib.suppress(UnicodeDecodeError):
+            signs = re.sub(r"[\x00-\x7f]", "", data.decode(name))[:10_000]
+            frequent = sum(first <= sign.encode(name, "replace")[0] <= last for sign in signs)
+            shares[name] = frequent / max(1, len(signs))
+    likely = [name for name, share in shares.items() if share >= _LEAST_FREQUENT]
+    # Of equally good ones the one that asks for more is the likelier.
+    likely.sort(key=lambda name: (-shares[name], _FREQUENT[name][1] - _FREQUENT[name][0]))
+    return likely or ["WINDOWS-1252"]
 
 
-def _wrong_encoding(path: Path, where: str, guess: str) -> str:
+def _wrong_encoding(path: Path, where: str, guesses: list[str]) -> str:
+    said = f"for {guesses[0]} text as this seems to be" if len(guesses) == 1 else f"perhaps from {' or '.join(guesses)}"
     return (
-        f"{path}: is not UTF-8 ({where}); convert it, for {guess} text as this seems to be: "
-        f"iconv -f {guess} -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}"
+        f"{path}: is not UTF-8 ({where}); convert it, {said}: "
+        f"iconv -f {guesses[0]} -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}"
     )

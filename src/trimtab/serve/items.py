@@ -235,7 +235,7 @@ def table_columns(path: Path) -> list[str]:
     if path.suffix.lower() != ".jsonl":
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        return [name.strip() for name in next((row for row in rows if row), [])]
+        return [name.strip() for name in next((row for row in rows if any(map(str.strip, row))), [])]
     first = next(line for line in text.split("\n") if line.strip())
     try:
         record = json.loads(first)
