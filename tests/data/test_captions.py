@@ -8,6 +8,8 @@ import tempfile
 from math import inf, nan
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,6 +133,9 @@ def test_sources_that_are_not_there(path: str, message: str) -> None:
 def test_columns_of_parquet_are_named(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.parquet", [("a.png", "x")], ("picture", "text"))
     with pytest.raises(DataError, match=r"no column 'image'; columns found: picture, text; a source names its"):
+        read_entries(PairSource(str(table)))
+    pq.write_table(pa.table([["a.png"], ["x"], ["y"]], names=["image", "text", "text"]), table)
+    with pytest.raises(DataError, match="'text' stands in the header 2 times"):
         read_entries(PairSource(str(table)))
 
 

@@ -76,6 +76,14 @@ def test_folder_names_match_lists_and_tables_however_they_are_written(tmp_path: 
     assert together.labels.tolist() == [0, 1, 2, 1, 2]
 
 
+def test_folders_of_a_mac_match_lists(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "folder", ["A\u0308pfel/1.png", "Birnen/2.png"])
+    (tmp_path / "classes.txt").write_text("Birnen\nÄpfel\n", encoding="utf-8")
+    found = load_labelled([Source(str(tmp_path / "folder"))], tmp_path / "classes.txt")
+    assert (found.classes, found.labels.tolist()) == (("Birnen", "Äpfel"), [1, 0])
+    assert all(image.exists() for image in found.images)
+
+
 def test_names_that_several_classes_could_mean_match_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'T shirt' \(.*row 2; 1 pictures, do you mean"):
         load_labelled(table(tmp_path, ["T shirt"]), ["T-shirt", "t_shirt"])
@@ -119,6 +127,7 @@ def test_numbers_stand_for_the_classes_of_the_file(tmp_path: Path) -> None:
         (["pear", "pear"], ["pear", "apple", "fig"], r"2 of 3 classes have no picture: apple, fig\. Add pictures"),
         (["pear", "pear"], None, r"only the class 'pear', and telling classes apart takes two"),
         (["pear", " "], None, r"row 3: the picture has no label"),
+        (["pear", "apple"], ["pear", "apple", " pear"], r"classes 1 and 3 of 3 have the same name 'pear'"),
         (["pear", "apple"], ["pear"], r"only the class 'pear'"),
     ],
 )  # fmt: skip

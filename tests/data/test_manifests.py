@@ -206,6 +206,9 @@ def test_missing_columns_of_parquet(tmp_path: Path) -> None:
     path = write_table(tmp_path / "t.parquet", [("a", "b")], ("zh", "en"))
     with pytest.raises(DataError, match="columns found: zh, en"):
         read_rows(path, COLUMNS)
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["target", "english", "target"]), path)
+    with pytest.raises(DataError, match="'target' stands in the header 2 times"):
+        read_rows(path, COLUMNS)
     pq.write_table(pa.table({"target": [{"bytes": b"x"}], "english": ["a"]}), path)
     with pytest.raises(DataError, match="row 1: 'target' holds a dict"):
         read_rows(path, COLUMNS)
@@ -270,6 +273,28 @@ def test_classification(root: Path) -> None:
     assert moved[1].path == (root / "sub" / "b.jpg").resolve()
     with pytest.raises(DataError, match=r"--root .*nowhere: no such folder"):
         read_classification(path, ["cat", "dog"], root / "nowhere")
+
+
+def test_names_in_either_form_of_unicode_are_the_same(root: Path) -> None:
+    composed, decomposed = "Äpfel", "A\u0308pfel"
+    (root / "classes.txt").write_text(f"Birnen\n{decomposed}\n", encoding="utf-8")
+    assert read_class_names(root / "classes.txt") == ["Birnen", composed]
+    path = write_table(root / "m.csv", [("a.jpg", composed), ("b.jpg", decomposed)], ("image", "label"))
+    for name in (composed, decomposed):
+        assert [item.label for item in read_classification(path, ["Birnen", name])] == [1, 1]
+    for classes in ([composed, "Birnen", decomposed], ["a", "b", "a "]):
+        with pytest.raises(DataError, match="classes 1 and 3 of 3 have the same name"):
+            read_classification(path, classes)
+
+
+def test_a_picture_counts_once_and_has_one_class(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [("sub/a.jpg", "dog"), ("b.jpg", "cat"), ("sub/../sub/a.jpg", "dog")]
+    items = read_classification(write_table(root / "m.csv", rows, ("image", "label")), ["cat", "dog"])
+    assert [(item.label, item.row) for item in items] == [(1, 2), (0, 3)]
+    assert "1 rows name a picture and label of rows before" in caplog.text
+    path = write_table(root / "m.csv", [*rows, ("b.jpg", "dog")], ("image", "label"))
+    with pytest.raises(DataError, match=r"row 5: .*b\.jpg is of class 'dog' here and 'cat' in row 3"):
+        read_classification(path, ["cat", "dog"])
 
 
 def test_labels_that_are_not_classes(root: Path) -> None:

@@ -83,6 +83,7 @@ def test_bad_weights_name_the_row(weight: str, tmp_path: Path) -> None:
 def test_clean_text() -> None:
     assert clean_text(" \ufeff 一\u3000只\x07 狗\r\n\t ") == "一 只 狗"
     assert clean_text("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم", "joiners carry meaning"
+    assert clean_text("A\u0308pfel") == "Äpfel"
 
 
 def test_each_rule_counts_its_own() -> None:

@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from trimtab.data.images import is_address
-from trimtab.data.manifests import SUFFIXES, cell_text, is_null, read_rows, read_text
+from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
 from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
@@ -177,7 +177,7 @@ def _jsonl_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cell
             raise DataError(f"{path}, row {row}: is not an object: give one object per line")
         keys |= dict.fromkeys(record)
         yield row, {name: _texts(record.get(name), f"{path}, row {row}: {name!r}") for name in columns}
-    _check_columns(path, keys, columns)
+    check_columns(path, list(keys), columns, _COLUMN_HINT)
 
 
 def _parquet_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
@@ -190,20 +190,13 @@ def _parquet_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Ce
     try:
         with path.open("rb") as stream:
             table = pq.ParquetFile(stream)
-            _check_columns(path, table.schema_arrow.names, columns)
+            check_columns(path, table.schema_arrow.names, columns, _COLUMN_HINT)
             for batch in table.iter_batches(columns=list(columns)):
                 for record in batch.to_pylist():
                     row += 1
                     yield row, {name: _texts(record[name], f"{path}, row {row}: {name!r}") for name in columns}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is not a readable Parquet file ({error}): export it again") from error
-
-
-def _check_columns(path: Path, found: Iterable[str], columns: Sequence[str]) -> None:
-    found = list(found)
-    if missing := [name for name in columns if name not in found]:
-        listed = ", ".join(found) or "none"
-        raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{_COLUMN_HINT}")
 
 
 def _texts(value: Any, where: str) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from trimtab.data.captions import Entry, fold_name, read_entries
-from trimtab.data.manifests import read_class_names
+from trimtab.data.manifests import index_classes, read_class_names
 from trimtab.data.pairs import Dropped
 from trimtab.data.parallel import clean_text
 from trimtab.data.shards import PictureFile, find_damaged
@@ -125,8 +125,9 @@ def load_labelled(
         every_class: refuse if a class has no picture.
 
     Raises:
-        DataError: a source cannot be used; a picture without label or with one that is no class; a picture with two
-            labels; a class without picture; fewer than 2 classes; more than half of the pictures unusable.
+        DataError: a source cannot be used; a picture without label or with one that is no class; classes of the
+            same name; a picture with two labels; a class without picture; fewer than 2 classes; more than half of the
+            pictures unusable.
     """
     where = ", ".join(source.path for source in sources)
     entries: list[Entry] = []
@@ -213,7 +214,7 @@ class _Places:
     """
 
     def __init__(self, classes: Iterable[str]) -> None:
-        self._exact = {clean_text(name): at for at, name in enumerate(classes)}
+        self._exact = index_classes([clean_text(name) for name in classes])
         self._folded: dict[str, list[int]] = {}
         for name, at in self._exact.items():
             self._folded.setdefault(fold_name(name), []).append(at)

@@ -7,8 +7,10 @@ import csv
 import difflib
 import io
 import json
+import logging
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 from trimtab.data.picture_folder import PictureFolder
 from trimtab.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -121,12 +125,13 @@ def read_text(path: str | Path) -> str:
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """One class name per line; blank lines at the end do not count.
+    """One class name per line, in Unicode's composed form (NFC); blank lines at the end do not count.
 
     Raises:
         DataError: for blank lines in between and for duplicates, with their line numbers.
     """
-    lines = [line.strip() for line in read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    text = unicodedata.normalize("NFC", read_text(path))
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -144,31 +149,57 @@ def read_class_names(path: str | Path) -> list[str]:
     return lines
 
 
+def index_classes(classes: Sequence[str]) -> dict[str, int]:
+    """Position of each class by its name in NFC, surrounding blanks aside.
+
+    Raises:
+        DataError: two names are the same.
+    """
+    index: dict[str, int] = {}
+    for position, name in enumerate(classes):
+        name = unicodedata.normalize("NFC", name).strip()
+        if index.setdefault(name, position) != position:
+            raise DataError(
+                f"classes {index[name] + 1} and {position + 1} of {len(classes)} have the same name {name!r}: remove "
+                "one, or tell them apart by name"
+            )
+    return index
+
+
 def read_classification(
     path: str | Path, classes: Sequence[str], root: str | Path | None = None
 ) -> list[LabelledImage]:
-    """Read a manifest with the columns `image` and `label`.
+    """Read a manifest with the columns `image` and `label`; a picture that stands there twice counts once.
 
     Args:
         path: the manifest.
-        classes: class names; a label must equal one of them, surrounding blanks aside.
+        classes: class names; a label must equal one of them, surrounding blanks and the form of Unicode aside.
         root: folder of the pictures; the manifest's own by default.
 
     Raises:
-        DataError: for labels that are not among the classes (the first few, with rows and similar names),
-            and as `read_rows` and `PictureFolder.find`.
+        DataError: for labels that are not among the classes (the first few, with rows and similar names), for
+            classes of the same name, for a picture with two labels, and as `read_rows` and `PictureFolder.find`.
     """
     folder = _picture_folder(path, root)
-    index = {name.strip(): position for position, name in enumerate(classes)}
+    index = index_classes(classes)
     unknown: dict[str, list[int]] = {}
-    items = []
+    items: dict[Path, LabelledImage] = {}
+    again = 0
     for record in read_rows(path, ("image", "label")):
-        label = record.values["label"].strip()
+        label = unicodedata.normalize("NFC", record.values["label"]).strip()
         if label not in index:
             unknown.setdefault(label, []).append(record.row)
             continue
         image = folder.find(record.values["image"].strip(), file=path, row=record.row)
-        items.append(LabelledImage(image, index[label], record.row))
+        if (first := items.get(image)) is None:
+            items[image] = LabelledImage(image, index[label], record.row)
+        elif first.label == index[label]:
+            again += 1
+        else:
+            raise DataError(
+                f"{path}, row {record.row}: {image} is of class {label!r} here and {list(index)[first.label]!r} in row "
+                f"{first.row}: a picture has one class; remove a row"
+            )
     if unknown:
         shown = [_describe_label(label, rows, list(index)) for label, rows in list(unknown.items())[:5]]
         more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -176,7 +207,9 @@ def read_classification(
             f"{path}: {len(unknown)} labels are not among the {len(index)} classes: {'; '.join(shown)}{more}"
             ". Mend the labels or add them to the class list"
         )
-    return items
+    if again:
+        logger.warning("%s: %d rows name a picture and label of rows before: each picture counts once", path, again)
+    return list(items.values())
 
 
 def read_retrieval(path: str | Path, root: str | Path | None = None) -> RetrievalPairs:
@@ -244,7 +277,7 @@ def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iter
             continue
         if header is None:
             header = [name.strip() for name in fields]
-            _check_columns(path, header, columns, hint=_separator_hint(fields, tab))
+            check_columns(path, header, columns, hint=_separator_hint(fields, tab))
             continue
         if len(fields) != len(header):
             raise DataError(
@@ -264,7 +297,12 @@ def _separator_hint(header: list[str], tab: bool) -> str:
     return ""
 
 
-def _check_columns(path: Path, found: list[str], columns: list[str], hint: str = "") -> None:
+def check_columns(path: Path, found: Sequence[str], columns: Sequence[str], hint: str = "") -> None:
+    """Refuse a table that lacks a column, or has it twice.
+
+    Raises:
+        DataError: names the columns found, and ends with `hint` where one is missing.
+    """
     if missing := [name for name in columns if name not in found]:
         listed = ", ".join(found) or "none"
         raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{hint}")
@@ -306,7 +344,7 @@ def _read_parquet(path: Path, columns: list[str], optional: list[str]) -> Iterat
         try:
             table_file = pq.ParquetFile(stream)
             found = list(table_file.schema_arrow.names)
-            _check_columns(path, found, columns)
+            check_columns(path, found, columns)
             names = [*columns, *(name for name in optional if name in found)]
             number = 0
             for batch in table_file.iter_batches(columns=names):

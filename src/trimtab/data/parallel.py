@@ -179,8 +179,8 @@ def read_parallel(
 
 
 def clean_text(text: str) -> str:
-    """Drop control characters and byte-order marks, turn every run of white space into one blank, strip."""
-    return " ".join(_JUNK.sub("", text).split())
+    """Drop control characters and byte-order marks, turn every run of white space into one blank, strip; in NFC."""
+    return unicodedata.normalize("NFC", " ".join(_JUNK.sub("", text).split()))
 
 
 def clean(
