@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,8 +234,8 @@ def test_an_adapter_of_another_base(
 ) -> None:
     student = TextEncoder.load(tiny_folder("bert"), device="cpu")
     base = tiny_base("clip")
-    stranger = SimpleNamespace(name=base.name, fingerprint="0" * 64, family="clip", embedding_dim=base.embedding_dim)
-    folder = save_tiny_adapted(tmp_path / "adapted", base, student, base=reference(stranger))
+    stranger = replace(reference(base), fingerprint="0" * 64)
+    folder = save_tiny_adapted(tmp_path / "adapted", base, student, base=stranger)
     message = refused(*classification(folder, data))
     for part in (str(folder), "0" * 16, base.fingerprint[:16], "train it again"):
         assert part in message

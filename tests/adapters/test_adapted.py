@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -336,3 +337,16 @@ def test_building_needs_no_base(tiny_base: Any, student: TextEncoder, tmp_path: 
     folder = save_tiny_adapted(tmp_path / "a", tiny_base("clip"), student)
     adapter = build_language_adapter(read_adapter(folder, tensors=False))
     assert adapter.input_mean.shape == (student.hidden_size,)
+
+
+def test_a_base_with_another_tokenizer_is_refused(adapted: LanguageAdapted, tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", adapted)
+    other = Path(shutil.copytree(adapted.base.name, tmp_path / "other"))
+    about = json.loads((other / "tokenizer.json").read_text())
+    ids = about["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (other / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="another tokenizer or context length"):
+        load_adapted(folder, base=other, student=adapted.student, device="cpu")
+    # What the student reads is no matter of the base.
+    assert adapted.text_input_digest == adapted.base.text_input_digest

@@ -218,7 +218,20 @@ def test_another_base_or_student_is_refused(folder: Path) -> None:
 
 def test_references_of_loaded_models(tiny_base: Any) -> None:
     base = tiny_base("clip")
-    assert BaseReference.of(base) == BaseReference(base.name, base.fingerprint, "clip", 12)
+    digests = (base.text_input_digest, base.image_input_digest)
+    assert BaseReference.of(base) == BaseReference(base.name, base.fingerprint, "clip", 12, *digests)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("text_input_digest", "another tokenizer"), ("image_input_digest", "another image processor")]
+)
+def test_a_base_that_prepares_otherwise_is_refused(folder: Path, tiny_base: Any, key: str, words: str) -> None:
+    base = tiny_base("clip")
+    own = BaseReference.of(base)
+    check_base(replace(read_adapter(folder), base=own), base)
+    check_base(replace(read_adapter(folder), base=replace(own, **{key: ""})), base)  # a folder that does not say
+    with pytest.raises(ModelError, match=words):
+        check_base(replace(read_adapter(folder), base=replace(own, **{key: "f" * 64})), base)
 
 
 def test_full_disk_keeps_the_old_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

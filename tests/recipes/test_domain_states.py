@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,26 @@ def test_every_method_starts_from_the_embeddings_of_the_base(method: str, tiny_f
             np.testing.assert_allclose(mine.numpy(), theirs, atol=3e-3)
         again = embed(frozen.image_side, len(pairs.images) + np.arange(14))  # as validation
         np.testing.assert_allclose(again.numpy(), expected[0], atol=3e-3)
+
+
+def test_states_of_other_inputs_are_kept_apart(
+    tiny_folder: Any, tiny_base: Any, pairs: Any, cache: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("clip"), tmp_path / "clip"))
+    changes: dict[str, dict[str, Any]] = {
+        "preprocessor_config.json": {"image_mean": [0.5] * 3},
+        "tokenizer_config.json": {"model_max_length": 8},
+    }
+    for name, change in changes.items():
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    captions = ["a photo of a small red car on the road", "tea"]
+    for base in (tiny_base("clip"), load_base(folder, device="cpu")):
+        images = picture_states(base, TowerCut(base, "image", None), pairs, views=0)
+        texts = TextStates(base, TowerCut(base, "text", None), captions)
+        for states, expected in (
+            (images, base.image_features([one.read() for one in pairs.images[:2]])),
+            (texts, base.text_features(captions)),
+        ):
+            states.fill(cache)
+            found = states(np.arange(2), np.zeros(2, np.int64))["features"]
+            torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)

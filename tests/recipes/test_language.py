@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from trimtab.recipes import language
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.sources import PreparedText, prepare
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.hf import load_base
 from trimtab.towers.text_encoder import TextEncoder
 
 PAIRS = toy_pairs(200)
@@ -168,6 +171,21 @@ def test_a_second_encoding_reads_the_cache(
     again = language.encode(recipe, text, base, student)
     assert np.array_equal(again.teacher, frozen.teacher)
     assert all(np.array_equal(again.states[i], frozen.states[i]) for i in range(len(frozen.states)))
+
+
+def test_another_tokenizer_of_the_teacher_is_another_cache(
+    encoded: Any, student: Any, tiny_folder: Any, tmp_path: Path
+) -> None:
+    recipe, text, _ = encoded
+    folder = Path(shutil.copytree(tiny_folder("vision-text-dual-encoder"), tmp_path / "other"))
+    about = json.loads((folder / "tokenizer.json").read_text())
+    ids = about["model"]["vocab"]
+    ids["red"], ids["a"] = ids["a"], ids["red"]
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    other = load_base(folder, device="cpu")
+    frozen = language.encode(recipe, text, other, student)
+    expected = other.encode_text(text.train.english[:5])
+    np.testing.assert_allclose(frozen.teacher[frozen.english[:5]], expected, atol=TOLERANCE)
 
 
 def test_other_layers_are_another_cache(encoded: Any, base: Any, student: Any, make: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from trimtab.adapters.adapted import load
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve import embed as module
 from trimtab.serve.embed import embed
@@ -282,7 +284,7 @@ def test_another_job_is_refused(model: Any, tiny_base: Any, photos: Path, tmp_pa
     embed(photos, model, tmp_path / "e", shard_size=4)
     with pytest.raises(DataError, match=r"another job \(shard_size differ"):
         embed(photos, model, tmp_path / "e", shard_size=5)
-    with pytest.raises(DataError, match=r"another job \(model differ"):
+    with pytest.raises(DataError, match=r"another job \(model, preparing differ"):
         embed(photos, tiny_base("siglip"), tmp_path / "e", shard_size=4)
     with pytest.raises(DataError, match="other files"):
         embed(photos, model, photos)
@@ -328,3 +330,25 @@ def test_halves(model: Any, photos: Path, tmp_path: Path) -> None:
     schema = pq.read_schema(tmp_path / "e/shard-00000.parquet")
     assert schema.field("embedding").type == pa.list_(pa.float16(), model.embedding_dim)
     assert read(tmp_path / "e")[1].dtype == np.float32
+
+
+def test_a_model_that_prepares_pictures_otherwise_is_another_job(
+    model: Any, photos: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    other = Path(shutil.copytree(tiny_folder("clip"), tmp_path / "other"))
+    path = other / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.5] * 3}))
+    embed(photos, model, tmp_path / "e", shard_size=4)
+    with pytest.raises(DataError, match=r"another job \(preparing differ"):
+        embed(photos, other, tmp_path / "e", shard_size=4, device="cpu")
+    reference = Embeddings.open(tmp_path / "e").about.model
+    changed = load(other, device="cpu")
+    assert reference.fits(model, "images")
+    assert not reference.fits(changed, "images")
+    assert reference.fits(changed, "texts")  # its tokenizer is the same
+
+    plan = json.loads((tmp_path / "e/plan.json").read_text())
+    del plan["preparing"]  # as earlier versions wrote it
+    (tmp_path / "e/plan.json").write_text(json.dumps(plan))
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["count"] == 10
+    assert replace(reference, image_input_digest="").fits(changed, "images")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import tiny_models
-from trimtab.towers.freezing import fingerprint, freeze, tokenizer_digest
+from trimtab.towers.freezing import fingerprint, freeze, image_processor_digest, tokenizer_digest
 
 
 def small_bert(**changes: object) -> BertModel:
@@ -103,3 +103,16 @@ def test_tokenizer_digest_survives_saving_and_sees_changes(tmp_path: Path) -> No
 def test_tokenizers_are_built_alike_each_time(name: str) -> None:
     build = getattr(tiny_models, name)
     assert tokenizer_digest(build()) == tokenizer_digest(build())
+
+
+def test_image_processor_digest_sees_settings_and_no_more() -> None:
+    from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
+
+    reference = image_processor_digest(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32))
+    same = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_resize=True)
+    same.image_mean, same.image_std = list(same.image_mean), list(same.image_std)
+    assert image_processor_digest(same) == reference
+    for change in ({"image_mean": [0.5] * 3}, {"do_center_crop": False}, {"resample": 2}, {"crop_size": 24}):
+        other = CLIPImageProcessorPil(**{"size": {"shortest_edge": 32}, "crop_size": 32, **change})
+        assert image_processor_digest(other) != reference
+    assert image_processor_digest(ViTImageProcessorPil()) != image_processor_digest(CLIPImageProcessorPil())

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
+from tiny_starter import build_starter
 from trimtab.errors import ModelError
 from trimtab.towers import hf
 from trimtab.towers.hf import load_base
@@ -292,3 +293,20 @@ def test_missing_pooler_is_no_concern_of_a_student(tiny_folder: Callable[[str], 
     assert not any("pooler" in name for name in load_file(folder / "model.safetensors"))
     first, second = (TextEncoder.load(folder, device="cpu") for _ in range(2))
     assert first.fingerprint == second.fingerprint  # the random pooler does not count
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "starter"])
+def test_input_digests_survive_saving_and_see_changes(
+    family: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load_base(build_starter(tmp_path / "s") if family == "starter" else tiny_folder(family), device="cpu")
+    folder = base.save_pretrained(tmp_path / "again")
+    again = load_base(folder, device="cpu", dtype="bfloat16")
+    digests = (base.text_input_digest, base.image_input_digest)
+    assert (again.text_input_digest, again.image_input_digest) == digests
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6])
+    edit_json(folder / "tokenizer_config.json", model_max_length=8)
+    other = load_base(folder, device="cpu")
+    assert other.fingerprint == base.fingerprint  # which names weights alone
+    assert other.text_input_digest != base.text_input_digest
+    assert other.image_input_digest != base.image_input_digest

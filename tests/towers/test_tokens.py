@@ -64,3 +64,13 @@ def test_settings_left_in_a_tokenizer_do_not_matter(inputs: TextInputs) -> None:
     expected = inputs(CORPUS[:3])
     inputs.tokenizer(CORPUS, padding="max_length", truncation=True, max_length=4)
     torch.testing.assert_close(inputs(CORPUS[:3])["input_ids"], expected["input_ids"])
+
+
+def test_the_digest_sees_what_changes_token_tensors(inputs: TextInputs) -> None:
+    changed = [replace(inputs, limit=inputs.limit - 1), replace(inputs, prefix="query: ")]
+    changed += [replace(inputs, use_mask=not inputs.use_mask), replace(inputs, pad_to_limit=not inputs.pad_to_limit)]
+    changed.append(replace(inputs, tokenizer=tiny_models.clip_tokenizer()))
+    digests = {one.digest for one in changed}
+    assert len(digests) == len(changed)
+    assert inputs.digest not in digests
+    assert replace(inputs).digest == inputs.digest

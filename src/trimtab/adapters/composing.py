@@ -22,6 +22,7 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     check_base,
+    check_inputs,
     is_adapted_folder,
     is_composed_folder,
     read_adapter,
@@ -73,6 +74,7 @@ def load_composed(
         described = found["prompt"]
         if len(parts) > 1 or not is_composed_folder(parts[0]):  # of that it was checked when it was made
             _check_prompt(described, loaded, domain, language)
+        check_inputs(described, loaded)
         prompt = load_prompt(described, core, str(described.folder), described.folder)
     single = parts[0] if len(parts) == 1 and is_composed_folder(parts[0]) else None
     model = Composed(

@@ -42,17 +42,24 @@ class Fingerprinted(Protocol):
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base that an adapter fits."""
+    """The base that an adapter fits.
+
+    Attributes:
+        text_input_digest, image_input_digest: see `DualEncoder`; "" in folders that do not say.
+    """
 
     name: str
     fingerprint: str
     family: str = ""
     embedding_dim: int = 0
+    text_input_digest: str = ""
+    image_input_digest: str = ""
 
     @classmethod
     def of(cls, base: DualEncoder) -> BaseReference:
         """The reference to a loaded base."""
-        return cls(base.name, base.fingerprint, base.family, base.embedding_dim)
+        digests = (base.text_input_digest, base.image_input_digest)
+        return cls(base.name, base.fingerprint, base.family, base.embedding_dim, *digests)
 
 
 @dataclass(frozen=True)
@@ -227,13 +234,29 @@ def load_into(module: nn.Module, adapter: AdapterFile) -> None:
     module.load_state_dict(adapter.tensors)
 
 
-def check_base(adapter: AdapterFile, base: Fingerprinted) -> None:
+def check_base(adapter: AdapterFile, base: DualEncoder) -> None:
     """Refuse a base that the adapter was not trained on.
 
     Raises:
-        ModelError: naming both models and both fingerprints.
+        ModelError: naming both models and both fingerprints, or what prepares texts or pictures otherwise.
     """
     _check_same(adapter, "base", adapter.base, base)
+    check_inputs(adapter, base)
+
+
+def check_inputs(adapter: AdapterFile, base: DualEncoder) -> None:
+    """Refuse a base whose texts or pictures are prepared otherwise than when the adapter was trained.
+
+    Raises:
+        ModelError: naming both models and what differs.
+    """
+    for what, key in (("tokenizer or context length", "text_input_digest"), ("image processor", "image_input_digest")):
+        wanted = getattr(adapter.base, key)
+        if wanted and wanted != getattr(base, key):
+            raise ModelError(
+                f"{adapter.folder} was trained on the base {adapter.base.name!r} with another {what} than "
+                f"{base.name!r} has: load it with its own base, or train it again on this one"
+            )
 
 
 def check_student(adapter: AdapterFile, student: Fingerprinted) -> None:

@@ -109,7 +109,7 @@ class ImageStates:
         started = time.monotonic()
         site = str(self.cut.site or "features")
         precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
-        parts = ["image states", self.base.fingerprint, site, precision]
+        parts = ["image states", self.base.fingerprint, self.base.image_input_digest, site, precision]
         size = per_pass(_BATCH, "images", self.base.device)
         for view in range(self.views + 1):
             count = len(self.images) if view == 0 else self.viewed
@@ -217,7 +217,8 @@ class TextStates:
             return
         started = time.monotonic()
         precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
-        parts = ["text states", self.base.fingerprint, str(cut.site or "features"), precision]
+        base, site = self.base, str(cut.site or "features")
+        parts = ["text states", base.fingerprint, base.text_input_digest, site, precision]
 
         def lower(texts: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tokens = self.base.text_inputs(texts)

@@ -200,7 +200,8 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
             return student.token_states(texts, recipe.student.layers, batch_size=128)
 
     with progress_reporter("teacher") as report:
-        teacher = cached_vectors(folder, ("teacher", base.fingerprint, precision), english, teach, progress=report)
+        taught_by = ("teacher", base.fingerprint, base.text_input_digest, precision)
+        teacher = cached_vectors(folder, taught_by, english, teach, progress=report)
     layers = ",".join(map(str, recipe.student.layers))
     parts = ("student", student.fingerprint, student.prefix, layers, str(student.max_tokens), precision)
     items = [*text.train.targets, *text.validation.targets, *text.validation.english]
@@ -361,7 +362,7 @@ def save(
 ) -> None:
     """Write the adapted folder."""
     languages = [language for language in outcome["languages"] if language != "en"]
-    reference = BaseReference(portable(base.name), base.fingerprint, base.family, base.embedding_dim)
+    reference = replace(BaseReference.of(base), name=portable(base.name))
     metrics = {k: v for k, v in outcome["validation"].items() if k not in ("kind", "step", "epoch")}
     save_adapter(
         recipe.out,

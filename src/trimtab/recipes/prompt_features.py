@@ -92,7 +92,7 @@ class PictureFeatures:
         base = self.base
         precision = "bf16" if has_fast_bf16(base.device) else "fp32"
         tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
-        parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, precision]
+        parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, base.image_input_digest, precision]
         keys = self._source.keys()
         place = {key: at for at, key in enumerate(keys)}
         for view in range(self.views + 1):

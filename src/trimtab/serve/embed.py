@@ -25,6 +25,7 @@ from trimtab.serve.store import (
     ModelReference,
     ShardNote,
     Skipped,
+    input_digest,
     note_file,
     read_note,
     write_description,
@@ -48,6 +49,7 @@ class Job:
         model: what `trimtab.load` loads.
         fingerprint: which it must have.
         columns: see `Input.columns`.
+        preparing: how the model must prepare what is embedded, see `input_digest`; "" is not compared.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Job:
     dtype: str = "float32"
     batch_size: int = 64
     device: str = "auto"
+    preparing: str = ""
 
     def load_model(self) -> DualEncoder:
         """The model, in a worker of its own.
@@ -67,7 +70,8 @@ class Job:
             ModelError: what is found under its name is another model there.
         """
         model = load(self.model, device=self.device)
-        if model.fingerprint != self.fingerprint:
+        other = self.preparing and self.preparing != input_digest(model, self.of)
+        if model.fingerprint != self.fingerprint or other:
             raise ModelError(f"{self.model} is another model on a worker than where the job was started")
         return model
 
@@ -129,6 +133,7 @@ def embed(
         dtype,
         batch_size,
         device,
+        input_digest(loaded, source.of),
     )
     with _claimed(out, part):
         _check_plan(out, job, source, shard_size)
@@ -264,6 +269,7 @@ def _check_plan(out: Path, job: Job, source: Input, shard_size: int) -> None:
     """Write down what the folder is for, or refuse a folder that is for something else."""
     plan = {
         "model": job.fingerprint,
+        "preparing": job.preparing,
         "of": job.of,
         "columns": list(job.columns),
         "format": job.format,
@@ -277,6 +283,7 @@ def _check_plan(out: Path, job: Job, source: Input, shard_size: int) -> None:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}): delete {out}, or choose another folder") from error
+        before.setdefault("preparing", job.preparing)  # earlier versions did not write it
         if other := [name for name, value in plan.items() if before.get(name) != value]:
             raise DataError(
                 f"{out} holds the embeddings of another job ({', '.join(other)} differ): choose another folder, or "

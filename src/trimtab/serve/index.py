@@ -147,7 +147,7 @@ class Index:
             raise ModelError(
                 f"the index {self.folder} was made with {self.model.name!r} (fingerprint "
                 f"{self.model.fingerprint[:16]}), and {model.name!r} (fingerprint {model.fingerprint[:16]}) is another "
-                "model: search with its own, or embed and index again"
+                f"model, or prepares {self.about['of']} in another way: search with its own, or embed and index again"
             )
 
     def search(self, vectors: np.ndarray, k: int = 10) -> Hits:

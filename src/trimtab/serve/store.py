@@ -48,6 +48,7 @@ class ModelReference:
     Attributes:
         fingerprint: of the whole model.
         image_fingerprint: of what decides where pictures land: models that differ in their texts alone share it.
+        text_input_digest, image_input_digest: see `DualEncoder`; "" in folders that do not say.
     """
 
     name: str
@@ -55,17 +56,29 @@ class ModelReference:
     image_fingerprint: str
     family: str = ""
     embedding_dim: int = 0
+    text_input_digest: str = ""
+    image_input_digest: str = ""
 
     @classmethod
     def of(cls, model: DualEncoder) -> ModelReference:
         """The reference to a loaded model."""
-        return cls(model.name, model.fingerprint, model.image_fingerprint, model.family, model.embedding_dim)
+        fingerprints = (model.fingerprint, model.image_fingerprint)
+        digests = (model.text_input_digest, model.image_input_digest)
+        return cls(model.name, *fingerprints, model.family, model.embedding_dim, *digests)
 
     def fits(self, model: DualEncoder, kind: Kind) -> bool:
         """Whether vectors of `model` may be compared with embeddings that this one made of `kind`."""
+        prepared = self.image_input_digest if kind == "images" else self.text_input_digest
+        if prepared and prepared != input_digest(model, kind):
+            return False
         if self.fingerprint == model.fingerprint:
             return True
         return kind == "images" and self.image_fingerprint == model.image_fingerprint
+
+
+def input_digest(model: DualEncoder, kind: Kind) -> str:
+    """Names how a model prepares items of a kind."""
+    return model.image_input_digest if kind == "images" else model.text_input_digest
 
 
 @dataclass(frozen=True)

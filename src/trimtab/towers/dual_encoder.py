@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.data.images import ImageError, SkippedImage, SkippedImages, read_image
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, open_up
+from trimtab.towers.freezing import image_processor_digest
 from trimtab.towers.passes import per_pass, results
 from trimtab.towers.tokens import TextInputs
 
@@ -85,7 +86,7 @@ class DualEncoder:
         fingerprint: str,
     ) -> None:
         self.model: Any = model
-        self.text_inputs = text_inputs
+        self.text_inputs = self._own_text_inputs = text_inputs
         self.image_processor = image_processor
         self.name = name
         self.family = family
@@ -117,6 +118,19 @@ class DualEncoder:
     def image_fingerprint(self) -> str:
         """Names what decides where pictures land: of two models that differ in their texts alone it is the same."""
         return self.fingerprint
+
+    @property
+    def text_input_digest(self) -> str:
+        """Names what turns texts into the tokens of the base's own text tower: tokenizer, context length, padding.
+
+        It is no part of `fingerprint`, which names that of a student.
+        """
+        return self._own_text_inputs.digest
+
+    @property
+    def image_input_digest(self) -> str:
+        """Names what turns pictures into pixels: the settings of the image processor. No part of `fingerprint`."""
+        return image_processor_digest(self.image_processor)
 
     @property
     def max_tokens(self) -> int:

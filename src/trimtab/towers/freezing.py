@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from trimtab.files import digest_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -27,6 +28,12 @@ VOLATILE_CONFIG_KEYS = frozenset({
     "init_codebook", "initializer_factor", "initializer_range", "label2id", "logit_scale_init_value",
     "output_attentions", "output_hidden_states", "problem_type", "return_dict", "return_loss",
     "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+
+# How an image processor was made, not what it does.
+_VOLATILE_PROCESSOR_KEYS = frozenset({
+    "_processor_class", "auto_map", "feature_extractor_type", "image_processor_type", "processor_class",
+    "transformers_version",
 })  # fmt: skip
 
 # Common words, case, accents, digits, scripts and odd spaces: two tokenizers that agree on the vocabulary but
@@ -114,3 +121,30 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
     probes = [list(tokenizer(text, verbose=False)["input_ids"]) for text in _PROBES]
     return digest_of(vocabulary, json.dumps(probes))
+
+
+def image_processor_digest(processor: BaseImageProcessor) -> str:
+    """SHA-256 over the settings of an image processor that differ from the defaults of its class.
+
+    So the result survives saving again, and new settings of later transformers versions.
+    """
+    kind = re.sub(r"(Fast|Pil)$", "", type(processor).__name__)  # the same in every backend
+    try:
+        defaults = _plain(type(processor)().to_dict())
+    except Exception:  # a user's class may have required arguments
+        defaults = {}
+    settings = {
+        key: value
+        for key, value in _plain(processor.to_dict()).items()
+        if key not in _VOLATILE_PROCESSOR_KEYS and defaults.get(key) != value
+    }
+    return digest_of(kind, json.dumps(settings, sort_keys=True, default=str))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would hold it: numbers as floats, no tuples, nothing that is None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, (int, float)) else value

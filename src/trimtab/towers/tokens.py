@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import DataError, ModelError
+from trimtab.files import digest_of
+from trimtab.towers.freezing import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -38,6 +42,13 @@ class TextInputs:
     use_mask: bool = True
     padding_side: Literal["left", "right"] | None = None
     prefix: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what decides the token tensors of a text; it survives saving the tokenizer again."""
+        settings = [self.limit, self.pad_to_limit, self.use_mask, self._side, self.prefix, self._filler]
+        settings.append(self.tokenizer.truncation_side)
+        return digest_of(tokenizer_digest(self.tokenizer), json.dumps(settings))
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token tensors (B, T) of one batch, ready for the tower."""
@@ -71,7 +82,7 @@ class TextInputs:
     def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Tensors (B, T) of a batch: ``input_ids`` and, where the tower uses it, ``attention_mask``."""
         length = self.limit if self.pad_to_limit else max((len(one) for one in ids), default=1)
-        left = (self.padding_side or self.tokenizer.padding_side) == "left"
+        left = self._side == "left"
         tokens = torch.full((len(ids), length), self._filler, dtype=torch.long)  # (B, T)
         mask = torch.zeros_like(tokens)
         for row, one in enumerate(ids):
@@ -122,6 +133,10 @@ class TextInputs:
         )
         # A tokenizer without special tokens makes nothing of "": one filler keeps the attention defined.
         return [list(ids) or [self._filler] for ids in encoded["input_ids"]]
+
+    @property
+    def _side(self) -> str:
+        return self.padding_side or self.tokenizer.padding_side
 
     @property
     def _filler(self) -> int:
