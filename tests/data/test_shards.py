@@ -231,9 +231,10 @@ def test_picture_files_are_equal_when_their_bytes_are(tmp_path: Path) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 20_000), st.floats(0, 0.999))
-def test_digests_follow_size_and_both_ends(size: int, where: float) -> None:
-    content = bytearray(i * i % 251 for i in range(size))
+@given(st.integers(16, 20_000), st.floats(0, 0.999), st.sampled_from(["BM", "\xff\xd8\xff", "RIFF\n\r12WEBP"]))
+def test_digests_follow_size_and_both_ends(size: int, where: float, magic: str) -> None:
+    start = magic.encode("latin-1")
+    content = bytearray(start + bytes(i * i % 251 for i in range(size - len(start))))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x"
         path.write_bytes(b"before" + content + b"behind")
@@ -243,12 +244,23 @@ def test_digests_follow_size_and_both_ends(size: int, where: float) -> None:
         plain.path.write_bytes(content)
         digest = plain.digest()
         assert member.digest() == digest
-        position = int(where * size)
+        position = len(start) + int(where * (size - len(start)))
         content[position] ^= 1
         plain.path.write_bytes(content)
-        assert (plain.digest() != digest) == (position < 4096 or position >= size - 4096)
+        assert (plain.digest() != digest) == (magic == "BM" or position < 4096 or position >= size - 4096)
         plain.path.write_bytes(content + b"x")
         assert plain.digest() != digest
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.ppm", "a.tif", "a.png", "a.jpg", "a.gif", "a.webp"])
+def test_a_repainted_picture_has_another_digest(name: str, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (200, 200), "white")  # of one size in bytes where nothing is compressed
+    digests = []
+    for colour in ("red", "blue"):
+        picture.paste(colour, (60, 60, 140, 140))
+        picture.save(tmp_path / name)
+        digests.append(PictureFile(tmp_path / name, name).digest())
+    assert digests[0] != digests[1]
 
 
 def test_damaged_pictures_are_found_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ _MAX_SHARDS = 100_000
 _MAX_MEMBER = 256 << 20  # bytes of a picture in a shard; it is read as a whole
 _MAX_TEXT = 1 << 20
 _SAMPLE = 4096
+# How JPEG, PNG, GIF and WebP begin: compressed, so that another picture has another size or another end.
+_COMPRESSED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", re.DOTALL)
 _MAX_ASPECT = 500  # towers refuse narrower strips
 _DECODING_THREADS = 4
 
@@ -76,9 +78,11 @@ class PictureFile:
 
     def digest(self) -> str:
         """Hex SHA-256 of the size and the first and last 4 KiB, which is all of a small picture: cheap, and another
-        one for whatever is encoded anew."""
+        one for whatever is encoded anew. Of formats that may be uncompressed, such as BMP, it is over all bytes."""
         end = self.size()
-        return digest_of(str(end), self._part(0, _SAMPLE), self._part(max(_SAMPLE, end - _SAMPLE), _SAMPLE))
+        head = self._part(0, _SAMPLE)
+        rest = max(_SAMPLE, end - _SAMPLE) if _COMPRESSED.match(head) else _SAMPLE
+        return digest_of(str(end), head, self._part(rest, end))
 
     def read(self, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
         """Decode to RGB, as `trimtab.data.images.read_image` does.
