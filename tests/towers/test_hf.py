@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -285,6 +286,37 @@ def test_of_a_backends_reasons_the_first_sentence_is_told(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(ModelError, match=r"^device 'mps' cannot be used here \(Could not run on 'MPS'\): choose"):
         hf.pick_device("mps")
+
+
+@pytest.mark.parametrize("family", sorted(tiny_models.DUAL_ENCODERS))
+def test_batches_do_not_matter_where_the_tokenizer_pads_on_the_left(
+    family: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder(family), tmp_path / "left"))
+    edit_json(folder / "tokenizer_config.json", padding_side="left")
+    base = load_base(folder, device="cpu")
+    assert base.text_inputs.tokenizer.padding_side == "left"
+    texts = ["a cat", "people walking in the rain", "the house near the river"]
+    together = base.encode_text(texts)
+    for text, row in zip(texts, together, strict=True):
+        np.testing.assert_allclose(base.encode_text(text)[0], row, atol=1e-5)
+    if not family.startswith("siglip"):  # which pad to their limit, on the side that the tokenizer says
+        plain = load_base(tiny_folder(family), device="cpu")
+        np.testing.assert_allclose(plain.encode_text(texts), together, atol=1e-6)
+
+
+def test_a_text_tower_without_a_pooled_vector_is_named(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel, ViTConfig
+
+    folder = tiny_models.build_vision_text(tmp_path / "distil")
+    vocabulary = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = ViTConfig(**sizes, image_size=32, patch_size=8)
+    text = DistilBertConfig(vocab_size=vocabulary, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=12)
+    VisionTextDualEncoderModel(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"text tower of .*distil \(model type 'distilbert'\).*pools its tokens"):
+        load(folder)
 
 
 def test_missing_pooler_is_no_concern_of_a_student(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

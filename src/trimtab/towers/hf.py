@@ -73,15 +73,27 @@ def load_base(
         _warn_without_end_token(folder, tokenizer, text_config)
     text_tower = getattr(model, "text_model", model)
     limit = context_length(tokenizer, text_tower, text_config)
-    base = DualEncoder(
-        model,
-        text_inputs_for(facts, tokenizer, limit),
-        load_image_processor(folder, trust_remote_code=trust_remote_code),
-        name=str(name),
-        family=config.model_type,
-        facts=facts,
-        fingerprint=digest,
-    )
+    # After padding on the left, positions (and the first token) would depend on the longest text of a batch.
+    side = None if facts.pad_to_limit or facts is _REMOTE else "right"
+    text_inputs = text_inputs_for(facts, tokenizer, limit, padding_side=side)
+    image_processor = load_image_processor(folder, trust_remote_code=trust_remote_code)
+    try:
+        base = DualEncoder(
+            model,
+            text_inputs,
+            image_processor,
+            name=str(name),
+            family=config.model_type,
+            facts=facts,
+            fingerprint=digest,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a combination of towers runs into that transformers does not try
+        raise ModelError(
+            f"the text tower of {folder} (model type {text_config.model_type!r}) cannot embed a text ({error}): "
+            "a base needs one that pools its tokens, such as BERT's"
+        ) from error
     _check_image_size(folder, base, config)
     return base
 
