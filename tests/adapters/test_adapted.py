@@ -350,3 +350,49 @@ def test_a_base_with_another_tokenizer_is_refused(adapted: LanguageAdapted, tmp_
         load_adapted(folder, base=other, student=adapted.student, device="cpu")
     # What the student reads is no matter of the base.
     assert adapted.text_input_digest == adapted.base.text_input_digest
+
+
+def test_what_was_pushed_to_the_hub_comes_back(
+    adapted: LanguageAdapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    pushed = trimtab.load(save(tmp_path / "a", adapted), device="cpu").save_pretrained(tmp_path / "pushed")
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in_hub(pushed, tmp_path / "snapshot"))
+    again = trimtab.load("me/chinese", device="cpu")
+    assert isinstance(again, LanguageAdapted)
+    assert again.name == "me/chinese"
+    assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
+    copied = again.save_pretrained(tmp_path / "copied")
+    assert {one.name for one in copied.iterdir()} == {one.name for one in pushed.iterdir()}
+
+
+def test_a_composed_model_and_links_of_the_hub(
+    adapted: LanguageAdapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    folder = save(tmp_path / "a", adapted)
+    composed = trimtab.load(adapted.base.name, links=[folder], device="cpu").save_pretrained(tmp_path / "composed")
+    for name, pushed in (("me/both", composed), ("me/chinese", folder)):
+        (tmp_path / name).mkdir(parents=True)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in_hub(pushed, tmp_path / name))
+        links = [] if name == "me/both" else [name]
+        again = trimtab.load(adapted.base.name if links else name, links=links, device="cpu")
+        assert list(again.links) == ["language"]  # type: ignore[attr-defined]
+        assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
+
+
+def stand_in_hub(repository: Path, snapshot: Path) -> Callable[..., str]:
+    """A `snapshot_download` that copies the files that are asked for, as the hub's client chooses them."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    def fetch(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        files = [str(one.relative_to(repository)) for one in repository.rglob("*") if one.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (snapshot / file).parent.mkdir(exist_ok=True)
+            shutil.copy(repository / file, snapshot / file)
+        return str(snapshot)
+
+    return fetch

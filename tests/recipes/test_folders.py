@@ -8,7 +8,7 @@ import pytest
 
 from trimtab.config import recipe_from_mapping
 from trimtab.errors import RecipeError
-from trimtab.recipes.folders import ADAPTED_FILES, check_out, claim, portable, recipe_digest, training_folder
+from trimtab.recipes.folders import ADAPTED_FILES, check_out, claim, recipe_digest, training_folder
 
 DOMAIN = {"link": "domain", "method": "full", "data": {"train": "pairs.csv"}}
 
@@ -84,10 +84,3 @@ def test_the_digest_is_of_what_decides_the_weights() -> None:
         assert recipe_digest(recipe_from_mapping({**DOMAIN, **same}, "here")) == plain
     for other in ({"seed": 1}, {"method": "probe"}, {"training": {"epochs": 3}}, {"bank": {"gamma": 2}}):
         assert recipe_digest(recipe_from_mapping({**DOMAIN, **other}, "here")) != plain
-
-
-def test_local_names_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    assert portable("model") == str(tmp_path / "model")
-    assert portable("someone/model") == "someone/model"

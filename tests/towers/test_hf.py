@@ -18,7 +18,7 @@ import tiny_models
 from tiny_starter import build_starter
 from trimtab.errors import ModelError
 from trimtab.towers import hf
-from trimtab.towers.hf import load_base
+from trimtab.towers.hf import load_base, portable
 from trimtab.towers.text_encoder import TextEncoder
 
 
@@ -64,6 +64,28 @@ def test_damaged_safetensors_are_named(clip_copy: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ModelError, match=r"model\.safetensors is damaged or cut short"):
         load(clip_copy)
+
+
+def test_local_names_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "starter", "e5-small"):
+        (tmp_path / name).mkdir()
+    assert portable("model") == str(tmp_path / "model")
+    for name in ("someone/model", "starter", "e5-small"):
+        assert portable(name) == name
+    assert portable("./starter") == str(tmp_path / "starter")
+
+
+def test_a_hub_model_without_safetensors_is_named_with_the_way_out(
+    clip_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    (clip_copy / "model.safetensors").unlink()  # its other weights are never fetched
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(clip_copy))
+    for read in (load, TextEncoder.load):
+        with pytest.raises(ModelError, match=r"owner/clip has no safetensors weights.*call save_pretrained\(folder\)"):
+            read("owner/clip")
 
 
 def test_pickled_weights_are_refused(clip_copy: Path) -> None:

@@ -28,7 +28,7 @@ from trimtab.errors import DataError, ModelError
 from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import freeze
-from trimtab.towers.hf import load_base
+from trimtab.towers.hf import BUILT_IN, fetch_links, is_hub_id, load_base, resolve_folder
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -236,7 +236,7 @@ def load(
 
     Args:
         name: "starter", a transformers folder or hub id (CLIP, SigLIP, ChineseCLIP, AltCLIP,
-            VisionTextDualEncoder, FLAVA), or an adapted or composed folder.
+            VisionTextDualEncoder, FLAVA), or an adapted or composed folder or its hub id.
         links: adapted folders of this base, one of each link, that shall work together.
         device: "auto" takes a GPU where there is one; or a torch device.
         dtype: precision of the weights.
@@ -246,15 +246,31 @@ def load(
     Raises:
         ModelError: unknown, incomplete or damaged model, an adapter of another base, or links that do not go together.
     """
-    if links or is_composed_folder(name):
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    first, *others = (_local(one, trust_remote_code=trust_remote_code) for one in (name, *links))
+    if others or is_composed_folder(first):
         from trimtab.adapters.composing import load_composed  # it builds on this module
 
-        return load_composed([name, *links], device=device, dtype=dtype, trust_remote_code=trust_remote_code, **places)
-    if is_adapted_folder(name):
-        return load_adapted(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **places)
-    if places:
+        model: DualEncoder = load_composed([first, *others], **options, **places)
+    elif is_adapted_folder(first):
+        model = load_adapted(first, **options, **places)
+    elif places:
         raise ModelError(f"{name} is not an adapted folder: {', '.join(places)} have no meaning for it")
-    return load_base(str(name), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    else:
+        return load_base(str(name), **options)
+    if first is not name and not others:
+        model.name = str(name)
+    return model
+
+
+def _local(name: str | Path, *, trust_remote_code: bool) -> str | Path:
+    """Where an adapted or composed folder of the model hub lies once it is fetched; any other name as it is."""
+    if str(name) in BUILT_IN or Path(name).exists():
+        return name
+    folder = resolve_folder(name, trust_remote_code=trust_remote_code)
+    if is_composed_folder(folder):
+        return fetch_links(name) if is_hub_id(name) else folder
+    return folder if is_adapted_folder(folder) else name
 
 
 def _tensor_parts(adapter: nn.Module) -> Iterator[str | bytes]:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from trimtab.adapters.prompted import load_prompt
 from trimtab.errors import ModelError
 from trimtab.files import explain_disk_errors, write_json, write_text
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
+from trimtab.towers.hf import load_base, portable
 
 SCHEMA_VERSION = 1
 
@@ -184,9 +184,7 @@ def save_composed(model: Composed, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not is_composed_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} holds something else than a composed model: choose another folder")
-    base = BaseReference.of(model.base)
-    if Path(base.name).exists():
-        base = BaseReference(str(Path(base.name).resolve()), *tuple(asdict(base).values())[1:])
+    base = replace(BaseReference.of(model.base), name=portable(model.base.name))
     about = {
         "schema_version": SCHEMA_VERSION,
         "base": asdict(base),

@@ -30,10 +30,10 @@ from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, general_sets
 from trimtab.recipes.domain_plan import plan
 from trimtab.recipes.domain_report import model_card, write_domain_report
 from trimtab.recipes.domain_states import FrozenStates, base_embeddings, embed, frozen_states
-from trimtab.recipes.folders import check_out, claim, portable, recipe_digest, training_folder
+from trimtab.recipes.folders import check_out, claim, recipe_digest, training_folder
 from trimtab.tasks.domain import Batch, DomainTask
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
+from trimtab.towers.hf import load_base, portable
 from trimtab.towers.map_views import draw_numbers
 from trimtab.towers.memory import PairMemory
 from trimtab.training import distributed

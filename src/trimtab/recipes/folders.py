@@ -52,11 +52,6 @@ def used(recipe: Recipe) -> dict[str, Any]:
     return mapping
 
 
-def portable(name: str) -> str:
-    """Names of local folders as absolute paths, so that the adapted folder loads from anywhere on this machine."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
 def check_out(out: str, own_files: Collection[str] | None = ADAPTED_FILES) -> None:
     """Refuse, before any work, a folder that could not be written at the end or that holds something else.
 

@@ -29,11 +29,11 @@ from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
 from trimtab.recipes.estimates import about
-from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
+from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.sources import PreparedText, Words, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
+from trimtab.towers.hf import load_base, portable
 from trimtab.towers.memory import PairMemory
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder

@@ -22,12 +22,13 @@ from trimtab.data.shots import apart, draw_shots
 from trimtab.files import cache_home, digest_of
 from trimtab.precision import fast_training, tune_allocator
 from trimtab.recipes.estimates import about
-from trimtab.recipes.folders import check_out, portable, recipe_digest, training_folder
+from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt, new_prompt, new_task, steps_per_epoch
 from trimtab.recipes.prompt_report import write_prompt_report
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.hf import portable
 from trimtab.towers.prompting import PromptTower
 from trimtab.training.trackers import progress_reporter
 

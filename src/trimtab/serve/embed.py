@@ -31,6 +31,7 @@ from trimtab.serve.store import (
     write_description,
     write_shard,
 )
+from trimtab.towers.hf import portable
 
 if TYPE_CHECKING:
     from trimtab.towers.dual_encoder import DualEncoder
@@ -124,7 +125,7 @@ def embed(
     loaded = load(model, device=device) if isinstance(model, (str, Path)) else model
     out = Path(out)
     job = Job(
-        str(Path(loaded.name).absolute()) if Path(loaded.name).exists() else loaded.name,
+        portable(loaded.name),
         loaded.fingerprint,
         str(out.absolute()),
         source.of,

@@ -34,7 +34,12 @@ _REMOTE = Family("AutoModel")  # a model with its own code, which the user has o
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.bpe"]
+BUILT_IN = ("starter", "e5-small")
+"""Names of models that are built here; a folder of such a name is given as ``./starter``."""
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.bpe", "README.md"]
+_LINK_FILES = ["*/adapter.json", "*/adapter.safetensors", "*/README.md"]
+_CHOICES = "give 'starter', the folder of a transformers model, or a model hub id such as 'owner/name'"
 
 
 def load_base(
@@ -60,7 +65,13 @@ def load_base(
             f"{name} is a {config.model_type!r} model; a base must be one of {', '.join(FAMILIES)}. "
             "A text encoder alone can be the student of a language link instead"
         )
-    model = load_weights(facts.model_class, folder, config, trust_remote_code=trust_remote_code)
+    model = load_weights(
+        facts.model_class,
+        folder,
+        config,
+        trust_remote_code=trust_remote_code,
+        hub_id=str(name) if is_hub_id(name) else None,
+    )
     if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
         raise ModelError(f"{name} has no get_text_features and get_image_features: it is no dual encoder")
     freeze(model)
@@ -126,28 +137,46 @@ def resolve_folder(name: str | Path, *, trust_remote_code: bool = False) -> Path
             f"{name} is a file; give the folder of a transformers model. "
             "An OpenCLIP checkpoint becomes one by `trimtab convert`"
         )
-    choices = "give 'starter', the folder of a transformers model, or a model hub id such as 'owner/name'"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
-        raise ModelError(f"unknown model {str(name)!r}: there is no such folder; {choices}")
+        raise ModelError(f"unknown model {str(name)!r}: there is no such folder; {_CHOICES}")
 
+    patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
+    return _fetched(str(name), patterns, ["*/*", "open_clip_*.safetensors"])
+
+
+def fetch_links(name: str | Path) -> Path:
+    """The local folder of a composed model of the hub, with the folders of its links.
+
+    Raises:
+        ModelError: as for `resolve_folder`.
+    """
+    return _fetched(str(name), _LINK_FILES, ["*/*/*"])
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name is looked up on the model hub: neither built in nor a path that is there."""
+    return str(name) not in BUILT_IN and not Path(name).expanduser().exists()
+
+
+def portable(name: str) -> str:
+    """Names of local folders as absolute paths, so that they are found from anywhere on this machine."""
+    return name if is_hub_id(name) or name in BUILT_IN else str(Path(name).expanduser().resolve())
+
+
+def _fetched(name: str, patterns: list[str], without: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
     try:
-        fetched = huggingface_hub.snapshot_download(
-            str(name), allow_patterns=patterns, ignore_patterns=["*/*", "open_clip_*.safetensors"]
-        )
+        fetched = huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=without)
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"unknown model {str(name)!r}: there is no such folder, and the model hub cannot be reached (or "
-            f"HF_HUB_OFFLINE is set) and no local copy of that id exists; {choices}"
+            f"unknown model {name!r}: there is no such folder, and the model hub cannot be reached (or "
+            f"HF_HUB_OFFLINE is set) and no local copy of that id exists; {_CHOICES}"
         ) from error
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"unknown model {str(name)!r}: no such folder, and the hub says: {reason}; {choices}"
-        ) from error
+        raise ModelError(f"unknown model {name!r}: no such folder, and the hub says: {reason}; {_CHOICES}") from error
     return Path(fetched)
 
 

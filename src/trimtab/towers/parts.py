@@ -68,12 +68,14 @@ def load_weights(
     *,
     trust_remote_code: bool = False,
     may_miss: str | None = None,
+    hub_id: str | None = None,
 ) -> Any:
     """Load a model in float32 from safetensors and refuse one that is not complete.
 
     Args:
         model_class: name of a transformers class.
         may_miss: a pattern of parameter names that the caller does not use.
+        hub_id: what the folder was fetched by from the model hub, for messages.
 
     Raises:
         ModelError: no safetensors, a damaged file, or missing or misshapen weights, which transformers would
@@ -82,6 +84,12 @@ def load_weights(
     import transformers
 
     files = sorted(folder.glob("*.safetensors"))
+    if not files and hub_id:
+        raise ModelError(
+            f"{hub_id} has no safetensors weights on the model hub, and no other format is read, as it can run code: "
+            "load it with transformers where you trust it, call save_pretrained(folder) on its model, tokenizer and "
+            "image processor, and give that folder"
+        )
     if not files:
         unsafe = [
             path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5") for path in folder.glob(pattern)

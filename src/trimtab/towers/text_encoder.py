@@ -18,7 +18,7 @@ from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import Family
 from trimtab.towers.early_exit import LayerStack
 from trimtab.towers.freezing import fingerprint, freeze, tokenizer_digest
-from trimtab.towers.hf import FAMILIES, pick_device, pick_dtype, resolve_folder, text_inputs_for
+from trimtab.towers.hf import FAMILIES, is_hub_id, pick_device, pick_dtype, resolve_folder, text_inputs_for
 from trimtab.towers.parts import load_config, load_tokenizer, load_weights
 from trimtab.towers.passes import per_pass, results
 from trimtab.towers.tokens import TextInputs, context_length
@@ -107,6 +107,7 @@ class TextEncoder:
             config,
             trust_remote_code=trust_remote_code,
             may_miss=rf"(^|\.){_POOLER}",
+            hub_id=str(name) if is_hub_id(name) else None,
         )
         if facts:
             model = model.get_submodule(_TEXT_TOWERS.get(config.model_type, "text_model"))
