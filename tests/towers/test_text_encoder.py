@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -126,6 +127,36 @@ def test_prefix_of_e5_on_the_hub(tiny_folder: Callable[[str], Path], monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tiny_folder("bert")))
     assert TextEncoder.load("intfloat/multilingual-e5-small", device="cpu").prefix == "query: "
     assert TextEncoder.load("someone/bert", device="cpu").prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("multilingual-e5-small", "query: "), ("e5-large-v2", "query: "), ("bert", ""), ("type5-small", "")],
+)
+def test_prefix_of_e5_in_a_folder(name: str, prefix: str, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder("bert"), tmp_path / "intfloat" / name)
+    assert TextEncoder.load(f"{folder}/", device="cpu").prefix == prefix
+    assert TextEncoder.load(folder, prefix="", device="cpu").prefix == ""
+
+
+def test_an_encoder_without_its_decoder_is_a_student(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel, T5Model
+
+    tokenizer = tiny_models.siglip_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    whole = tiny_models.randomised(T5Model(config))
+    alone = T5EncoderModel(copy.deepcopy(config))  # which it changes
+    alone.load_state_dict(whole.state_dict(), strict=False)
+    students = []
+    for model, folder in ((whole, tmp_path / "whole"), (alone, tmp_path / "alone")):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        students.append(TextEncoder.load(folder, device="cpu"))
+    first, second = (one.token_states(CORPUS) for one in students)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_fingerprint_covers_the_tokenizer(student: Any, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

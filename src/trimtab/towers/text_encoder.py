@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 _TEXT_TOWERS = {"altclip": "text_model.roberta"}
 # Pooling heads are never used here, and many checkpoints lack them.
 _POOLER = "pooler."
+# What transformers calls the encoder alone of a model that has a decoder too, such as T5EncoderModel.
+_ENCODER_ONLY = "EncoderModel"
+# In names of local folders; files of e5 models do not say what they are.
+_E5 = re.compile(r"(^|-)e5-(small|base|large)")
 
 
 class TextEncoder:
@@ -102,7 +107,7 @@ class TextEncoder:
         config = load_config(folder, trust_remote_code=trust_remote_code)
         facts = FAMILIES.get(config.model_type)
         model = load_weights(
-            facts.model_class if facts else "AutoModel",
+            facts.model_class if facts else _model_class(config),
             folder,
             config,
             trust_remote_code=trust_remote_code,
@@ -112,7 +117,7 @@ class TextEncoder:
         if facts:
             model = model.get_submodule(_TEXT_TOWERS.get(config.model_type, "text_model"))
             config = config.text_config
-        elif config.is_encoder_decoder:
+        elif config.is_encoder_decoder or type(model).__name__.endswith(_ENCODER_ONLY):
             model = model.get_encoder()
         tokenizer = load_tokenizer(folder, config, trust_remote_code=trust_remote_code)
         limit = context_length(tokenizer, model, config)
@@ -268,10 +273,24 @@ class TextEncoder:
         return [layer % count for layer in layers]
 
 
+def _model_class(config: PreTrainedConfig) -> str:
+    """The class to load a text encoder by: checkpoints of an encoder alone lack the weights of its decoder."""
+    import transformers
+
+    for name in config.architectures or ():
+        if name.endswith(_ENCODER_ONLY) and hasattr(transformers, name):
+            return name
+    return "AutoModel"
+
+
 def _known_prefix(name: str, folder: Path) -> str:
     """What a model wants before short texts: noted in its folder by us, or known of the e5 models."""
     note = folder / "trimtab.json"
     if note.is_file():
         return str(json.loads(note.read_text(encoding="utf-8")).get("prefix", ""))
-    owner, _, model = name.rpartition("/")
-    return "query: " if owner == "intfloat" and "e5" in model else ""
+    if is_hub_id(name):
+        owner, _, model = name.rpartition("/")
+        known = owner == "intfloat" and "e5" in model
+    else:
+        known = bool(_E5.search(Path(name).name))
+    return "query: " if known else ""
