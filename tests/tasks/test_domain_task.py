@@ -54,7 +54,9 @@ class Stand(nn.Module):
         return Side(self, tower, None, lookup)  # type: ignore[arg-type]
 
 
-def make(objective: ContrastiveConfig | None = None, **bank: Any) -> tuple[Stand, DomainTask]:
+def make(
+    objective: ContrastiveConfig | None = None, *, logit_scale: float = 10.0, **bank: Any
+) -> tuple[Stand, DomainTask]:
     stand = Stand()
     config = MemoryBankConfig(momentum=0.0, **bank)
     captions = torch.from_numpy(CAPTION_OF)
@@ -68,7 +70,7 @@ def make(objective: ContrastiveConfig | None = None, **bank: Any) -> tuple[Stand
         belong=lambda images, captions: BELONG[np.ix_(images, captions)],
         objective=objective or ContrastiveConfig(),
         bank=held,
-        logit_scale=10.0,
+        logit_scale=logit_scale,
     )
 
 
@@ -133,12 +135,20 @@ def test_everything_trained_gets_a_gradient() -> None:
     assert task.log_scale.grad is not None
 
 
-def test_logit_scale_has_a_ceiling() -> None:
-    _, task = make()
+@pytest.mark.parametrize("start", [LARGEST_SCALE, 117.5])
+def test_a_learned_logit_scale_comes_down_from_its_ceiling(start: float) -> None:
+    """CLIP's own checkpoints have 100."""
+    _, task = make(ContrastiveConfig(learn_logit_scale=True), logit_scale=start)
+    assert task.logit_scale.item() == pytest.approx(LARGEST_SCALE)
+    sum(task.step(batch(0, 2, 4)).values(), torch.zeros(())).backward()
+    assert task.log_scale.grad is not None
+    assert task.log_scale.grad.abs() > 0
+
+
+def test_a_logit_scale_that_is_not_learned_stays_as_it_is() -> None:
+    _, task = make(logit_scale=117.5)
     assert not task.log_scale.requires_grad
-    with torch.no_grad():
-        task.log_scale.fill_(9.0)
-    assert task.logit_scale.item() == LARGEST_SCALE
+    assert task.logit_scale.item() == pytest.approx(117.5)
 
 
 def test_a_head_sits_on_cached_features(tiny_base: Any) -> None:

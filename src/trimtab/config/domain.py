@@ -137,8 +137,8 @@ class ContrastiveConfig:
         image_to_text: weight of finding an image's captions among the texts; with the default of both terms their
             sum is CLIP's loss.
         text_to_image: weight of finding a text's images in the batch.
-        logit_scale: multiplies cosines; null starts from the base's own.
-        learn_logit_scale: train it with the adapters; false keeps it as it is.
+        logit_scale: multiplies cosines, at most 100; null starts from the base's own.
+        learn_logit_scale: train it with the adapters, up to 100; false keeps it as it is.
         label_smoothing: share of every target that is spread over all candidates alike.
         hard_negatives: texts from the memory bank added to every batch as negatives of its images; 0 for none. Without
             ``bank.enabled`` there are none.
@@ -155,7 +155,7 @@ class ContrastiveConfig:
         for name in ("image_to_text", "text_to_image"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "image_to_text", self.image_to_text + self.text_to_image > 0, "above 0, or text_to_image")
-        require(self, "logit_scale", self.logit_scale is None or self.logit_scale > 0, "above 0, or null")
+        require(self, "logit_scale", self.logit_scale is None or 0 < self.logit_scale <= 100, "above 0 to 100, or null")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         require(self, "hard_negatives", self.hard_negatives >= 0, "at least 0")
         useful = self.hard_negatives == 0 or self.image_to_text > 0

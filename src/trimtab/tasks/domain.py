@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, TowerName
 
 LARGEST_SCALE = 100.0
-"""The logit_scale is kept at or below this, as in CLIP's own training."""
+"""A logit_scale that is learned is kept at or below this, as in CLIP's own training."""
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Numbers of the pairs (B,), of the view of each pair's picture (B,), and (B, K) what its map's view is made of."""
@@ -122,7 +123,14 @@ class DomainTask(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """The scale that multiplies cosines, with gradient if it is learned."""
-        return self.log_scale.exp().clamp_max(LARGEST_SCALE)
+        self._keep_scale()
+        return self.log_scale.exp()
+
+    def _keep_scale(self) -> None:
+        # A bound on what is computed of it would have no gradient, and CLIP's checkpoints begin at the bound.
+        if self.log_scale.requires_grad:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Named loss terms of one batch; each caption passes through the text tower once."""
