@@ -13,7 +13,7 @@ import torch
 
 import tiny_run
 from tiny_run import STEPS, Problem, settings
-from trimtab.errors import RecipeError, TrainingStopped, TrimtabError
+from trimtab.errors import ModelError, RecipeError, TrainingStopped, TrimtabError
 from trimtab.training.checkpoint import CheckpointFolder
 
 
@@ -110,6 +110,16 @@ def test_changed_recipe_is_refused(tmp_path):
     Problem().train(tmp_path, settings=settings(epochs=1))
     with pytest.raises(RecipeError, match=r"holds a run of another recipe \(step 7\).*out=.*delete that folder"):
         Problem().train(tmp_path, digest="recipe-2")
+
+
+def test_a_model_that_validation_cannot_use_stops_the_run(tmp_path):
+    def refuse(epoch: int) -> dict[str, float]:
+        if epoch:
+            raise ModelError("the embeddings are not finite")
+        return {"error": 1.0}
+
+    with pytest.raises(TrainingStopped, match=r"after epoch 2 .*checkpoint before it is .*training\.learning_rate"):
+        Problem().train(tmp_path, validate=refuse, settings=settings(checkpoint_every=3))
 
 
 def test_other_modules_are_refused(tmp_path):

@@ -30,6 +30,32 @@ def test_tensorboard_gets_terms_and_validation(tmp_path):
     assert [event.step for event in events.Scalars("validation/error")] == [STEPS, 2 * STEPS, 3 * STEPS]
 
 
+def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_trackers(["tensorboard"], tmp_path, {}) as (tracker,):
+        for step in (4, 8, 11):  # the last after the checkpoint of step 8
+            tracker.log({"error": float(step)}, step)
+    with open_trackers(["tensorboard"], tmp_path, {}, first_step=8) as (tracker,):
+        for step in (11, 12):
+            tracker.log({"error": float(step)}, step)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("error")] == [4, 8, 11, 12]
+
+
+def test_a_service_that_does_not_start_is_named(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no server\nat all")
+
+    monkeypatch.setitem(TRACKERS, "wandb", refuse)
+    with (
+        pytest.raises(TrimtabError, match=r"'wandb' could not start \(no server\).*training\.trackers"),
+        open_trackers(["wandb"], tmp_path, {}),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_missing_package_names_the_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
@@ -69,7 +95,7 @@ def test_services_are_called_as_their_packages_expect(tmp_path, monkeypatch):
         for tracker in trackers:
             tracker.log({"train/loss": 0.5}, 3)
     assert calls[0] == {"project": "trimtab", "dir": str(tmp_path), "config": {"seed": 1, "long": "x" * 900}}
-    assert calls[1].startswith("file://")
+    assert calls[1] == f"sqlite:///{tmp_path}/mlflow.db"
     assert calls[3] == {"seed": "1", "long": "x" * 500}
     assert calls[4:] == [("log", {"train/loss": 0.5}, 3), ({"train/loss": 0.5}, 3), "end", "finish"]
 

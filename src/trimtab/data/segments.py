@@ -327,7 +327,8 @@ class _Part:
                 )
         largest = max(kept, key=lambda pair: np.abs(pair[1]).max())[0]
         raise DataError(
-            f"the encoder gives values too large for {self.layout.dtype} for {largest!r}: use float32 for the cache"
+            f"the encoder gives values too large for {self.layout.dtype}, as which they are cached, for {largest!r}: "
+            "take another layer (student.layers, or first of adapters), where they are smaller"
         )
 
     def _append(self, rows: np.ndarray, digests: np.ndarray, lengths: np.ndarray) -> None:

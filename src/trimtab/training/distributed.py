@@ -11,16 +11,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 
 _TORCHRUN = "torchrun --nproc_per_node {n} --no-python trimtab adapt RECIPE.yaml"
+_LONGEST_WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class World:
 
 def make_accelerator() -> Accelerator:
     """Accelerate on the GPU of this process, or on the CPU (gloo between processes) when there is none."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    # The first process measures alone, for as long as that takes; of a process that dies the others hear at once.
+    patient = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
 
 
 def world_of(accelerator: Accelerator) -> World:

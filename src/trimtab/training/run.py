@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.config import TrainingConfig
-from trimtab.errors import RecipeError, TrainingStopped, TrimtabError
+from trimtab.errors import ModelError, RecipeError, TrainingStopped, TrimtabError
 from trimtab.training import distributed
 from trimtab.training.checkpoint import (
     Checkpoint,
@@ -153,7 +153,16 @@ class Run:
     ) -> dict[str, Any]:
         self.modules.eval()
         with torch.no_grad(), self.average.applied() if self.average else contextlib.nullcontext():
-            metrics = {name: float(value) for name, value in validate(epoch).items()}
+            try:
+                metrics = {name: float(value) for name, value in validate(epoch).items()}
+            except ModelError as error:
+                if epoch < 0:
+                    raise
+                raise TrainingStopped(
+                    f"training stopped after epoch {epoch + 1} (step {self.step}): with the trained weights the model "
+                    f"cannot be used, most likely because training diverged; {self.kept()}. Try a lower "
+                    f"training.learning_rate or training.precision=fp32. {self.start_again()}"
+                ) from error
             if self.world.size > 1:  # ranks may differ in the last bit, but must decide alike
                 numbers = torch.tensor(list(metrics.values()), device=self.world.device, dtype=torch.float32)
                 metrics = dict(zip(metrics, distributed.average(numbers, self.world).tolist(), strict=True))
@@ -223,8 +232,9 @@ class Run:
             return
         if saved.state["digest"] != self.digest:
             raise RecipeError(
-                f"{self.folder.folder} holds a run of another recipe (step {saved.state['step']}); undo the change "
-                f"to resume it, or keep it and choose another out=..., or delete that folder to start again"
+                f"{self.folder.folder} holds a run of another recipe (step {saved.state['step']}), of other data or of "
+                "another base; undo the change to resume it, or keep it and choose another out=..., or delete that "
+                "folder to start again"
             )
         try:
             self.modules.load_state_dict(saved.part("model"))
@@ -254,7 +264,7 @@ class Run:
 
     def kept(self) -> str:
         files = self.folder.files()
-        return f"the last good checkpoint is {files[-1]}" if files else "no checkpoint was written yet"
+        return f"the last checkpoint before it is {files[-1]}" if files else "no checkpoint was written yet"
 
     def start_again(self) -> str:
         return f"A changed recipe needs another out=... or {self.folder.folder} deleted."

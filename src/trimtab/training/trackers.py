@@ -29,7 +29,9 @@ class TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        # From the purged step on everything goes; what was logged at the step of the checkpoint is not logged again.
+        purged = first_step + 1 if first_step else None
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -64,7 +66,7 @@ class Mlflow:
 
         self.mlflow: Any = mlflow
         if not _environment("MLFLOW_TRACKING_URI"):
-            mlflow.set_tracking_uri((folder / "mlflow").absolute().as_uri())
+            mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         mlflow.start_run(run_name=folder.name)
         # MLflow caps the length of a parameter.
         mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
@@ -96,7 +98,7 @@ def open_trackers(
 
     Raises:
         RecipeError: an unknown name.
-        TrimtabError: a tracker whose package is not installed.
+        TrimtabError: a tracker whose package is not installed, or that does not start.
     """
     with contextlib.ExitStack() as stack:
         opened: list[Tracker] = []
@@ -109,6 +111,12 @@ def open_trackers(
                 raise TrimtabError(
                     f"tracker {name!r} needs a package that is not installed ({error}): "
                     f"pip install 'trimtab[{name}]', or leave it out of training.trackers"
+                ) from error
+            except Exception as error:  # services fail in ways of their own
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise TrimtabError(
+                    f"tracker {name!r} could not start ({reason}): mend its settings, or leave it out of "
+                    "training.trackers"
                 ) from error
             stack.callback(tracker.close)
             opened.append(tracker)
