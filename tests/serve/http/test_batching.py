@@ -123,7 +123,75 @@ def test_who_would_wait_too_long_is_told_at_once() -> None:
     refused = [one for one in found if isinstance(one, Problem)]
     assert 0 < len(refused) < 55
     assert {one.status for one in refused} == {429}
-    assert all("of work wait" in one.message for one in refused)
+    assert all("0.5 s are the limit" in one.message for one in refused)
+    made.stop(5)
+
+
+def paced(echo: Echo, **options: Any) -> Batcher:
+    """One whose passes take 20 ms an item."""
+
+    def slow(items: list[Any]) -> list[Any]:
+        time.sleep(0.02 * len(items))
+        return echo(items)
+
+    return batcher(slow, **options)
+
+
+def test_a_large_request_does_not_have_small_ones_refused() -> None:
+    echo = Echo()
+    made = paced(echo, patience=1.9)
+
+    async def work() -> Any:
+        await made.submit("text", ["a"] * 4)  # from here on the pace is known
+        echo.entered.clear()
+        echo.go.clear()
+        large = [asyncio.create_task(made.submit("text", ["large"] * 60)) for _ in range(2)]
+        await asyncio.to_thread(echo.entered.wait, 10)
+        small = [asyncio.create_task(made.submit("text", ["small"])) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        echo.go.set()
+        return await asyncio.gather(*large, *small, return_exceptions=True)
+
+    first, second, *small = run(work())
+    assert len(first) == 60
+    assert isinstance(second, Problem)
+    assert second.status == 429
+    assert small == [[("done", "small")]] * 5
+    made.stop(5)
+
+
+def test_what_can_never_be_done_in_time_is_refused_at_once_while_the_pace_is_fresh() -> None:
+    echo = Echo()
+    made = paced(echo, patience=0.5)
+
+    async def work() -> Any:
+        await made.submit("text", ["a"] * 4)
+        with pytest.raises(Problem, match="send less at once") as caught:
+            await made.submit("text", ["b"] * 40)
+        await asyncio.sleep(0.6)
+        return caught.value, await made.submit("text", ["c"] * 40)
+
+    refused, later = run(work())
+    assert refused.status == 413
+    assert len(later) == 40
+    assert not any("b" in one for one in echo.passes)
+    made.stop(5)
+
+
+def test_items_alone_say_nothing_of_the_pace_of_many() -> None:
+    echo = Echo()
+
+    def slow(items: list[Any]) -> list[Any]:
+        time.sleep(0.05)
+        return echo(items)
+
+    made = batcher(slow, patience=1.0, max_batch=50)
+
+    async def work() -> Any:
+        await made.submit("text", ["a"])
+        return await made.submit("text", ["b"] * 100)
+
+    assert len(run(work())) == 100
     made.stop(5)
 
 
@@ -231,6 +299,7 @@ def test_what_nobody_waits_for_is_not_computed() -> None:
         assert made.waiting == 1
         second.cancel()
         await asyncio.sleep(0)
+        assert made.waiting == 0
         echo.go.set()
         await first
         await made.submit("text", ["third"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from trimtab.serve.http.problems import Problem, overloaded
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[list[Any]], Sequence[Any]]
-_NEWS = 0.2  # weight of the last pass in the pace
+_NEWS = 0.2  # weight of the last full pass in the pace
 CALL = "call"
 """Kind of jobs whose items are functions; each runs alone."""
 
@@ -53,6 +54,14 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _Pace:
+    """How long full passes of a kind took; one item alone takes as long as several, and says little."""
+
+    seconds: float  # for a cost of 1
+    noted: float  # when, by the monotonic clock
+
+
+@dataclass(frozen=True)
 class _Slice:
     """Neighbouring items of a job that go through the model together."""
 
@@ -77,8 +86,8 @@ class Batcher:
         cost: of an item of a kind, 1 for a common one: few long texts take as long as many short ones.
         max_wait: seconds that a pass which is not full waits for more, from when its first job came.
         capacity: items of all requests that are not answered yet.
-        patience: seconds of work before it in the queue, by the pace so far, for which a request is still taken on:
-            who would only hear that it took too long hears so at once.
+        patience: seconds, by the pace so far, within which a request that is taken on must be done: who would only hear
+            that it took too long hears so at once.
     """
 
     def __init__(
@@ -97,7 +106,7 @@ class Batcher:
         self.patience = patience
         self.metrics = metrics or Metrics()
         self.reserved = 0
-        self._pace: dict[str, float] = {}  # seconds for a cost of 1, by kind
+        self._pace: dict[str, _Pace] = {}
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -122,9 +131,9 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Items that no pass has taken yet."""
+        """Items that no pass has taken yet and somebody waits for."""
         with self._changed:
-            return sum(len(job.items) - job.taken for job in self._jobs)
+            return sum(len(job.items) - job.taken for job in self._jobs if job.open)
 
     @contextlib.contextmanager
     def room(self, count: int) -> Iterator[None]:
@@ -147,7 +156,7 @@ class Batcher:
         """The results of all items, in order; cancelling it takes what is left of the job out of the queue.
 
         Raises:
-            Problem: the server is about to stop, or the model failed.
+            Problem: 413 or 429, it would take too long; the server is about to stop, or the model failed.
         """
         if not items:
             return []
@@ -156,8 +165,7 @@ class Batcher:
         with self._changed:
             if self._stopping:
                 raise overloaded("the server is shutting down", status=503, after=5)
-            if (wait := self._expected_wait()) > self.patience:
-                raise overloaded(f"the server is busy: about {wait:.0f} s of work wait", after=_after(wait))
+            self._check_patience(kind, sum(costs))
             self._jobs.append(job)
             self._changed.notify_all()
         return await job.answer
@@ -213,14 +221,34 @@ class Batcher:
     def _count(self, kind: str) -> int:
         return sum(len(job.items) - job.taken for job in self._jobs if job.kind == kind and job.open)
 
-    def _expected_wait(self) -> float:
-        """Seconds that what waits will take, as far as that is known. The lock is held."""
-        return sum(self._pace.get(job.kind, 0.0) * sum(job.costs[job.taken :]) for job in self._jobs if job.open)
+    def _check_patience(self, kind: str, cost: float) -> None:
+        """Refuse a job that would not be done in time, as far as that is known. The lock is held.
+
+        Jobs take turns, so that every other one counts with at most as many passes as this one needs. A job is refused
+        for its own cost by a pace of late alone: else, after a slow hour, large ones would be refused for ever.
+        """
+        turns = self.max_batch * math.ceil(cost / self.max_batch)
+        waits = sum(
+            self._pace[job.kind].seconds * min(sum(job.costs[job.taken :]), turns)
+            for job in self._jobs
+            if job.open and job.kind in self._pace
+        )
+        pace = self._pace.get(kind)
+        own = pace.seconds * cost if pace and time.monotonic() - pace.noted < self.patience else 0.0
+        if own > self.patience:
+            raise Problem(
+                413, f"this would take about {own:.0f} s, and {self.patience:g} s are the limit: send less at once"
+            )
+        if waits + own > self.patience:
+            words = f"this would be done in about {waits + own:.0f} s, and {self.patience:g} s are the limit"
+            raise overloaded(f"the server is busy: {words}", after=_after(waits))
 
     def _note_pace(self, kind: str, slices: Sequence[_Slice], seconds: float) -> None:
-        pace = seconds / sum(sum(part.job.costs[part.first : part.last]) for part in slices)
-        before = self._pace.get(kind, pace)
-        self._pace[kind] = before + _NEWS * (pace - before)
+        cost = sum(sum(part.job.costs[part.first : part.last]) for part in slices)
+        if cost < self.max_batch / 2:
+            return
+        before = self._pace[kind].seconds if kind in self._pace else seconds / cost
+        self._pace[kind] = _Pace(before + _NEWS * (seconds / cost - before), time.monotonic())
 
     def _run(self, kind: str, slices: Sequence[_Slice]) -> None:
         items = [item for part in slices for item in part.items]
