@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tiny_server import Running, StubIndex, data_uri, png, running
+from tiny_server import Running, Site, StubIndex, data_uri, png, running
 from trimtab.serve.http.options import ServeOptions
+from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.service import Service
 from trimtab.serve.http.thumbnails import Thumbnails
 from trimtab.towers.classifier import Classifier
@@ -287,6 +291,55 @@ def test_a_pass_that_takes_too_long_gives_504(tiny_base: Callable[[str], Any]) -
         hold.set()
         assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
         assert service.batcher.reserved == 0
+
+
+def test_what_a_client_that_left_had_asked_for_is_not_computed(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(max_batch=2))
+    hold, entered, passes = threading.Event(), threading.Event(), []
+    real = service.batcher.forwards["text"]
+
+    def slow(texts: list[Any]) -> Any:
+        passes.append(list(texts))
+        entered.set()
+        hold.wait(10)
+        return real(texts)
+
+    service.batcher.forwards["text"] = slow
+    site = Site(service)
+    try:
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{site.address}v1/embeddings", json={"input": ["left"] * 100}, timeout=0.5, trust_env=False)
+        assert entered.wait(10)
+        while service.batcher.reserved:
+            time.sleep(0.01)
+        assert service.batcher.waiting == 0
+        hold.set()
+        answer = httpx.post(f"{site.address}v1/embeddings", json={"input": ["a"]}, timeout=30, trust_env=False)
+        assert answer.status_code == 200
+    finally:
+        site.close()
+    assert passes == [["left", "left"], ["a"]]
+    assert service.metrics.requests.value("/v1/embeddings", "499") == 1
+
+
+def test_a_text_that_is_refused_takes_its_pictures_with_it(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    hold = threading.Event()
+    real = service.batcher.forwards["image"]
+    service.batcher.forwards["image"] = lambda pixels: (hold.wait(10), real(pixels))[1]
+    submit = service.batcher.submit
+
+    async def refuse_texts(kind: str, items: Any) -> Any:
+        if kind == "text":
+            raise Problem(413, "too much")
+        return await submit(kind, items)
+
+    service.batcher.submit = refuse_texts  # type: ignore[method-assign]
+    with running(service) as server:
+        sent = ["a", *[{"image": data_uri(png())}] * 40]
+        assert server.post("/v1/embeddings", {"input": sent}).status_code == 413
+        assert service.batcher.waiting == 0
+        hold.set()
 
 
 def test_a_model_that_fails_costs_one_answer(tiny_base: Callable[[str], Any]) -> None:

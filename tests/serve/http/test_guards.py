@@ -177,6 +177,99 @@ def test_a_client_that_leaves_is_counted_and_harms_nobody() -> None:
     assert metrics.requests.value("/v1/x", "499") == 1
 
 
+class Talk:
+    """A connection that brings a body and, once told, is closed; it notes what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.leaves = asyncio.Event()
+        self._given = False
+
+    async def receive(self) -> Any:
+        if self._given:
+            await self.leaves.wait()
+            return {"type": "http.disconnect"}
+        self._given = True
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def ask(self, app: Any) -> None:
+        await asyncio.wait_for(app({"type": "http", "path": "/v1/x", "headers": []}, self.receive, self.send), 10)
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # nothing is left behind
+
+
+def test_what_nobody_waits_for_any_more_is_ended() -> None:
+    metrics, ended = Metrics(), []
+
+    async def work() -> list[Any]:
+        talk = Talk()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            talk.leaves.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(True)
+
+        app = bounded(slow)
+        await talk.ask(Measured(app, metrics, {"/v1/x"}))
+        assert app.buffered == 0
+        return talk.sent
+
+    assert asyncio.run(work()) == []
+    assert ended == [True]
+    assert metrics.requests.value("/v1/x", "499") == 1
+
+
+def test_an_answer_in_parts_ends_when_the_client_leaves() -> None:
+    async def work() -> list[Any]:
+        talk = Talk()
+
+        async def stream(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+            talk.leaves.set()
+            await asyncio.sleep(60)
+
+        await talk.ask(Measured(bounded(stream), Metrics(), ()))
+        return talk.sent
+
+    assert [message["type"] for message in asyncio.run(work())] == ["http.response.start", "http.response.body"]
+
+
+def test_what_goes_on_after_the_answer_is_not_ended() -> None:
+    done = []
+
+    async def work() -> None:
+        talk = Talk()
+
+        async def tidy(scope: Any, receive: Any, send: Any) -> None:
+            await echo(scope, receive, send)
+            talk.leaves.set()  # as servers say it of every connection that was answered
+            await asyncio.sleep(0.05)
+            done.append(await receive())
+
+        await talk.ask(bounded(tidy))
+
+    asyncio.run(work())
+    assert done == [{"type": "http.disconnect"}]
+
+
+def test_faults_of_the_application_come_through() -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("a bug")
+
+    async def work() -> None:
+        with pytest.raises(ValueError, match="a bug"):
+            await Talk().ask(bounded(broken))
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(work())
+
+
 def test_unknown_paths_are_counted_as_one() -> None:
     metrics = Metrics()
     app = Measured(hello, metrics, {"/v1/x"})

@@ -28,7 +28,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Gone(Exception):  # noqa: N818 - nothing went wrong
-    """The client closed the connection before its request was whole."""
+    """The client closed the connection before it was answered."""
 
 
 async def send_problem(send: Send, problem: Problem) -> None:
@@ -114,7 +114,7 @@ class WithKey:
 
 
 class Bounded:
-    """Reads bodies up to a limit each and a limit together, and ends what takes too long.
+    """Reads bodies up to a limit each and a limit together, and ends what takes too long or nobody waits for.
 
     A body that is announced as too large is refused before a byte of it is read.
 
@@ -132,17 +132,19 @@ class Bounded:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started, answered = False, asyncio.Event()
 
         async def seen(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                answered.set()
             await send(message)
 
         body = bytearray()
         try:
             await self._read(scope, receive, body)
-            await asyncio.wait_for(self.app(scope, _replay(bytes(body), receive), seen), self.timeout)
+            await asyncio.wait_for(self._work(scope, bytes(body), receive, seen, answered), self.timeout)
         except (asyncio.TimeoutError, TimeoutError):
             if not started:
                 await send_problem(send, Problem(504, f"no answer within {self.timeout:g} seconds: send less at once"))
@@ -151,6 +153,21 @@ class Bounded:
                 await send_problem(send, problem)
         finally:
             self.buffered -= len(body)
+
+    async def _work(self, scope: Scope, body: bytes, receive: Receive, send: Send, answered: asyncio.Event) -> None:
+        """Run the application until it ends, or the client leaves without its answer."""
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        working = asyncio.ensure_future(self.app(scope, _replay(body, leaving), send))
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done() and not answered.is_set():
+                leaving.result()
+                raise Gone
+            await working  # servers say of every connection that it left, once it is answered
+        finally:
+            leaving.cancel()
+            working.cancel()
+            await asyncio.gather(leaving, working, return_exceptions=True)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
         try:
@@ -183,14 +200,21 @@ class Bounded:
             raise overloaded("the server holds as many large requests as it can: try again", status=503)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """What the application reads: the body as one message, and then whatever comes from the connection."""
+async def _disconnected(receive: Receive) -> Message:
+    """The message that the connection is closed; to be awaited when the body is read."""
+    while (message := await receive())["type"] != "http.disconnect":
+        pass
+    return message
+
+
+def _replay(body: bytes, leaving: asyncio.Future[Message]) -> Receive:
+    """What the application reads: the body as one message, and then that the connection is closed."""
     given = False
 
     async def read() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            return await asyncio.shield(leaving)
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 

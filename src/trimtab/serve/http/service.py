@@ -188,9 +188,15 @@ class Service:
         pictures = [(at, item) for at, item in enumerate(items) if isinstance(item, Picture)]
         vectors = np.zeros((len(items), self.model.embedding_dim), np.float32)
         pixels = await self._pixels([item for _, item in pictures])  # first, since this is where most faults are
-        found, seen = await asyncio.gather(
-            self.batcher.submit(TEXT, [item.text for _, item in texts]), self.batcher.submit(IMAGE, pixels)
-        )
+        jobs = [
+            asyncio.ensure_future(self.batcher.submit(TEXT, [item.text for _, item in texts])),
+            asyncio.ensure_future(self.batcher.submit(IMAGE, pixels)),
+        ]
+        try:
+            found, seen = await asyncio.gather(*jobs)
+        finally:
+            for job in jobs:  # if one is refused, nobody waits for the other
+                job.cancel()
         tokens = 0
         for (at, _), (vector, count) in zip(texts, found, strict=True):
             vectors[at], tokens = vector, tokens + count
