@@ -20,10 +20,12 @@ from trimtab.adapters.composing import load_composed
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters
 from trimtab.adapters.gate import DomainGate
 from trimtab.config import DomainAdapterConfig
+from trimtab.data.images import read_image
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.serve import export as module
+from trimtab.serve import onnx_runtime
 from trimtab.serve.export import export_onnx, quantise
-from trimtab.serve.onnx_runtime import Encoder, is_latin
+from trimtab.serve.onnx_runtime import Encoder, is_latin, read
 from trimtab.towers import scripts
 from trimtab.towers.hf import load_base
 from trimtab.towers.memory import PairMemory
@@ -196,6 +198,49 @@ def test_the_loader_needs_neither_torch_nor_trimtab(
     found = np.array(done.stdout.split(), float).reshape(2, -1)
     wanted = np.concatenate([model.encode_text("a cat"), model.encode_image(tmp_path / "a.png")])
     assert np.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "I of a PNG", "F", "F of bytes", "RGBA", "LA", "P", "1", "CMYK", "L"])
+def test_pictures_are_read_alike(kind: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 35 * 40, dtype=np.float32).reshape(35, 40)
+    image = {
+        "I;16": lambda: Image.fromarray((ramp * 65535).astype(np.uint16)),
+        "I": lambda: Image.fromarray((ramp * 70000).astype(np.int32)),
+        "I of a PNG": lambda: Image.fromarray((ramp * 300).astype(np.int32)),
+        "F": lambda: Image.fromarray(ramp),
+        "F of bytes": lambda: Image.fromarray(ramp * 200),
+    }.get(kind, lambda: Image.fromarray((ramp * 255).astype(np.uint8)).convert(kind))()
+    if kind == "I of a PNG":
+        image.format = "PNG"  # type: ignore[misc]
+    for orientation in range(10):
+        image.getexif()[0x0112] = orientation
+        assert np.array_equal(read(image), read_image(image))
+
+
+@pytest.mark.parametrize("name", ["deep.png", "turned.jpg", "turned.png", "turned.tiff", "deep.tiff", "deep.pgm"])
+def test_files_are_read_alike(name: str, tmp_path: Path) -> None:
+    deep, turned = module.made_files(tmp_path)
+    if not (path := tmp_path / name).exists():
+        with Image.open(turned if "turned" in name else deep) as image:
+            image.save(path, **({"exif": image.getexif()} if "turned" in name else {}))
+    for source in (path, Image.open(path)):
+        assert np.array_equal(read(source), read_image(path))
+    assert np.asarray(read(path)).std() > 20  # nothing is clipped away
+    if "turned" in name:
+        assert read(path).size == (200, 320)
+
+
+def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        read(Image.fromarray(np.full((2, 2), np.nan, np.float32)))
+
+
+def test_a_loader_that_reads_files_otherwise_fails_the_export(
+    tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_runtime, "read", lambda source: read_image(source).transpose(Image.Transpose.ROTATE_90))
+    with pytest.raises(ModelError, match="exported image tower"):
+        export_onnx(tiny_base("clip"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -166,12 +166,12 @@ def export_onnx(
         "texts": [describe_text(route) for route in routes],
         "versions": {"trimtab": __version__, "torch": torch.__version__, "opset": _OPSET},
     }
-    checked = [*pictures, *made_pictures()]
     with explain_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             built = Path(scratch) / "built"
             built.mkdir()
+            checked: list[Image.Image | Path] = [*pictures, *made_pictures(), *made_files(Path(scratch))]
             _write_towers(core, routes, built)
             for route, described in zip(routes, about["texts"], strict=True):
                 _write_tokenizer(route.model, built / described["tokenizer"])
@@ -189,7 +189,7 @@ def export_onnx(
 
 
 def parity(
-    model: DualEncoder, folder: Path, pictures: Sequence[Image.Image], texts: Sequence[str], tolerance: float
+    model: DualEncoder, folder: Path, pictures: Sequence[Image.Image | Path], texts: Sequence[str], tolerance: float
 ) -> dict[str, Any]:
     """Largest differences of the exported towers' unit vectors from PyTorch's, at batch sizes and lengths that the
     export was not traced with.
@@ -217,7 +217,7 @@ def parity(
     return found
 
 
-def class_parity(model: Any, folder: Path, pictures: Sequence[Image.Image], tolerance: float) -> float:
+def class_parity(model: Any, folder: Path, pictures: Sequence[Image.Image | Path], tolerance: float) -> float:
     """Largest difference of any class's probability from that of `model.classifier()`.
 
     Raises:
@@ -394,6 +394,16 @@ def made_pictures() -> list[Image.Image]:
         noise.integers(0, 256, (31, 57, 3), dtype=np.uint8),
     ]
     return [Image.fromarray(np.ascontiguousarray(one)) for one in arrays]
+
+
+def made_files(folder: Path) -> list[Path]:
+    """Pictures of 16 bits and on their side by EXIF, as files: what the loader must read as Trimtab does."""
+    deep, turned = folder / "deep.png", folder / "turned.jpg"
+    Image.fromarray(np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)).save(deep)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    made_pictures()[1].save(turned, exif=exif)
+    return [deep, turned]
 
 
 def _import_onnx() -> None:

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Encoder:
@@ -138,15 +149,50 @@ class _TextTower:
 
 
 def read(image: str | Path | Image.Image) -> Image.Image:
-    """An upright, opaque RGB picture."""
+    """An upright, opaque RGB picture, as `trimtab.data.images.read_image` makes it: 16-bit and float pictures are
+    rescaled, not clipped.
+
+    Raises:
+        ValueError: the pixels hold NaN or infinity.
+    """
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
-            return read(ImageOps.exif_transpose(opened))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            return read(opened)
+    image.load()
+    orientation = image.getexif().get(_EXIF_ORIENTATION)  # after load(): PNG may carry it behind the pixels
+    rgb = _to_rgb(image)
+    return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image).astype(np.float32) / 257)
+    if image.mode == "I":
+        values = np.asarray(image)
+        full = 65535.0 if image.format in ("PNG", "PPM") else _full_scale(values)
+        return _grey(values.astype(np.float32) * (255 / full))
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("the pixels hold NaN or infinity")
+        return _grey(values * (255 / _full_scale(values)))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _full_scale(values: np.ndarray) -> float:
+    """The value that stands for white: the smallest usual range that holds all values, else their maximum."""
+    largest = float(values.max())
+    usual = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    return next((full for full in usual if largest <= full), largest)
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """(H, W) on a scale of 0..255, as an RGB picture."""
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
 
 
 def preprocess(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
