@@ -115,10 +115,22 @@ def embedding_scores(model: Any, pictures: list[Image.Image]) -> np.ndarray:
     return scores / scores.sum(axis=1, keepdims=True)
 
 
-def test_prompts_of_each_picture_are_left_out(tiny_base: Any, tmp_path: Path) -> None:
+def test_prompts_of_each_picture_are_left_out(tiny_base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = tiny_base("clip")
     model = load_adapted(save_tiny_prompt(tmp_path / "prompt", base, instance=True), base=base)
-    assert "classes" not in export_onnx(model, tmp_path / "out")["parity"]
+    about = export_onnx(model, tmp_path / "out")
+    assert "classes" not in about["parity"]
+    assert "prompt.instance=null" in caplog.text
+    assert json.loads((tmp_path / "out/export.json").read_text()) == about
+    with pytest.raises(FileNotFoundError, match=r"classes\.json: prompts with an instance part"):
+        Encoder(tmp_path / "out").predict([])
+
+
+def test_a_model_without_prompts_has_no_classes(
+    tiny_base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "classes_left_out" not in export_onnx(tiny_base("clip"), tmp_path / "out")
+    assert "classes" not in caplog.text
     with pytest.raises(FileNotFoundError, match="no prompts with classes"):
         Encoder(tmp_path / "out").predict([])
 

@@ -163,6 +163,9 @@ def test_what_no_folder_can_hold_is_refused_with_the_reason(
         with pytest.raises(ModelError, match=r"(?s)cannot be merged.*--format onnx"):
             merge(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    each = load_adapted(save_tiny_prompt(tmp_path / "each", base, instance=True), base=base)
+    assert "except its classes: prompts with an instance part" in why_not(each)
+    assert "except" not in why_not(prompt)
     both.alpha = 0.0
     assert "base" in {path.name for path in Path(merge(both, tmp_path / "out")["folder"]).iterdir()}
 

@@ -34,12 +34,20 @@ EXPORT_FILE = "export.json"
 RUNTIME_FILE = "runtime.py"
 TOLERANCE = 1e-4
 _OPSET = 18
+logger = logging.getLogger(__name__)
 
 TEXTS = (
     "a photo of a cat", "红色的苹果", "two boats on a calm sea at dusk, with a lighthouse far behind them", "",
     "一只狗在公园的草地上追着一个黄色的球跑", "ein Fahrrad", "a", "海", "2 × 3 = 6",
 )  # fmt: skip
 """What parity is checked on beside a user's own texts: short and long, in two scripts."""
+
+
+CLASSES_LEFT_OUT = (
+    "prompts with an instance part are made anew for each picture, which takes the text tower along: serve the model "
+    "itself, or train with prompt.instance=null"
+)
+"""Why `export_onnx` writes both towers of a prompt link, and none of its classes."""
 
 
 class ImageTower(nn.Module):
@@ -178,9 +186,15 @@ def export_onnx(
             core.image_processor.save_pretrained(built)
             shutil.copy(onnx_runtime.__file__, built / RUNTIME_FILE)
             write_json(built / EXPORT_FILE, about)
-            has_classes = _write_classes(model, built)
+            prompted = _prompted(model)
+            if prompted is not None and prompted.prompt.instance is not None:
+                about["classes_left_out"] = CLASSES_LEFT_OUT
+                logger.warning("%s: the classes are not exported: %s", model.name, CLASSES_LEFT_OUT)
+                prompted = None
+            if prompted is not None:
+                _write_classes(prompted, built)
             about["parity"] = parity(core, built, checked, [*texts, *TEXTS], tolerance)
-            if has_classes:
+            if prompted is not None:
                 about["parity"]["classes"] = class_parity(model, built, checked, tolerance)
             write_json(built / EXPORT_FILE, about)
             shutil.rmtree(out, ignore_errors=True)
@@ -363,12 +377,14 @@ class ClassScores(nn.Module):
         return embeddings @ self.weights.T + pooled @ self.prompt.patches.T
 
 
-def _write_classes(model: Any, folder: Path) -> bool:
-    """Classes of prompts: vectors, or a graph where they look at patch tokens. Prompts that are made anew for each
-    picture would take the text tower along, and are left out."""
+def _prompted(model: Any) -> Any:
+    """The prompt link of a model; None if it has none."""
     prompt = getattr(model, "prompt", None) if hasattr(model, "core") else model
-    if prompt is None or not hasattr(prompt, "prompt_tower") or prompt.prompt.instance is not None:
-        return False
+    return prompt if hasattr(prompt, "prompt_tower") else None
+
+
+def _write_classes(prompt: Any, folder: Path) -> None:
+    """Classes of prompts: vectors, or a graph where they look at patch tokens."""
     with torch.no_grad():
         classes = prompt.prompted(prompt.classes)
         vectors = classes.weights(classes.embeddings()).float().cpu()
@@ -379,7 +395,6 @@ def _write_classes(model: Any, folder: Path) -> bool:
     else:
         np.save(folder / "classes.npy", vectors.numpy(), allow_pickle=False)
     write_json(folder / "classes.json", {"classes": list(prompt.classes), "scale": prompt.class_scale})
-    return True
 
 
 def made_pictures() -> list[Image.Image]:

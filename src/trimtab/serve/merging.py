@@ -19,7 +19,7 @@ import torch
 
 from trimtab.errors import ModelError
 from trimtab.files import explain_disk_errors, open_up, write_json, write_text
-from trimtab.serve.export import TEXTS, made_pictures
+from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, made_pictures
 from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
@@ -31,6 +31,7 @@ CODE = "text_encoder.py"
 TOLERANCE = 1e-5
 _OURS = "trimtab_"  # how the kinds of our own towers start
 _INSTEAD = "`trimtab export --format onnx` writes it with everything inside"
+_BUT = f"except its classes: {CLASSES_LEFT_OUT}"
 
 
 def merge(model: DualEncoder, out: str | Path) -> dict[str, Any]:
@@ -83,11 +84,13 @@ def merge(model: DualEncoder, out: str | Path) -> dict[str, Any]:
 def why_not(model: Any) -> str:
     """Why no folder can hold what a model learned; empty if one can."""
     links = model.links if hasattr(model, "core") else {"": model}
+    prompts = [link for link in links.values() if hasattr(link, "prompt_tower")]
+    instead = f"{_INSTEAD}, {_BUT}" if any(link.prompt.instance is not None for link in prompts) else _INSTEAD
     for link in links.values():
-        if hasattr(link, "prompt_tower"):
+        if link in prompts:
             return (
                 "its prompts are inputs of the text tower and vectors of classes, which a folder of weights has no "
-                f"place for. {_INSTEAD}"
+                f"place for. {instead}"
             )
         if hasattr(link, "student"):
             inputs = link.student.text_inputs
@@ -95,12 +98,12 @@ def why_not(model: Any) -> str:
             if inputs.pad_to_limit or not inputs.use_mask or left:
                 return (
                     f"its student {link.student.name} reads texts without a mask or padded in a way of its own, which "
-                    f"a program that pads as usual does not give it. {_INSTEAD}"
+                    f"a program that pads as usual does not give it. {instead}"
                 )
         elif hasattr(link, "adapters") and link.alpha != 0:
             return (
                 "the adapters of its domain bend (norm, Down, GELU, Up) beside whole layers, and no change of a "
-                f"layer's weights does the same. {_INSTEAD}; or train with method=lora, full or probe, whose weights "
+                f"layer's weights does the same. {instead}; or train with method=lora, full or probe, whose weights "
                 "are those of a transformers folder"
             )
     return ""

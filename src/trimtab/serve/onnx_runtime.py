@@ -96,7 +96,8 @@ class Encoder:
     def _classes(self) -> dict[str, Any]:
         path = self.folder / "classes.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: the exported model has no prompts with classes of their own")
+            reason = self.about.get("classes_left_out", "the exported model has no prompts with classes of their own")
+            raise FileNotFoundError(f"{path}: {reason}")
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
