@@ -165,6 +165,19 @@ def test_a_mixed_score_is_the_cosine_with_the_language_links_vector(
     assert np.allclose(np.log(scores[:, 1] / scores[:, 0]), expected, atol=1e-3)
 
 
+def test_names_are_known_in_other_case_and_white_space(
+    base: Any, folders: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    parts = folders["language"], folders["domain"], folders["domain prompt"]
+    model = put(base, *parts, aliases={"小 猫": "cat", "Hund": "dog"})
+    expected = model.classifier(list(CLASSES)).scores(pictures)
+    for names in (["Cat", " dog", "red\xa0car"], ["cat", "DOG\ufeff", "Red  Car"], ["小\u3000猫 ", "hund", "red car"]):
+        classifier = model.classifier(names)
+        assert classifier.classes == tuple(names)
+        assert np.allclose(classifier.scores(pictures), expected, atol=1e-6)
+        assert classifier.predict(pictures[0], top_k=3)[0][0].label in names
+
+
 def test_hand_templates_replace_prompts(base: Any, folders: dict[str, Path], pictures: list[Image.Image]) -> None:
     model = put(base, folders["domain"], folders["domain prompt"])
     plain = put(base, folders["domain"])

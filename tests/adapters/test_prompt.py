@@ -4,12 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tiny_links import save_tiny_prompt
 from tiny_towers import BUILDERS, inputs_of
+from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, best_classes, extended
 from trimtab.config import DomainPartConfig, GeneralConfig, InstanceConfig, PromptConfig
 from trimtab.errors import RecipeError
@@ -199,6 +202,21 @@ def test_unseen_classes_have_their_name_alone(base_of: Any, pictures: list[Image
     scores = classes.scores(images, classes.embeddings())
     close(other.scores(images, other.embeddings())[:, [0, 2]], scores[:, [3, 0]])
     assert len(classes.prompt.residual) == 4  # it is as it was
+
+
+def test_learned_classes_are_known_in_other_case_and_white_space(
+    base_of: Any, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    base = base_of("clip")
+    model = load_adapted(save_tiny_prompt(tmp_path / "prompt", base), base=base)
+    expected = model.classifier().scores(pictures)
+    classifier = model.classifier(["CAT", "dog ", "red\xa0car"])
+    assert classifier.classes == ("CAT", "dog ", "red\xa0car")
+    assert np.allclose(classifier.scores(pictures), expected, atol=1e-6)
+    classifier.add_classes(["bear"])
+    assert classifier.classes[3] == "bear"
+    scores = classifier.scores(pictures)[:, :3]
+    assert np.allclose(scores / scores.sum(axis=1, keepdims=True), expected, atol=1e-6)
 
 
 def test_best_classes_have_the_true_one() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import DUAL_ENCODERS
 from trimtab.data.images import ImageError
 from trimtab.errors import DataError, RecipeError
-from trimtab.towers.classifier import Classifier, softmax
+from trimtab.towers.classifier import Classifier, Spellings, softmax
 
 NAMES = ["cat", "red car", "yellow flower"]
 
@@ -135,3 +135,12 @@ def test_softmax_is_a_distribution(logits: np.ndarray) -> None:
     assert (found >= 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
     assert softmax(np.zeros((0, 4), np.float32)).shape == (0, 4)
+
+
+def test_spellings_are_found_where_they_mean_one_name() -> None:
+    spellings = Spellings(["cat", "Turkey", "turkey", "red car", "Stra\u00dfe"])
+    same = {"cat": "cat", "CAT": "cat", "\ufeffcat ": "cat", "red\xa0 car": "red car", "STRASSE": "Stra\u00dfe"}
+    assert {name: spellings.find(name) for name in same} == same
+    assert [spellings.find(name) for name in ("Turkey", "turkey ", "TURKEY", "redcar", "dog")] == [
+        "Turkey", "turkey", None, None, None
+    ]  # fmt: skip

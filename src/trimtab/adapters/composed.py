@@ -30,7 +30,7 @@ from trimtab.adapters.prompt import Pictures, PromptedClasses
 from trimtab.adapters.prompted import PromptAdapted
 from trimtab.errors import DataError, ModelError
 from trimtab.files import digest_of
-from trimtab.towers.classifier import Classifier, check_class_names, class_vectors
+from trimtab.towers.classifier import Classifier, Spellings, check_class_names, class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.scripts import default_templates, is_latin
 
@@ -66,6 +66,7 @@ class Composed(DualEncoder):
         self.language = language
         self.prompt = prompt
         self.aliases = dict(aliases or {})
+        self._alias_spellings = Spellings(self.aliases)
         self.name = name or base.name
         self.folder = folder
         if self.aliases:
@@ -136,10 +137,10 @@ class Composed(DualEncoder):
     def prompted_name(self, name: str) -> str | None:
         """The name by which the prompts score a class; None if they do not, and the language link's vector does."""
         assert self.prompt is not None
-        if name in self.prompt.classes:
-            return name
-        if name in self.aliases:
-            return self.aliases[name]
+        if (own := self.prompt.spellings.find(name)) is not None:
+            return own
+        if (alias := self._alias_spellings.find(name)) is not None:
+            return self.aliases[alias]
         return name if self.language is None or is_latin(name) else None
 
     def save_pretrained(self, folder: str | Path) -> Path:

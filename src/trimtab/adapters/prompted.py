@@ -25,7 +25,7 @@ from trimtab.adapters.files import (
 from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptConfig, from_mapping, to_mapping
 from trimtab.errors import DataError, ModelError
-from trimtab.towers.classifier import Classifier, check_class_names
+from trimtab.towers.classifier import Classifier, Spellings, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import freeze
 from trimtab.towers.prompting import PromptTower, image_tokens
@@ -43,6 +43,7 @@ class PromptAdapted(DualEncoder):
         base: the dual encoder that the prompt fits.
         prompt: frozen here.
         classes: names that it was trained on.
+        spellings: finds them where a user writes them a little otherwise.
         templates: hand templates that it was kept near to.
         class_scale: multiplies scores before the softmax, as fitted on validation.
         folder: the adapted folder.
@@ -64,6 +65,7 @@ class PromptAdapted(DualEncoder):
         self.base = base
         self.prompt: StructuredPrompt = freeze(prompt).to(base.device)
         self.classes = tuple(classes)
+        self.spellings = Spellings(self.classes)
         self.templates = tuple(templates)
         self.class_scale = class_scale
         self.name = name or base.name
@@ -101,8 +103,8 @@ class PromptAdapted(DualEncoder):
         """A classifier with what was learned.
 
         Args:
-            classes: names; None takes those of training. Of a name that training did not have, prompts know nothing
-                but the name.
+            classes: names; None takes those of training, which are known in other case and white space too. Of a name
+                that training did not have, prompts know nothing but the name.
             templates: hand templates, which replace the prompts and all that was learned.
         """
         names = self.classes if classes is None else classes
@@ -111,9 +113,11 @@ class PromptAdapted(DualEncoder):
         return PromptClassifier(self, names)
 
     def prompted(self, names: Sequence[str]) -> PromptedClasses:
-        """Classes behind the prompt, of training or not."""
+        """Classes behind the prompt, of training or not; those of training by the names that they had there."""
         place = {name: at for at, name in enumerate(self.classes)}
-        return PromptedClasses(self.prompt_tower, extended(self.prompt, [place.get(name) for name in names]), names)
+        known = [self.spellings.find(name) for name in names]
+        prompt = extended(self.prompt, [None if name is None else place[name] for name in known])
+        return PromptedClasses(self.prompt_tower, prompt, [own or name for own, name in zip(known, names, strict=True)])
 
     def _write(self, folder: str) -> None:
         if self.folder is None:
