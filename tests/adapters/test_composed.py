@@ -165,6 +165,22 @@ def test_a_mixed_score_is_the_cosine_with_the_language_links_vector(
     assert np.allclose(np.log(scores[:, 1] / scores[:, 0]), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["domain prompt", "instance prompt"])
+def test_a_name_that_prompts_do_not_know_weighs_the_same_in_every_script(
+    base: Any, folders: dict[str, Path], pictures: list[Image.Image], kind: str
+) -> None:
+    model = put(base, folders["language"], folders["domain"], folders[kind])
+    model.prompt.prompt.text_weight.fill_(0.25)
+    classes, embeddings = model.classifier(["cat", "bear", "茶"])._known[1]
+    weights = classes.weights(embeddings)
+    assert weights[1:].norm(dim=1).tolist() == pytest.approx([0.25, 0.25], abs=1e-5)
+    # Pictures are scored so too, also where each has prompts of its own.
+    scores = np.log(model.classifier(["茶", "花", "cat"]).scores(pictures))
+    vectors = model.classifier(["茶", "花"])._known[1]  # zero-shot
+    difference = 0.25 * 20.0 * model.encode_image(pictures) @ (vectors[0] - vectors[1])
+    assert np.allclose(scores[:, 0] - scores[:, 1], difference, atol=1e-3)
+
+
 def test_names_are_known_in_other_case_and_white_space(
     base: Any, folders: dict[str, Path], pictures: list[Image.Image]
 ) -> None:

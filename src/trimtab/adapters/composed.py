@@ -204,7 +204,8 @@ class _Prompted(PromptAdapted):
 
 @dataclass
 class _MixedClasses:
-    """`PromptedClasses` beside class vectors (V, D), in the order of the user's names."""
+    """`PromptedClasses` beside class vectors (V, D), which count as the prompts weigh texts, in the order of the user's
+    names."""
 
     inner: PromptedClasses
     vectors: Tensor
@@ -221,7 +222,7 @@ class _MixedClasses:
         return self.inner.embeddings()
 
     def weights(self, embeddings: Tensor) -> Tensor:  # (P, D) -> (C, D)
-        return torch.cat([self.inner.weights(embeddings), self.vectors])[self.order]
+        return torch.cat([self.inner.weights(embeddings), self._weighted()])[self.order]
 
     def scored_by(self, embeddings: Tensor) -> Tensor:  # -> (C, F)
         prompted = self.inner.scored_by(embeddings)
@@ -229,5 +230,8 @@ class _MixedClasses:
         return torch.cat([prompted, others])[self.order]
 
     def scores(self, pictures: Pictures, embeddings: Tensor) -> Tensor:  # -> (B, C)
-        scores = [self.inner.scores(pictures, embeddings), pictures.embeddings @ self.vectors.T]
+        scores = [self.inner.scores(pictures, embeddings), pictures.embeddings @ self._weighted().T]
         return torch.cat(scores, dim=1)[:, self.order]
+
+    def _weighted(self) -> Tensor:
+        return self.prompt.text_weight * self.vectors
