@@ -235,6 +235,10 @@ def test_sets_that_cannot_work_are_refused(
         load_composed([base.name])
     with pytest.raises(DataError, match="no prompt link"):
         put(base, folders["domain"], aliases={"猫": "cat"})
+    for name in ("dog", "Dog"):
+        with pytest.raises(DataError, match=rf"'{name}' is given as another name of 'cat'.* class 'dog': leave it out"):
+            put(base, folders["domain"], folders["domain prompt"], aliases={name: "cat"})
+    assert put(base, folders["domain"], folders["domain prompt"], aliases={"Cat": "cat"}).aliases == {"Cat": "cat"}
     with pytest.raises(DataError, match=r"do not know: 鸟 for 'bird'"):
         put(base, folders["domain"], folders["domain prompt"], aliases={"鸟": "bird"})
 

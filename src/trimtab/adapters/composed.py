@@ -173,6 +173,12 @@ def _check_aliases(aliases: Mapping[str, str], prompt: PromptAdapted | None) -> 
             f"other names of classes that the prompts of {prompt.name} do not know: {', '.join(unknown[:3])}{more}. "
             f"They know {', '.join(prompt.classes[:5])}" + (" ..." if len(prompt.classes) > 5 else "")
         )
+    for name, own in aliases.items():
+        if (known := prompt.spellings.find(name)) not in (None, own):
+            raise DataError(
+                f"{name!r} is given as another name of {own!r}, but the prompts of {prompt.name} know it as the class "
+                f"{known!r}: leave it out of the names"
+            )
 
 
 # The classifier
