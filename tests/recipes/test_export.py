@@ -44,6 +44,19 @@ def test_int8_is_measured_on_a_sample(
     assert "image-int8.onnx" in outcome["files"]
 
 
+@pytest.mark.parametrize(("content", "words"), [(b"no picture", "not an image"), (None, "no such file")])
+def test_a_sample_without_a_picture_that_can_be_read_is_refused(
+    sample: Path, tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    for path in sample.parent.glob("*.png"):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"sample\.csv.*{words}"):
+        export("no-such-model", tmp_path / "out", int8=True, sample=sample)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plain_model_is_a_transformers_folder(
     tiny_base: Callable[[str], Any], pictures: list[Image.Image], tmp_path: Path
 ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trimtab.adapters.adapted import load
-from trimtab.data.images import ImageError, read_image
+from trimtab.data.images import ImageError, SkippedImages, read_image, read_images
 from trimtab.data.manifests import RetrievalPairs, read_retrieval
 from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation.retrieval import retrieve
@@ -51,22 +52,22 @@ def export(
 
     Raises:
         ModelError: the model cannot be written in that format, or differs from PyTorch's.
-        DataError: `sample` cannot be used.
+        DataError: `sample` cannot be used, such as one without a single picture that can be read.
     """
     if format not in FORMATS:
         raise DataError(f"format={format!r} is unknown; choose {' or '.join(FORMATS)}")
     if format == "merged" and (int8 or sample):
         raise TrimtabError("int8 and a sample belong to the format onnx, not to merged")
     pairs = None if sample is None else read_retrieval(sample, root)
+    pictures, texts = _sampled(pairs, sample)
     loaded = load(model, device="cpu") if isinstance(model, (str, Path)) else model
     out = Path(out)
     if format == "merged":
         return merge(loaded, out)
-    pictures, texts = _sampled(pairs)
     about = export_onnx(loaded, out, pictures=pictures, texts=texts, tolerance=tolerance)
     if int8:
         quantise(out)
-        about["int8"] = compare_int8(out, pairs)
+        about["int8"] = compare_int8(out, pairs, pictures)
         write_json(out / EXPORT_FILE, about)
     return {
         "folder": str(out),
@@ -77,25 +78,27 @@ def export(
     }
 
 
-def _sampled(pairs: RetrievalPairs | None) -> tuple[list[Any], list[str]]:
-    """Pictures that can be read, and texts."""
+def _sampled(pairs: RetrievalPairs | None, sample: str | Path | None) -> tuple[list[Any], list[str]]:
+    """Pictures that can be read, and texts.
+
+    Raises:
+        DataError: there is no such picture.
+    """
     if pairs is None:
         return [], []
-    pictures = []
-    for path in pairs.images[: 4 * _MOST_PICTURES]:
-        try:
-            pictures.append(read_image(path))
-        except ImageError:
-            continue
-        if len(pictures) == _MOST_PICTURES:
-            break
+    skipped = SkippedImages()
+    read = read_images(pairs.images[: 4 * _MOST_PICTURES], on_error="skip", skipped=skipped)
+    pictures = [image for _, image in islice(read, _MOST_PICTURES)]
+    if not pictures:
+        first = f" ({skipped[0].source}: {skipped[0].reason})" if skipped else ""
+        raise DataError(f"{sample} has no picture that can be read{first}: --root names the folder of its pictures")
     return pictures, pairs.texts[: 4 * _MOST_PICTURES]
 
 
-def compare_int8(folder: Path, pairs: RetrievalPairs | None) -> dict[str, Any]:
-    """Cosines with float32, speed, size, and with `pairs` the retrieval of both."""
+def compare_int8(folder: Path, pairs: RetrievalPairs | None, pictures: Sequence[Any]) -> dict[str, Any]:
+    """Cosines with float32, speed, size, and with `pairs`, of which `pictures` are some, the retrieval of both."""
     whole, small = Encoder(folder, threads=1), Encoder(folder, int8=True, threads=1)
-    images: Sequence[Any] = made_pictures() if pairs is None else _sampled(pairs)[0]
+    images: Sequence[Any] = made_pictures() if pairs is None else pictures
     texts: Sequence[str] = TEXTS if pairs is None else pairs.texts[:256]
     facts: dict[str, Any] = {"threads": 1}
     for what, items in (("image", images), ("text", texts)):
