@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 import trimtab
 from tiny_language import merged
+from tiny_links import save_tiny_domain, save_tiny_prompt
 from tiny_prompt import NAMES, picture, toy_mapping, toy_recipe, write_labelled
+from trimtab.adapters.adapted import load_adapted
+from trimtab.adapters.composing import load_composed
 from trimtab.config import ContextConfig, recipe_from_mapping
 from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.recipes import prompt as prompt_recipe
@@ -98,6 +101,7 @@ def test_it_learns_and_says_what_it_did(finished: dict[str, Any]) -> None:
     assert described["metrics"]["test top1"] == outcome["test"]["top1"]
     page = Path(outcome["report"]).read_text(encoding="utf-8")
     assert "4 classes from 16 pictures" in page
+    assert "trimtab adapt RECIPE.yaml" in page
     assert "<img" in page  # pictures with what the instance queries look at
     assert "classifier.add_classes" in (finished["out"] / "README.md").read_text()
 
@@ -266,6 +270,21 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
     (tmp_path / "taken" / "thesis.txt").touch()
     with pytest.raises(RecipeError, match="holds other files"):
         adapt(toy(out=str(tmp_path / "taken")))
+
+
+def test_prompts_are_not_trained_on_prompts(
+    toy: Callable[..., Path], tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base("clip")
+    prompt, domain = save_tiny_prompt(tmp_path / "prompt", base), save_tiny_domain(tmp_path / "shop", base)
+    on_domain = save_tiny_prompt(tmp_path / "domain-prompt", load_adapted(domain, base=base))
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    load_composed([prompt], base=base).save_pretrained(alone)
+    load_composed([domain, on_domain], base=base).save_pretrained(both)
+    no_model(monkeypatch)
+    for folder, remedy in ((prompt, base.name), (alone, f"take {base.name}"), (both, f"take {both}/domain")):
+        with pytest.raises(RecipeError, match=rf"(?s)base={folder} holds prompts.*{remedy}"):
+            adapt(toy(base=str(folder)))
 
 
 @pytest.mark.parametrize(

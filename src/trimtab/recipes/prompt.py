@@ -13,12 +13,15 @@ import numpy as np
 import torch
 
 from trimtab.adapters.adapted import load
+from trimtab.adapters.composing import read_composed
 from trimtab.adapters.domain import DomainAdapted
-from trimtab.adapters.prompt import Pictures
+from trimtab.adapters.files import is_adapted_folder, is_composed_folder, read_adapter
+from trimtab.adapters.prompt import LINK, Pictures
 from trimtab.adapters.prompted import save_prompt
 from trimtab.config import PromptRecipe, to_mapping, to_yaml
 from trimtab.data.labelled import LabelledPictures, load_labelled
 from trimtab.data.shots import apart, draw_shots
+from trimtab.errors import RecipeError
 from trimtab.files import cache_home, digest_of
 from trimtab.precision import fast_training, tune_allocator
 from trimtab.recipes.estimates import about
@@ -44,6 +47,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     tune_allocator()
     # The user's mistakes first: no model is loaded before the data are known to be good.
     check_out(recipe.out)
+    check_no_prompts(recipe.base)
     sets = read_sets(recipe)
     base = load(recipe.base)
     features = frozen_features(recipe, base, sets)
@@ -98,6 +102,27 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     outcome["report"] = str(write_prompt_report(recipe, fitted, labelled[shown], outcome, name=shown))
     save(recipe, base, sets, fitted, outcome)
     return outcome
+
+
+def check_no_prompts(base: str) -> None:
+    """Refuse a base with prompts of its own: they would not be part of what is trained, nor could both be composed.
+
+    Raises:
+        RecipeError: with the base to take.
+    """
+    if is_adapted_folder(base):
+        described = read_adapter(base, tensors=False)
+        if described.link == LINK:
+            raise RecipeError(
+                f"base={base} holds prompts, and prompts are not trained on others: {described.base.name} "
+                "is its own base, take that"
+            )
+    elif is_composed_folder(base):
+        about = read_composed(base)
+        if LINK in about["links"]:
+            others = [f"{base}/{name}" for name in about["links"] if name != LINK] or [about["base"]["name"]]
+            remedy = f"take {others[0]}" if len(others) == 1 else f"compose {' and '.join(others)}, and take that"
+            raise RecipeError(f"base={base} holds prompts, and prompts are not trained on others: {remedy}")
 
 
 @dataclass(frozen=True)
