@@ -394,6 +394,7 @@ def test_a_form_may_hold_the_picture(server: Running) -> None:
         ({"files": {"image": ("a", b"x")}}, 422),
         ({"files": {"image": ("a", png())}, "data": {"top_k": "x"}}, 422),
         ({"files": {"image": ("a", png())}, "data": {"top_k": ["1", "2"]}}, 422),
+        ({"files": {"image": ("a", png())}, "data": {"top_k": "9" * 5000}}, 422),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
     ],
@@ -485,6 +486,13 @@ def test_a_text_finds_pictures(server: Running) -> None:
 )
 def test_searches_that_cannot_be_asked_for(server: Running, body: dict[str, Any]) -> None:
     assert server.post("/v1/search", body).status_code == 422
+
+
+def test_a_number_in_a_form_may_be_of_any_length(server: Running) -> None:
+    for digits in (3, 18, 19, 5000):
+        answer = server.post("/v1/search", files={"image": ("a.png", png())}, data={"k": "9" * digits})
+        assert answer.status_code == 422
+        assert "k" in answer.json()["error"]["message"]
 
 
 def test_thumbnails_are_of_indexed_pictures_alone(server: Running) -> None:

@@ -17,6 +17,7 @@ _FORM_PARTS = 300
 _SMALL = 1 << 20  # bytes of a body that may hold anything
 _CONTAINERS, _STRUCTURE = 250_000, 4_000_000  # brackets; brackets, commas and quotes
 _FAULTS = 1000
+_DIGITS = 18  # of a number in a form
 
 
 async def read_json(request: Request, shape: type[Body]) -> Body:
@@ -88,7 +89,8 @@ class Form:
             elif len(sent) > 1:
                 raise Problem(422, f"{name[:100]} stands {len(sent)} times", param=name[:100])
             else:
-                values[name] = int(sent[0]) if name in ("k", "top_k") and sent[0].isdecimal() else sent[0]
+                number = name in ("k", "top_k") and sent[0].isdecimal() and len(sent[0]) <= _DIGITS
+                values[name] = int(sent[0]) if number else sent[0]
         try:
             return shape.model_validate(values)
         except ValidationError as error:
