@@ -83,7 +83,7 @@ def write_prompt_report(
             "trimtab": trimtab.__version__,
             **{f"{key} (s)": round(value) for key, value in outcome.get("seconds", {}).items()},
         },
-        command=f"trimtab adapt {Path(recipe.out).name}.yaml",
+        command="trimtab adapt RECIPE.yaml",
         recipe=to_yaml(recipe),
     )
     html, _ = write_report(
