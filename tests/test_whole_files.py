@@ -13,13 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimtab import files
 from trimtab.errors import TrimtabError
 from trimtab.files import (
+    atomic_folder,
     atomic_path,
     build_folder,
     cache_home,
     digest_of,
     explain_disk_errors,
+    replaceable,
     sha256_of,
     write_json,
     write_text,
@@ -221,6 +224,102 @@ def test_two_at_once_build_one(tmp_path: Path) -> None:
         thread.join()
     assert len(calls) == 1
     assert names_in(tmp_path / "one") == ["last"]
+
+
+# Folders that are replaced
+
+
+def replace(target: Path, text: str) -> None:
+    with atomic_folder(target, "last") as folder:
+        assert not list(folder.iterdir())
+        write_text(folder / "inner" / text, "")
+        write_text(folder / "last", text)
+
+
+def visible(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if not name.startswith(".")]
+
+
+@pytest.fixture(params=["renamed", "linked", "current", "mounted", "bound", "within a closed folder"])
+def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "at" / "index"
+    replace(folder, "one")
+    rename = Path.rename
+
+    def busy(self: Path, to: Path) -> Path:
+        if self == folder:
+            raise OSError(errno.EBUSY, "busy")
+        return rename(self, to)
+
+    if request.param == "linked":
+        (tmp_path / "link").symlink_to(folder)
+        return tmp_path / "link"
+    if request.param == "current":
+        monkeypatch.chdir(folder)
+        return Path()
+    if request.param == "mounted":
+        monkeypatch.setattr(files.os.path, "ismount", lambda path: path == folder)
+    elif request.param == "within a closed folder":
+        monkeypatch.setattr(files.os, "access", lambda path, _: path != folder.parent)
+    if request.param in ("mounted", "bound"):
+        monkeypatch.setattr(Path, "rename", busy)
+    return folder
+
+
+def test_a_folder_is_replaced_when_it_is_whole(target: Path) -> None:
+    with pytest.raises(ValueError, match="no"), atomic_folder(target, "last"):
+        raise ValueError("no")
+    assert visible(target) == ["inner", "last"]
+    assert replaceable(target, "last")
+    replace(target, "two")
+    assert visible(target) == ["inner", "last"]
+    assert names_in(target / "inner") == [(target / "last").read_text()] == ["two"]
+    assert not [name for name in names_in(target.resolve().parent) if name.endswith((".new", ".old"))]
+    assert set(names_in(target)) <= {"inner", "last", ".index.lock"}
+
+
+def test_an_error_while_it_is_replaced_puts_the_old_one_back(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def fails(self: Path, to: Path) -> Path:
+        if (self.parent.name == ".index.new" and self.name == "last") or self.name == ".index.new":
+            raise OSError(errno.EIO, "worn out")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="worn out"):
+        replace(target, "two")
+    assert visible(target) == ["inner", "last"]
+    assert names_in(target / "inner") == [(target / "last").read_text()] == ["one"]
+
+
+def test_one_process_at_a_time_replaces_a_folder(target: Path) -> None:
+    with atomic_folder(target, "last") as folder:
+        with pytest.raises(TrimtabError, match="another process is writing"):
+            replace(target, "two")
+        write_text(folder / "last", "three")
+    assert (target / "last").read_text() == "three"
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    replace(tmp_path / "index", "one")
+    write_text(tmp_path / ".index.new" / "part", "")
+    (tmp_path / "index").rename(tmp_path / ".index.old")  # between the two renames
+    with pytest.raises(ValueError, match="no"), atomic_folder(tmp_path / "index", "last"):
+        raise ValueError("no")
+    assert names_in(tmp_path) == [".index.lock", "index"]
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    assert replaceable(tmp_path / "absent", "last")
+    assert replaceable(tmp_path, "last")
+    write_text(tmp_path / f".{tmp_path.name}.lock", "")
+    assert replaceable(tmp_path, "last")
+    write_text(tmp_path / "letter.txt", "")
+    assert not replaceable(tmp_path, "last")
+    assert not replaceable(tmp_path / "letter.txt", "last")
+    write_text(tmp_path / "last", "")
+    assert replaceable(tmp_path, "last")
 
 
 # Digests

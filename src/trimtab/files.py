@@ -128,6 +128,114 @@ def build_folder(folder: Path, last: str, build: Callable[[Path], object]) -> Pa
     return folder
 
 
+@contextlib.contextmanager
+def atomic_folder(target: str | Path, last: str) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` when the block ends without error.
+
+    What lies there stays until then, and after an error; a link is followed. One process at a time: leftovers of one
+    that was killed are cleared away. A folder that has to stay where it is, such as the mount point of a volume or the
+    current folder, is emptied and filled file by file.
+
+    Args:
+        last: name of the file that says that the folder is whole; file by file, it goes first and comes last.
+
+    Raises:
+        TrimtabError: another process writes this folder, the disk is full, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    target = Path(target).resolve()
+    with explain_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new, old, locked = _scratch_of(target, target if _stays(target) else target.parent)
+        lock = FileLock(locked)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise TrimtabError(f"another process is writing {target}: wait for it, or stop it") from None
+        try:
+            if old.is_dir() and not target.exists():
+                old.rename(target)
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
+            new.mkdir()
+            yield new
+            _put_in_place(new, target, last)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            lock.release()
+
+
+def replaceable(target: Path, last: str) -> bool:
+    """Whether `atomic_folder` may write to `target`: nothing is there, or what it wrote before."""
+    if not target.exists() or (target / last).is_file():
+        return True
+    scratch = _scratch_of(target.resolve(), target)
+    return target.is_dir() and (not set(target.iterdir()) - set(scratch) or (scratch[1] / last).is_file())
+
+
+def _scratch_of(target: Path, place: Path) -> tuple[Path, Path, Path]:
+    """Where the new folder is built, where the old one waits, and the lock."""
+    new, old, lock = (place / f".{target.name}.{word}" for word in ("new", "old", "lock"))
+    return new, old, lock
+
+
+def _stays(target: Path) -> bool:
+    """Whether a folder should not be renamed; a shell would be left in the old one."""
+    if not target.is_dir():
+        return False
+    return os.path.ismount(target) or not os.access(target.parent, os.W_OK) or target.samefile(os.curdir)
+
+
+def _put_in_place(new: Path, target: Path, last: str) -> None:
+    if new.parent == target:
+        _fill(new, target, last)
+        return
+    old = new.with_suffix(".old")
+    try:
+        if target.exists():
+            target.rename(old)
+    except OSError:  # a mount point of the same disk
+        inside = target / new.name
+        try:
+            shutil.move(new, inside)
+            _fill(inside, target, last)
+        finally:
+            shutil.rmtree(inside, ignore_errors=True)
+        return
+    try:
+        new.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(new: Path, target: Path, last: str) -> None:
+    """Exchange the content of `target`, by renames, for that of `new` inside it."""
+    scratch = _scratch_of(target, target)
+    old = scratch[1]
+
+    def move(source: Path, to: Path, *, whole: bool) -> None:
+        found = [path for path in source.iterdir() if path not in scratch]
+        for path in sorted(found, key=lambda path: (path.name == last) == whole):
+            path.rename(to / path.name)
+
+    old.mkdir()
+    try:
+        move(target, old, whole=False)
+        try:
+            move(new, target, whole=True)
+        except BaseException:
+            move(target, new, whole=False)
+            raise
+    except BaseException:
+        move(old, target, whole=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def open_up(folder: str | Path) -> None:
     """Give all files in a folder the rights of ordinary new ones: those of safetensors are closed to other users."""
     for path in Path(folder).rglob("*"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from trimtab.adapters.files import (
 )
 from trimtab.adapters.prompted import load_prompt
 from trimtab.errors import ModelError
-from trimtab.files import explain_disk_errors, write_json, write_text
+from trimtab.files import atomic_folder, replaceable, write_json, write_text
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base, portable
 
@@ -179,10 +177,10 @@ def save_composed(model: Composed, folder: str | Path) -> Path:
 
     Raises:
         ModelError: a link was never saved, or the folder holds something else.
-        TrimtabError: the disk is full or the folder cannot be written.
+        TrimtabError: another process writes the folder, the disk is full, or it cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not is_composed_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if not replaceable(folder, COMPOSED_FILE):
         raise ModelError(f"{folder} holds something else than a composed model: choose another folder")
     base = replace(BaseReference.of(model.base), name=portable(model.base.name))
     about = {
@@ -193,17 +191,12 @@ def save_composed(model: Composed, folder: str | Path) -> Path:
         "fingerprint": model.fingerprint,
         "versions": {"trimtab": __version__},
     }
-    with explain_disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            built = Path(scratch) / "built"
-            for name, link in model.links.items():
-                (built / name).mkdir(parents=True)
-                link._write(str(built / name))
-            write_text(built / CARD_FILE, _card(model))
-            write_json(built / COMPOSED_FILE, about)
-            shutil.rmtree(folder, ignore_errors=True)
-            built.rename(folder)
+    with atomic_folder(folder, COMPOSED_FILE) as built:
+        for name, link in model.links.items():
+            (built / name).mkdir()
+            link._write(str(built / name))
+        write_text(built / CARD_FILE, _card(model))
+        write_json(built / COMPOSED_FILE, about)
     return folder
 
 

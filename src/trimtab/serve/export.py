@@ -23,7 +23,7 @@ from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.gate import mixed
 from trimtab.adapters.prompt import Pictures
 from trimtab.errors import ModelError, TrimtabError
-from trimtab.files import explain_disk_errors, write_json
+from trimtab.files import atomic_folder, explain_disk_errors, replaceable, write_json
 from trimtab.serve import onnx_runtime
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, lowest_site
@@ -150,11 +150,11 @@ def export_onnx(
     Raises:
         ModelError: a tower or processor that cannot be exported, or that differs by more than the tolerance;
             nothing is written then.
-        TrimtabError: ONNX is not installed, or the disk is full.
+        TrimtabError: ONNX is not installed, another process writes `out`, or the disk is full.
     """
     _import_onnx()
     out = Path(out)
-    if out.exists() and not (out / EXPORT_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not replaceable(out, EXPORT_FILE):
         raise ModelError(f"{out} holds something else than an export: choose another folder")
     # Prompts learn in the classifier alone.
     core: Any = getattr(model, "core", model)
@@ -174,31 +174,25 @@ def export_onnx(
         "texts": [describe_text(route) for route in routes],
         "versions": {"trimtab": __version__, "torch": torch.__version__, "opset": _OPSET},
     }
-    with explain_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            built = Path(scratch) / "built"
-            built.mkdir()
-            checked: list[Image.Image | Path] = [*pictures, *made_pictures(), *made_files(Path(scratch))]
-            _write_towers(core, routes, built)
-            for route, described in zip(routes, about["texts"], strict=True):
-                _write_tokenizer(route.model, built / described["tokenizer"])
-            core.image_processor.save_pretrained(built)
-            shutil.copy(onnx_runtime.__file__, built / RUNTIME_FILE)
-            write_json(built / EXPORT_FILE, about)
-            prompted = _prompted(model)
-            if prompted is not None and prompted.prompt.instance is not None:
-                about["classes_left_out"] = CLASSES_LEFT_OUT
-                logger.warning("%s: the classes are not exported: %s", model.name, CLASSES_LEFT_OUT)
-                prompted = None
-            if prompted is not None:
-                _write_classes(prompted, built)
-            about["parity"] = parity(core, built, checked, [*texts, *TEXTS], tolerance)
-            if prompted is not None:
-                about["parity"]["classes"] = class_parity(model, built, checked, tolerance)
-            write_json(built / EXPORT_FILE, about)
-            shutil.rmtree(out, ignore_errors=True)
-            built.rename(out)
+    with atomic_folder(out, EXPORT_FILE) as built, tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
+        checked: list[Image.Image | Path] = [*pictures, *made_pictures(), *made_files(Path(scratch))]
+        _write_towers(core, routes, built)
+        for route, described in zip(routes, about["texts"], strict=True):
+            _write_tokenizer(route.model, built / described["tokenizer"])
+        core.image_processor.save_pretrained(built)
+        shutil.copy(onnx_runtime.__file__, built / RUNTIME_FILE)
+        write_json(built / EXPORT_FILE, about)
+        prompted = _prompted(model)
+        if prompted is not None and prompted.prompt.instance is not None:
+            about["classes_left_out"] = CLASSES_LEFT_OUT
+            logger.warning("%s: the classes are not exported: %s", model.name, CLASSES_LEFT_OUT)
+            prompted = None
+        if prompted is not None:
+            _write_classes(prompted, built)
+        about["parity"] = parity(core, built, checked, [*texts, *TEXTS], tolerance)
+        if prompted is not None:
+            about["parity"]["classes"] = class_parity(model, built, checked, tolerance)
+        write_json(built / EXPORT_FILE, about)
     return about
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 
 from trimtab import __version__
 from trimtab.errors import DataError
-from trimtab.files import explain_disk_errors, sha256_of, write_json
+from trimtab.files import atomic_folder, replaceable, sha256_of, write_json
 from trimtab.serve.index import (
     DESCRIPTION_FILE,
     FAISS_FILE,
@@ -78,7 +76,7 @@ def build_index(
 
     Raises:
         DataError: the embeddings are not whole or too few for the kind, or `out` holds something else.
-        TrimtabError: FAISS is not installed, or the disk is full.
+        TrimtabError: FAISS is not installed, another process writes `out`, or the disk is full.
     """
     if kind not in (*KINDS, "auto"):
         raise DataError(f"kind={kind!r} is unknown; choose auto, {', '.join(KINDS)}")
@@ -87,20 +85,14 @@ def build_index(
     faiss, source, out = import_faiss(), Embeddings.open(embeddings), Path(out)
     if not len(source):
         raise DataError(f"{embeddings} holds no embeddings: there is nothing to index")
-    _check_out(out)
+    if not replaceable(out, DESCRIPTION_FILE):
+        raise DataError(f"{out} holds something else than an index: choose another folder")
     kind = choose_kind(len(source)) if kind == "auto" else kind
     typical = None if queries is None else _sample_of(Embeddings.open(queries), sample, seed)
     if typical is not None and typical.shape[1] != source.about.dim:
         raise DataError(f"{queries} has {typical.shape[1]} dimensions, and {embeddings} {source.about.dim}")
-    with explain_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            built = Path(scratch) / "built"
-            built.mkdir()
-            about = _build(faiss, source, built, kind, typical, recall, sample, seed, progress or (lambda *_: None))
-            shutil.rmtree(out, ignore_errors=True)
-            built.rename(out)
-    return about
+    with atomic_folder(out, DESCRIPTION_FILE) as built:
+        return _build(faiss, source, built, kind, typical, recall, sample, seed, progress or (lambda *_: None))
 
 
 def _build(
@@ -259,11 +251,6 @@ class _Items:
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not (out / DESCRIPTION_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} holds something else than an index: choose another folder")
 
 
 def described(about: dict[str, Any]) -> dict[str, Any]:
