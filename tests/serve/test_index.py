@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from tiny_vectors import MODEL, made, write_embeddings
-from trimtab.errors import DataError, ModelError
+from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.serve import index as module
 from trimtab.serve.index import Index
 from trimtab.serve.indexing import build_index, choose_kind
 
@@ -102,8 +104,6 @@ def test_another_model_is_refused(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["index.faiss", "items.arrow", "vectors.f16"])
 @pytest.mark.parametrize("damage", ["missing", "short", "changed"])
 def test_missing_and_damaged_files_are_named(folders: dict[str, Path], tmp_path: Path, name: str, damage: str) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(folders["ivfpq"], tmp_path / "i"))
     data = bytearray((folder / name).read_bytes())
     if damage == "missing":
@@ -121,13 +121,65 @@ def test_a_description_is_checked(folders: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"has no index\.json"):
         Index.open(tmp_path)
     about = json.loads((folders["flat"] / "index.json").read_text())
-    for change, words in (({"schema_version": 2}, "upgrade"), ({"model": None}, "damaged"), ({"files": 3}, "damaged")):
-        (tmp_path / "index.json").write_text(json.dumps({**about, **change}))
-        with pytest.raises(DataError, match=words):
-            Index.open(tmp_path)
-    (tmp_path / "index.json").write_text("{")
-    with pytest.raises(DataError, match="damaged"):
+    (tmp_path / "index.json").write_text(json.dumps({**about, "schema_version": 2}))
+    with pytest.raises(DataError, match="upgrade"):
         Index.open(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(DataError, match=r"damaged .*: make the index again"):
+        Index.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"files": 3},
+        {"files": {}},
+        {"files": {"index.faiss": {}, "items.arrow": {}, "vectors.f16": {}}},
+        {"search": None},
+        {"search": {"ef_search": "x"}},
+        {"search": {"nprobe": 0}},
+        {"dim": "x"},
+        {"dim": 8},
+        {"kind": "tree"},
+        {"of": []},
+        {"count": None},
+    ],
+)
+def test_damage_in_a_description_is_told(folders: dict[str, Path], tmp_path: Path, kind: str, change: Any) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "i"))
+    about = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**about, **change}))
+    with pytest.raises(DataError, match="index again"):
+        Index.open(folder, verify=False)
+
+
+@pytest.mark.parametrize("when", ["_check_files", "_map_items", "import_faiss", "read_description"])
+def test_an_index_that_is_replaced_while_it_is_opened(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    folder = Path(shutil.copytree(folders["ivfpq"], tmp_path / "i"))
+    original = getattr(module, when)
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        read = original(*arguments, **options) if when == "read_description" else None
+        folder.rename(tmp_path / "old")
+        shutil.copytree(folders["flat"], folder, copy_function=shutil.copy)
+        return read or original(*arguments, **options)
+
+    monkeypatch.setattr(module, when, replaced)
+    index = Index.open(folder)
+    assert index.kind == "flat"
+    assert index.search(VECTORS[:1], 1).ids == [["图0"]]
+
+
+def test_an_index_between_the_renames_that_replace_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: shutil.copytree(folders["flat"], tmp_path / "i"))
+    assert len(Index.open(tmp_path / "i")) == 1500
 
 
 # Making one
@@ -184,6 +236,25 @@ def test_folders_of_other_things_are_left_alone(embeddings: Path, tmp_path: Path
     build_index(embeddings, tmp_path / "i")
     build_index(embeddings, tmp_path / "i", kind="hnsw")  # an index is replaced
     assert Index.open(tmp_path / "i").kind == "hnsw"
+
+
+def test_two_at_once_are_refused(embeddings: Path, tmp_path: Path) -> None:
+    def again(*_: int) -> None:
+        build_index(embeddings, tmp_path / "i")
+
+    with pytest.raises(TrimtabError, match="another process is writing"):
+        build_index(embeddings, tmp_path / "i", progress=again)
+    build_index(embeddings, tmp_path / "i")
+    assert len(Index.open(tmp_path / "i")) == 1500
+
+
+def test_the_index_of_the_current_folder_is_replaced(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(embeddings, tmp_path / "i")
+    monkeypatch.chdir(tmp_path / "i")
+    build_index(embeddings, ".", kind="hnsw")
+    assert Index.open(".").kind == "hnsw"
 
 
 def test_recall_of_given_queries(embeddings: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ again with their vectors on disk. How many of the true neighbours are found is m
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import sha256_of
-from trimtab.serve.store import ModelReference, read_description
+from trimtab.serve.store import SOURCE_COLUMN, ModelReference, read_description
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,6 +30,7 @@ FAISS_FILE = "index.faiss"
 ITEMS_FILE = "items.arrow"
 VECTORS_FILE = "vectors.f16"
 KINDS = ("flat", "hnsw", "ivfpq")
+_REPLACED_WITHIN = 0.1  # seconds that renaming the files of an index may take
 
 
 class Hits(NamedTuple):
@@ -74,7 +76,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Index:
-        """Open an index folder.
+        """Open an index folder; one that is replaced meanwhile is read once more.
 
         Args:
             verify: compare the files with their checksums, about a second per gigabyte.
@@ -84,26 +86,41 @@ class Index:
             TrimtabError: FAISS is not installed.
         """
         folder = Path(folder)
-        about = read_description(folder / DESCRIPTION_FILE, SCHEMA_VERSION, "an index")
+        before = _version(folder)
+        try:
+            found = cls._open(folder, verify)
+        except (DataError, OSError):
+            time.sleep(_REPLACED_WITHIN)
+            if _version(folder) == before:
+                raise
+            return cls._open(folder, verify)
+        # Else it may be half of one index and half of the next.
+        return found if _version(folder) == before else cls._open(folder, verify)
+
+    @classmethod
+    def _open(cls, folder: Path, verify: bool) -> Index:
+        about = read_description(folder / DESCRIPTION_FILE, SCHEMA_VERSION, "index")
         try:
             model = ModelReference(**about["model"])
-            files, count = dict(about["files"]), int(about["count"])
-            about["kind"], about["dim"], about["of"], about["search"]
-        except (KeyError, TypeError, ValueError) as error:
+            files, count, dim = dict(about["files"]), int(about["count"]), int(about["dim"])
+            _check_facts(about, files)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{folder / DESCRIPTION_FILE} is damaged ({error}): index again") from error
         _check_files(folder, files, verify=verify)
         faiss = import_faiss()
         try:
             found = faiss.read_index(str(folder / FAISS_FILE))
+            set_search(found, about["search"])
             items = _map_items(folder / ITEMS_FILE)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, AttributeError) as error:
             raise DataError(f"{folder} cannot be read ({str(error).strip()[-200:]}): index again") from error
         if not len(items) == found.ntotal == count:
             raise DataError(f"{folder}: {found.ntotal} vectors, {len(items)} items and a count of {count}: index again")
-        set_search(found, about["search"])
+        if found.d != dim:
+            raise DataError(f"{folder}: vectors of {found.d} numbers where {dim} should be: index again")
         vectors = None
         if VECTORS_FILE in files:
-            vectors = np.memmap(folder / VECTORS_FILE, np.float16, mode="r", shape=(count, about["dim"]))
+            vectors = np.memmap(folder / VECTORS_FILE, np.float16, mode="r", shape=(count, dim))
         return cls(folder, about, model, found, items, vectors)
 
     def __len__(self) -> int:
@@ -229,6 +246,29 @@ def nearest(
         found_rows.append(at)
         found_scores.append(score)
     return found_rows, found_scores
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """Changes when the index is replaced."""
+    try:
+        status = (folder / DESCRIPTION_FILE).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _check_facts(about: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a ValueError, KeyError, TypeError or AttributeError for what no index has written."""
+    if about["kind"] not in KINDS or about["of"] not in SOURCE_COLUMN:
+        raise ValueError(f"an index of kind {about['kind']!r} of {about['of']!r}")
+    for name, value in about["search"].items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"search has {name}={value!r}")
+    needed = (FAISS_FILE, ITEMS_FILE, *((VECTORS_FILE,) if about["kind"] == "ivfpq" else ()))
+    if unnamed := [name for name in needed if name not in files]:
+        raise ValueError(f"its files lack {unnamed[0]}")
+    for facts in files.values():
+        int(facts["bytes"]), facts["sha256"]
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:

@@ -226,13 +226,13 @@ def write_description(folder: Path, description: Description, skipped: Sequence[
 
 
 def read_description(path: Path, schema: int, kind: str) -> dict[str, Any]:
-    """A JSON description of a known schema.
+    """A JSON description of a known schema; `kind` is what it describes, "index" or "embeddings".
 
     Raises:
         DataError: missing, damaged, or of a newer schema.
     """
     if not path.is_file():
-        raise DataError(f"{path.parent} is no folder of {kind}: it has no {path.name}")
+        raise DataError(f"{path.parent} holds no {kind}: it has no {path.name}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         found = int(raw["schema_version"])
