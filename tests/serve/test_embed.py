@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,32 @@ def test_a_table_with_ids_and_another_root(model: Any, photos: Path, tmp_path: P
     assert [row["id"] for row in read(tmp_path / "e")[0]] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [(("a", "b", "a"), r"t\.csv, row 4: 'id' is 'a', as in row 2"), (("a", " ", "b"), r"t\.csv, row 3: 'id' is empty")],
+)
+def test_ids_that_name_no_row_or_two_are_refused(
+    model: Any, photos: Path, tmp_path: Path, ids: Sequence[str], message: str
+) -> None:
+    path = write_csv(tmp_path / "t.csv", ["id", "image"], [(own, f"图{at}.png") for at, own in enumerate(ids)])
+    with pytest.raises(DataError, match=message):
+        embed(path, model, tmp_path / "e", root=photos)
+
+
+def test_a_picture_that_is_replaced_or_mended_is_embedded_again(model: Any, photos: Path, tmp_path: Path) -> None:
+    (photos / "图4.png").write_bytes(b"no picture")
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["skipped"] == 1
+    mended, replaced = photos / "图4.png", photos / "图0.png"
+    shutil.copy(photos / "图2.png", mended)
+    shutil.copy(photos / "图2.png", replaced)
+    outcome = embed(photos, model, tmp_path / "e", shard_size=4)
+    assert (outcome["count"], outcome["skipped"]) == (10, 0)
+    rows, vectors = read(tmp_path / "e")
+    place = {row["id"]: at for at, row in enumerate(rows)}
+    for name in ("图0.png", "图4.png"):
+        assert np.allclose(vectors[place[name]], vectors[place["图2.png"]], atol=1e-6)
+
+
 def test_texts(model: Any, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["id", "text"], [("x", "a cat"), ("y", " "), ("z", "a dog")])
     outcome = embed(path, model, tmp_path / "e")
@@ -133,11 +159,11 @@ def test_webdataset_shards(model: Any, pictures: list[Image.Image], tmp_path: Pa
     outcome = embed(f"{tmp_path}/s-{{0..1}}.tar", model, tmp_path / "e")
     assert (outcome["count"], outcome["skipped"], outcome["shards"]) == (5, 2, 2)
     rows, vectors = read(tmp_path / "e")
-    assert rows[3] == {"id": "000", "image": "s-1.tar/000.png"}
+    assert rows[3] == {"id": "s-1.tar/000", "image": "s-1.tar/000.png"}  # both count from 0
     assert np.allclose(vectors, model.encode_image(pictures), atol=1e-6)
     reasons = {one["id"]: one["reason"] for one in outcome["skipped_items"]}
-    assert "no picture" in reasons["lone"]
-    assert "not an image" in reasons["bad"]
+    assert "no picture" in reasons["s-1.tar/lone"]
+    assert "not an image" in reasons["s-1.tar/bad"]
     embed(f"{tmp_path}/s-{{0..1}}.tar", model, tmp_path / "t", of="texts")
     assert [row["text"] for row in read(tmp_path / "t")[0][:3]] == ["caption 0", "caption 1", "caption 2"]
 

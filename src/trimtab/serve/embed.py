@@ -121,7 +121,7 @@ def embed(
     """
     source = open_input(input, of=of, column=column, id_column=id_column, keep=keep, root=root)
     _check_options(shard_size, batch_size, format, dtype, engine, part)
-    total = source.check(shard_size)  # whatever is wrong with a row shows now
+    total = source.check()  # whatever is wrong with a row shows now
     loaded = load(model, device=device) if isinstance(model, (str, Path)) else model
     out = Path(out)
     job = Job(

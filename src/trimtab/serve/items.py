@@ -6,11 +6,14 @@ import csv
 import io
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from trimtab.data.images import ImageError, is_address
 from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text
@@ -18,7 +21,7 @@ from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import PictureFile, ShardSample, expand_shards, picture_names, read_shard
 from trimtab.errors import DataError
 from trimtab.files import digest_of
-from trimtab.serve.store import SOURCE_COLUMN, Kind
+from trimtab.serve.store import SCORE, SOURCE_COLUMN, VECTOR, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +47,17 @@ class Work:
 
     Attributes:
         number: of the shard.
-        digest: names its items.
+        digest: names its items and the states of their files.
         items: what it shall hold; of a webdataset shard None, as the worker reads it.
         archive: that webdataset shard.
+        prefix: of the ids in it: the shard's name where there are several.
     """
 
     number: int
     digest: str
     items: tuple[Item, ...] | None = None
     archive: str | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Input:
         of: what is embedded of it.
         column: of a table, where the pictures or texts stand.
         id_column: of a table, where the ids stand; None takes the paths of pictures and the rows of texts.
-        keep: further columns of a table.
+        keep: further columns of a table, empty where a row has none.
         root: folder that the paths in a table are relative to.
     """
 
@@ -86,14 +91,21 @@ class Input:
         root = Path(self.path).parent if self.place == "archives" else self.root if self.place == "table" else self.path
         return {"path": self.path, "place": self.place, "root": str(Path(root).resolve())}
 
-    def check(self, shard_size: int) -> int | None:
+    def check(self) -> int | None:
         """Read the whole input once, without opening a picture; its number of items where that can be told at once.
 
         Raises:
-            DataError: a row that cannot be used.
+            DataError: a row that cannot be used, or an id that is empty or stands in two rows.
         """
-        counts = [None if work.items is None else len(work.items) for work in self.works(shard_size)]
-        return None if None in counts else sum(filter(None, counts))
+        if self.place == "archives":
+            expand_shards(self.path)
+            return None
+        ids = array("q", (hash(item.id) for item in self._items()))  # 8 bytes each, for inputs of any size
+        if not ids:
+            raise DataError(f"{self.path}: holds no {self.of}")
+        if self.id_column:
+            self._refuse_repeated(self.id_column, np.sort(np.frombuffer(ids, np.int64)))
+        return len(ids)
 
     def works(self, shard_size: int) -> Iterator[Work]:
         """All shards, in order; a table or folder in parts of `shard_size`, each webdataset shard as a whole.
@@ -102,17 +114,26 @@ class Input:
             DataError: see `open_input`; a row that cannot be used is named.
         """
         if self.place == "archives":
-            for number, path in enumerate(expand_shards(self.path)):
-                yield Work(number, digest_of(self.of, path.name, str(path.stat().st_size)), archive=str(path.resolve()))
+            paths = expand_shards(self.path)
+            around = os.path.commonpath([path.parent for path in paths])
+            for number, path in enumerate(paths):
+                prefix = f"{path.relative_to(around).as_posix()}/" if len(paths) > 1 else ""
+                yield Work(
+                    number,
+                    digest_of(self.of, path.name, prefix, _state(path)),
+                    archive=str(path.resolve()),
+                    prefix=prefix,
+                )
             return
-        items = self._folder_items() if self.place == "folder" else self._table_items()
+        items = self._items()
         number = 0
         while some := tuple(islice(items, shard_size)):
-            parts = (part for item in some for part in (item.id, item.source, *item.kept))
+            parts = (part for item in some for part in (item.id, item.source, *item.kept, *_states(item)))
             yield Work(number, digest_of(self.of, *self.columns, *parts), items=some)
             number += 1
-        if not number:
-            raise DataError(f"{self.path}: holds no {self.of}")
+
+    def _items(self) -> Iterator[Item]:
+        return self._folder_items() if self.place == "folder" else self._table_items()
 
     def _folder_items(self) -> Iterator[Item]:
         root = Path(self.path).resolve()
@@ -131,10 +152,12 @@ class Input:
         optional = (*self.keep, *((self.id_column,) if self.id_column else ()))
         seen: set[int] = set()
         root = PictureFolder(self.root)
-        for record in iter_rows(self.path, (self.column, *optional)):
+        for record in iter_rows(self.path, (self.column,), optional=optional):
             values = record.values
             kept = tuple(values[name] for name in self.keep)
             own = values[self.id_column] if self.id_column else None
+            if own is not None and not own.strip():
+                raise self._unusable_id(record.row, f"{self.id_column!r} is empty")
             if self.of == "texts":
                 yield Item(str(record.row) if own is None else own, values[self.column], kept)
                 continue
@@ -144,6 +167,33 @@ class Input:
                     continue
                 seen.add(key)
             yield _picture_item(name, root, self.path, record.row, kept, own)
+
+    def _refuse_repeated(self, column: str, hashes: np.ndarray) -> None:
+        """Name the rows of an id that stands in two; `hashes` are those of all ids, sorted."""
+        repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        rows: dict[str, int] = {}
+        for record in iter_rows(self.path, (self.column,), optional=(column,)) if repeated else ():
+            own = record.values[column]
+            if hash(own) in repeated and (before := rows.setdefault(own, record.row)) != record.row:
+                raise self._unusable_id(record.row, f"{column!r} is {own!r}, as in row {before}")
+
+    def _unusable_id(self, row: int, what: str) -> DataError:
+        other = f"take the paths with --id {self.column}" if self.of == "images" else "name another column with --id"
+        return DataError(f"{self.path}, row {row}: {what}: give each row an id of its own, or {other}")
+
+
+def _states(item: Item) -> tuple[str, ...]:
+    """What changes when the picture of an item does; texts have nothing besides themselves."""
+    return (_state(item.picture.path),) if isinstance(item.picture, PictureFile) else ()
+
+
+def _state(path: Path) -> str:
+    """Size and time of a file; in microseconds, as some network file systems keep no more."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns // 1000}"
 
 
 def _picture_item(
@@ -170,7 +220,7 @@ def open_input(
             ``shard-{000..012}.tar``.
         of: "images" or "texts"; "auto" takes the pictures where there are any.
         column: of a table: where they stand, ``image`` or ``text`` by default.
-        id_column: of a table; ``id`` where there is one.
+        id_column: of a table; ``id`` where there is one. The column of the pictures itself takes each picture once.
 
     Raises:
         DataError: no such input, columns that a table lacks, options that do not fit.
@@ -206,11 +256,15 @@ def _open_table(
     wanted = column or SOURCE_COLUMN[kind]
     if id_column is None and "id" in found:
         id_column = "id"
+    if id_column == wanted and kind == "images":
+        id_column = None
     needed = [wanted, *keep, *([id_column] if id_column else [])]
     if missing := [name for name in needed if name not in found]:
         raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {', '.join(found)}")
-    if taken := {"id", SOURCE_COLUMN[kind], "embedding"} & set(keep):
-        raise DataError(f"--keep {min(taken)}: that name is taken by a column of the embeddings; rename it in {path}")
+    if twice := [name for name in needed if found.count(name) > 1]:
+        raise DataError(f"{path}: column {twice[0]!r} stands in the header {found.count(twice[0])} times: rename one")
+    if taken := {"id", SOURCE_COLUMN[kind], VECTOR, SCORE} & set(keep):
+        raise DataError(f"--keep {min(taken)}: that name is taken by a column of the results; rename it in {path}")
     base = Path(path).parent if root is None else Path(root)
     if not base.is_dir():
         raise DataError(f"--root {base}: no such folder")
@@ -251,9 +305,9 @@ def items_of(work: Work, of: Kind) -> tuple[Iterable[Item], str]:
     path = Path(work.archive)
     samples, damage = read_shard(path)
     if of == "texts":
-        return [Item(stem, _shard_text(sample)) for stem, sample in samples.items()], damage
+        return [Item(work.prefix + stem, _shard_text(sample)) for stem, sample in samples.items()], damage
     return [
-        Item(stem, one.picture.name if isinstance(one.picture, PictureFile) else stem, (), one.picture)
+        Item(work.prefix + stem, one.picture.name if isinstance(one.picture, PictureFile) else stem, (), one.picture)
         for stem, one in samples.items()
     ], damage
 

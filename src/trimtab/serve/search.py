@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.adapters.adapted import load
 from trimtab.errors import DataError, ModelError
 from trimtab.serve.index import Index
+from trimtab.serve.store import SCORE
 from trimtab.towers.dual_encoder import DualEncoder
 
 
@@ -46,4 +47,4 @@ def search(
     found.check_model(model)
     query = model.encode_image(image) if text is None else model.encode_text(text)
     hits = found.search(query, k)
-    return [{**item, "score": score} for item, score in zip(hits.metadata[0], hits.scores[0], strict=True)]
+    return [{**item, SCORE: score} for item, score in zip(hits.metadata[0], hits.scores[0], strict=True)]

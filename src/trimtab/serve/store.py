@@ -31,6 +31,8 @@ DESCRIPTION_FILE = "embeddings.json"
 SKIPPED_FILE = "skipped.csv"
 VECTOR = "embedding"
 """The column of the vectors."""
+SCORE = "score"
+"""What a search adds to the columns of what it finds."""
 
 Kind = Literal["images", "texts"]
 Format = Literal["parquet", "npy"]
