@@ -288,3 +288,4 @@ def test_damaged_pictures_are_found_and_noted(tmp_path: Path, monkeypatch: pytes
 
 def test_picture_names() -> None:
     assert picture_names(["b.JPG", "a.png", ".a.png", "a.txt", "png", "c.jpeg"]) == ["a.png", "b.JPG", "c.jpeg"]
+    assert picture_names(["a.jfif", "b.JPE", "c.heic"]) == ["a.jfif", "b.JPE"]

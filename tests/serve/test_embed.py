@@ -72,6 +72,22 @@ def test_a_folder_of_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "e/skipped.csv").exists()
 
 
+def test_what_a_folder_has_besides_is_listed(model: Any, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (photos / "inner/b.svg").write_text("<svg/>")
+    (photos / "inner/here").symlink_to(photos)
+    (photos / "there").symlink_to(tmp_path / "elsewhere")
+    (photos / "notes.txt").write_text("")
+    outcome = embed(photos, model, tmp_path / "e")
+    assert outcome["count"] == 10
+    listed = {one["source"]: one["reason"] for one in outcome["skipped_items"]}
+    assert set(listed) == {"a.heic", "inner/b.svg", "inner/here", "there"}
+    assert "HEIC" in listed["a.heic"]
+    assert "SVG" in listed["inner/b.svg"]
+    assert listed["inner/here"] == listed["there"] == "is a link to a folder, which is not followed: copy the folder"
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_a_table_of_pictures(model: Any, photos: Path, tmp_path: Path, suffix: str) -> None:
     names = ["图0.png", "图2.png", "图0.png"]

@@ -24,7 +24,7 @@ from trimtab.data.images import DEFAULT_MAX_PIXELS, ImageError, is_address, read
 from trimtab.errors import DataError
 from trimtab.files import digest_of, write_json
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 """What a file in a folder of pictures, or a member of a shard, is named when it is a picture."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -244,9 +244,9 @@ def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, s
         sample.problem = f"{name} is not JSON ({error})"
 
 
-def picture_names(names: Iterable[str]) -> list[str]:
+def picture_names(names: Iterable[str], suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> list[str]:
     """Those that name pictures, sorted; hidden files, such as a Mac's `._a.jpg`, are none."""
-    return sorted(name for name in names if not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES))
+    return sorted(name for name in names if not name.startswith(".") and name.lower().endswith(suffixes))
 
 
 def find_damaged(pictures: Sequence[PictureFile], notes: Path | None = None) -> dict[PictureFile, str]:

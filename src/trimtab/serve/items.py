@@ -18,10 +18,20 @@ import numpy as np
 from trimtab.data.images import ImageError, is_address
 from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text
 from trimtab.data.picture_folder import PictureFolder
-from trimtab.data.shards import PictureFile, ShardSample, expand_shards, picture_names, read_shard
+from trimtab.data.shards import (
+    PICTURE_SUFFIXES,
+    PictureFile,
+    ShardSample,
+    expand_shards,
+    picture_names,
+    read_shard,
+)
 from trimtab.errors import DataError
 from trimtab.files import digest_of
 from trimtab.serve.store import SCORE, SOURCE_COLUMN, VECTOR, Kind
+
+# Pictures that no decoder is there for: they are listed with the reason, rather than passed over.
+_UNREADABLE = (".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +154,13 @@ class Input:
 
         for where, subfolders, files in os.walk(root, onerror=refuse):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in picture_names(files):
-                path = Path(where) / name
-                yield _picture_item(path.relative_to(root).as_posix(), inside, self.path, 0)
+            below = Path(where).relative_to(root)
+            for name in subfolders:
+                if (Path(where) / name).is_symlink():
+                    linked = (below / name).as_posix()
+                    yield Item(linked, linked, (), "is a link to a folder, which is not followed: copy the folder")
+            for name in picture_names(files, (*PICTURE_SUFFIXES, *_UNREADABLE)):
+                yield _picture_item((below / name).as_posix(), inside, self.path, 0)
 
     def _table_items(self) -> Iterator[Item]:
         optional = (*self.keep, *((self.id_column,) if self.id_column else ()))
