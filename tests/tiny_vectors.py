@@ -31,7 +31,7 @@ def write_embeddings(folder: Path, vectors: np.ndarray, *, shard_size: int = 100
         columns = {"id": ids, "image": [f"{one}.jpg" for one in ids]}
         notes.append(write_shard(folder, number, columns, part, format=format, items="d"))
         assert notes[-1].file == shard_file(number, format)
-    shards = tuple({"file": one.file, "rows": one.rows, "sha256": one.sha256} for one in notes)
+    shards = tuple(one.described() for one in notes)
     options: dict[str, Any] = {
         "of": "images", "model": MODEL, "dim": dim, "dtype": "float32", "format": "parquet", "count": count,
         "skipped": 0, "columns": ("id", "image"), "shards": shards,

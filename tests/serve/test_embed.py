@@ -291,6 +291,50 @@ def test_finished_shards_are_not_repeated(model: Any, photos: Path, tmp_path: Pa
     assert len(read(tmp_path / "e")[1]) == 6
 
 
+def test_a_shard_whose_ids_are_missing_is_made_again(model: Any, photos: Path, tmp_path: Path) -> None:
+    embed(photos, model, tmp_path / "e", shard_size=4, format="npy")
+    rows = read(tmp_path / "e")[0]
+    note = json.loads((tmp_path / "e/shard-00002.json").read_text())
+    del note["columns_sha256"]  # as older ones are
+    (tmp_path / "e/shard-00002.json").write_text(json.dumps(note))
+    before = (tmp_path / "e/shard-00002.npy").stat().st_mtime_ns
+    (tmp_path / "e/shard-00001.jsonl").unlink()
+    embed(photos, model, tmp_path / "e", shard_size=4, format="npy")
+    assert read(tmp_path / "e")[0] == rows
+    assert (tmp_path / "e/shard-00002.npy").stat().st_mtime_ns == before
+
+
+def test_replaced_and_repaired_pictures_are_embedded_again(
+    model: Any, photos: Path, pictures: list[Image.Image], tmp_path: Path, monkeypatch: Any
+) -> None:
+    (photos / "图4.png").write_bytes(b"")
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["skipped"] == 1
+    made: list[int] = []
+    original = module.make_shard
+    monkeypatch.setattr(module, "make_shard", lambda *a: (made.append(a[2].number), original(*a))[1])
+    pictures[0].save(photos / "图4.png")
+    assert embed(photos, model, tmp_path / "e", shard_size=4)["skipped"] == 0
+    path = photos / "inner/图9.png"
+    before = path.stat()
+    path.write_bytes(path.read_bytes())  # of the same size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    embed(photos, model, tmp_path / "e", shard_size=4)
+    assert made == [0, 2]
+
+
+def test_a_replaced_webdataset_shard_is_embedded_again(
+    model: Any, pictures: list[Image.Image], tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = pack(tmp_path, "s.tar", pictures)
+    first = embed(path, model, tmp_path / "e")
+    os.utime(path, ns=(0, 0))
+    made: list[int] = []
+    original = module.make_shard
+    monkeypatch.setattr(module, "make_shard", lambda *a: (made.append(a[2].number), original(*a))[1])
+    assert embed(path, model, tmp_path / "e") == first
+    assert made == [0]
+
+
 def test_a_killed_run_goes_on(tiny_folder: Callable[[str], Path], photos: Path, tmp_path: Path, model: Any) -> None:
     code = (
         "import os, signal\n"

@@ -199,7 +199,7 @@ def test_formats_are_alike(tmp_path: Path, format: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("missing", "shard-00001.parquet of 3 is missing"),
+        ("missing", "shard-00001.parquet of 3 files is missing"),
         ("changed", "checksum differs"),
         ("none", "no embeddings.json"),
     ],
@@ -216,6 +216,27 @@ def test_embeddings_that_are_not_whole(tmp_path: Path, damage: str, words: str) 
     with pytest.raises(DataError, match=words):
         build_index(folder, tmp_path / "i")
     assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00001.jsonl"])
+def test_both_files_of_an_npy_shard_are_checked(tmp_path: Path, name: str) -> None:
+    folder = write_embeddings(tmp_path / "e", VECTORS[:250], format="npy")
+    path = folder / name
+    path.write_bytes(path.read_bytes().replace("图107".encode(), "图108".encode()) + b"\n")
+    with pytest.raises(DataError, match=rf"{name} is damaged .*: delete it"):
+        build_index(folder, tmp_path / "i")
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{name} of 6 files is missing: run the same"):
+        build_index(folder, tmp_path / "i")
+
+
+def test_descriptions_without_the_checksum_of_ids_are_read(tmp_path: Path) -> None:
+    folder = write_embeddings(tmp_path / "e", VECTORS[:250], format="npy")
+    about = json.loads((folder / "embeddings.json").read_text())
+    for shard in about["shards"]:
+        del shard["columns_sha256"]
+    (folder / "embeddings.json").write_text(json.dumps(about))
+    assert build_index(folder, tmp_path / "i")["count"] == 250
 
 
 def test_vectors_of_another_type_are_refused(tmp_path: Path) -> None:

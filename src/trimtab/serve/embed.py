@@ -243,7 +243,7 @@ def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: lis
     if not missing:
         for number in _numbers_from(out, len(digests)):  # of an earlier, longer input
             (out / note_file(number)).unlink()
-        shards = tuple({"file": n.file, "rows": n.rows, "skipped": n.skipped, "sha256": n.sha256} for n in whole)
+        shards = tuple(note.described() for note in whole)
         about = Description(
             job.of, ModelReference.of(model), model.embedding_dim, job.dtype, job.format, counts["count"],
             counts["skipped"], job.columns, shards, source.described(),

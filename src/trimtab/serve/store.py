@@ -104,6 +104,7 @@ class ShardNote:
         listed: the first thousand of them.
         sha256: of `file`.
         columns: its columns beside the vectors.
+        columns_sha256: of the file that holds these where `file` is ``.npy``; "" in older notes too.
     """
 
     file: str
@@ -113,6 +114,12 @@ class ShardNote:
     sha256: str
     columns: tuple[str, ...]
     listed: tuple[Skipped, ...] = ()
+    columns_sha256: str = ""
+
+    def described(self) -> dict[str, Any]:
+        """The facts for `Description.shards`."""
+        beside = {"columns_sha256": self.columns_sha256} if self.columns_sha256 else {}
+        return {"file": self.file, "rows": self.rows, "skipped": self.skipped, "sha256": self.sha256, **beside}
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,11 @@ def shard_file(number: int, format: Format) -> str:
 
 def note_file(number: int) -> str:
     return f"shard-{number:05d}.json"
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """The files of a shard by that of its vectors, which comes first."""
+    return [path, path.with_suffix(".jsonl")] if path.suffix == _SUFFIXES["npy"] else [path]
 
 
 # Writing
@@ -170,8 +182,9 @@ def write_shard(
         write_text(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, vectors, allow_pickle=False)
+    sha256, *beside = map(sha256_of, shard_paths(path))
     note = ShardNote(
-        path.name, items, len(vectors), len(skipped), sha256_of(path), tuple(columns), tuple(skipped[:_LISTED])
+        path.name, items, len(vectors), len(skipped), sha256, tuple(columns), tuple(skipped[:_LISTED]), *beside
     )
     write_json(folder / note_file(number), asdict(note))
     return note
@@ -198,12 +211,12 @@ def _write_parquet(path: Path, columns: Mapping[str, Sequence[str]], vectors: np
 
 
 def read_note(folder: Path, number: int) -> ShardNote | None:
-    """The note of a finished shard whose file is there, or None."""
+    """The note of a finished shard whose files are there, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         raw = json.loads((folder / note_file(number)).read_text(encoding="utf-8"))
         listed = tuple(Skipped(**one) for one in raw.pop("listed"))
         note = ShardNote(**{**raw, "columns": tuple(raw["columns"]), "listed": listed})
-        if (folder / note.file).is_file():
+        if all(path.is_file() for path in shard_paths(folder / note.file)):
             return note
     return None
 
@@ -276,7 +289,7 @@ class Embeddings:
                 shards=tuple(raw["shards"]),
                 input=dict(raw.get("input") or {}),
             )
-            files = [folder / shard["file"] for shard in about.shards]
+            files = [path for shard in about.shards for path in shard_paths(folder / shard["file"])]
             if sum(shard["rows"] for shard in about.shards) != about.count:
                 raise ValueError("the rows of its shards are not as many as its count")
         except (KeyError, TypeError, ValueError) as error:
@@ -284,7 +297,7 @@ class Embeddings:
         if missing := [path.name for path in files if not path.is_file()]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DataError(
-                f"{folder}: shard {missing[0]}{more} of {len(files)} is missing: run the same `trimtab embed` again, "
+                f"{folder}: {missing[0]}{more} of {len(files)} files is missing: run the same `trimtab embed` again, "
                 "or copy the folder again"
             )
         return cls(folder, about)
@@ -303,8 +316,12 @@ class Embeddings:
         """
         for shard in self.about.shards:
             path = self.folder / shard["file"]
-            if verify and sha256_of(path) != shard["sha256"]:
-                raise DataError(f"{path} is damaged (the checksum differs): delete it and run `trimtab embed` again")
+            noted = (shard["sha256"], shard.get("columns_sha256"))  # older ones lack the second
+            for file, sha256 in zip(shard_paths(path), noted) if verify else ():
+                if sha256 and sha256_of(file) != sha256:
+                    raise DataError(
+                        f"{file} is damaged (the checksum differs): delete it and run `trimtab embed` again"
+                    )
             table, vectors = self._read(path)
             if vectors.ndim != 2 or vectors.shape != (shard["rows"], self.about.dim) or vectors.dtype.kind != "f":
                 raise DataError(
