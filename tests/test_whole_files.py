@@ -301,6 +301,15 @@ def test_one_process_at_a_time_replaces_a_folder(target: Path) -> None:
     assert (target / "last").read_text() == "three"
 
 
+def test_the_current_folder_has_the_lock_of_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(tmp_path / "index", "one")
+    with atomic_folder(tmp_path / "index", "last") as folder:
+        monkeypatch.chdir(tmp_path / "index")
+        with pytest.raises(TrimtabError, match="another process is writing"):
+            replace(Path(), "two")
+        write_text(folder / "last", "three")
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     replace(tmp_path / "index", "one")
     write_text(tmp_path / ".index.new" / "part", "")

@@ -147,31 +147,39 @@ def atomic_folder(target: str | Path, last: str) -> Iterator[Path]:
     target = Path(target).resolve()
     with explain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        new, old, locked = _scratch_of(target, target if _stays(target) else target.parent)
-        lock = FileLock(locked)
+        place = target if _is_fixed(target) else target.parent
+        lock = FileLock(_scratch_of(target, place)[2])
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise TrimtabError(f"another process is writing {target}: wait for it, or stop it") from None
         try:
+            new, old, _ = _scratch_of(target, target if _is_current(target) else place)
             if old.is_dir() and not target.exists():
                 old.rename(target)
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
             new.mkdir()
-            yield new
-            _put_in_place(new, target, last)
+            try:
+                yield new
+                _put_in_place(new, target, last)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
             lock.release()
 
 
 def replaceable(target: Path, last: str) -> bool:
     """Whether `atomic_folder` may write to `target`: nothing is there, or what it wrote before."""
-    if not target.exists() or (target / last).is_file():
-        return True
-    scratch = _scratch_of(target.resolve(), target)
-    return target.is_dir() and (not set(target.iterdir()) - set(scratch) or (scratch[1] / last).is_file())
+    new, old, lock = _scratch_of(target.resolve(), target)
+
+    def is_ours() -> bool:
+        return (target / last).is_file() or old.is_dir()
+
+    try:  # twice, as another process may be replacing it
+        return is_ours() or not set(target.iterdir()) - {new, old, lock} or is_ours()
+    except (FileNotFoundError, NotADirectoryError):
+        return not target.is_file()
 
 
 def _scratch_of(target: Path, place: Path) -> tuple[Path, Path, Path]:
@@ -180,11 +188,14 @@ def _scratch_of(target: Path, place: Path) -> tuple[Path, Path, Path]:
     return new, old, lock
 
 
-def _stays(target: Path) -> bool:
-    """Whether a folder should not be renamed; a shell would be left in the old one."""
-    if not target.is_dir():
-        return False
-    return os.path.ismount(target) or not os.access(target.parent, os.W_OK) or target.samefile(os.curdir)
+def _is_fixed(target: Path) -> bool:
+    """Whether it is a folder that cannot be renamed."""
+    return target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
+
+
+def _is_current(target: Path) -> bool:
+    """Whether a shell would be left in a folder that is gone if this one were renamed."""
+    return target.is_dir() and target.samefile(os.curdir)
 
 
 def _put_in_place(new: Path, target: Path, last: str) -> None:
