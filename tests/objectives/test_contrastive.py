@@ -209,7 +209,7 @@ def test_unique_rows_are_first_ones_in_order(numbers: list[int]):
     [
         ({"image_to_text": -1.0}, "image_to_text=-1.0 must be at least 0"),
         ({"image_to_text": 0.0, "text_to_image": 0.0}, "must be above 0, or text_to_image"),
-        ({"logit_scale": 0.0}, "logit_scale=0.0 must be above 0, or null"),
+        ({"logit_scale": 0.0}, "logit_scale=0.0 must be above 0 to 100, or null"),
         ({"label_smoothing": 1.0}, "at least 0 and below 1"),
         ({"hard_negatives": -1}, "at least 0"),
         ({"hard_negatives": 4, "image_to_text": 0.0}, "the only term that uses them"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -142,6 +142,7 @@ CONFIGS = st.builds(
 )
 
 
+@example(found=torch.tensor([0.0, 1.0, 1.0]), config=MemoryBankConfig(gamma=9.0, eps=1e-6, floor=0.0, cap=None))
 @settings(deadline=None, max_examples=200)
 @given(found=DIFFICULTIES, config=CONFIGS)
 def test_probabilities_sum_to_one_within_their_bounds_and_rise_with_difficulty(found: Tensor, config: MemoryBankConfig):

@@ -267,8 +267,10 @@ def sampling_probability(difficulty: Tensor, config: MemoryBankConfig) -> Tensor
     floor, cap = config.floor, min(float(count), config.cap or count)
     # The sum of the clamped values rises with the factor: bisect for the factor at which it is N.
     low, high = 0.0, cap / wanted.min().item()
-    for _ in range(200):
+    for _ in range(400):  # the first interval may span 60 orders of magnitude
         middle = (low + high) / 2
+        if not low < middle < high:
+            break
         if (middle * wanted).clamp(floor, cap).sum().item() < count:
             low = middle
         else:
