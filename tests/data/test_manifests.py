@@ -238,15 +238,6 @@ def test_arbitrary_bytes_give_rows_or_a_data_error(suffix: str, tail: bytes) -> 
             assert read_rows(path, ("a",))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a.jpg").write_bytes(b"x")
-    (tmp_path / "secret.jpg").write_bytes(b"x")
-    return folder
-
-
 def test_class_names(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     path.write_bytes("\ufeff狗\r\n 猫 \r\nfire truck\n\n\n".encode())

@@ -12,15 +12,6 @@ from trimtab.data.picture_folder import PictureFolder
 from trimtab.errors import DataError
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a.jpg").write_bytes(b"x")
-    (tmp_path / "secret.jpg").write_bytes(b"x")
-    return folder
-
-
 def test_paths_inside_the_root(root: Path) -> None:
     expected = (root / "sub" / "a.jpg").resolve()
     (root / "link.jpg").symlink_to(root / "sub" / "a.jpg")

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tiny_starter import build_starter
-from trimtab.config import ContrastiveConfig, MemoryBankConfig
+from trimtab.config import LARGEST_SCALE, ContrastiveConfig, MemoryBankConfig
 from trimtab.objectives.contrastive import contrastive_terms
 from trimtab.objectives.memory_bank import MemoryBank
-from trimtab.tasks.domain import LARGEST_SCALE, DomainTask, Side
+from trimtab.tasks.domain import DomainTask, Side
 from trimtab.towers.hf import load_base
 
 # Five pairs of four pictures and three captions: picture 0 has two captions, caption 1 two pictures.

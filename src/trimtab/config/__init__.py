@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from trimtab import strict_yaml
 from trimtab.config.domain import (
+    LARGEST_SCALE,
     ContrastiveConfig,
     DomainAdapterConfig,
     DomainData,
@@ -48,6 +49,7 @@ from trimtab.errors import RecipeError
 from trimtab.strict_yaml import from_mapping, to_mapping, to_yaml
 
 __all__ = [
+    "LARGEST_SCALE",
     "RECIPES",
     "ContextConfig",
     "ContrastiveConfig",

@@ -9,6 +9,9 @@ from trimtab.config.checks import expand_home, require
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 
+LARGEST_SCALE = 100.0
+"""A logit_scale that is given or learned is kept at or below this, as in CLIP's own training."""
+
 
 @dataclass(frozen=True)
 class PairSource:
@@ -155,7 +158,10 @@ class ContrastiveConfig:
         for name in ("image_to_text", "text_to_image"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "image_to_text", self.image_to_text + self.text_to_image > 0, "above 0, or text_to_image")
-        require(self, "logit_scale", self.logit_scale is None or 0 < self.logit_scale <= 100, "above 0 to 100, or null")
+        scale = self.logit_scale
+        require(
+            self, "logit_scale", scale is None or 0 < scale <= LARGEST_SCALE, f"above 0 to {LARGEST_SCALE:g}, or null"
+        )
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         require(self, "hard_negatives", self.hard_negatives >= 0, "at least 0")
         useful = self.hard_negatives == 0 or self.image_to_text > 0

@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimtab.config import ContrastiveConfig
+from trimtab.config import LARGEST_SCALE, ContrastiveConfig
 from trimtab.objectives.contrastive import contrastive_terms, unique_rows
 from trimtab.objectives.memory_bank import MemoryBank
 from trimtab.precision import slow_in_bf16
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, TowerName
-
-LARGEST_SCALE = 100.0
-"""A logit_scale that is learned is kept at or below this, as in CLIP's own training."""
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Numbers of the pairs (B,), of the view of each pair's picture (B,), and (B, K) what its map's view is made of."""
