@@ -230,22 +230,38 @@ def test_any_texts_chunks_and_batches(
 
 
 def test_numbers_that_do_not_fit_are_refused_with_the_text(tmp_path: Path) -> None:
-    for value, message in (
-        (np.nan, "NaN or infinity"),
-        (np.inf, "NaN or infinity"),
-        (1e5, "too large for float16"),
-    ):
+    for value, message in ((np.nan, "NaN or infinity"), (np.inf, "NaN or infinity"), (1e39, "too large for float32")):
 
         def compute(texts: list[str], value: float = value) -> list[np.ndarray]:
-            return [state_of(text) if text != ITEMS[20] else state_of(text) * 0 + value for text in texts]
+            return [state_of(text) if text != ITEMS[20] else np.full((2, DIM), value) for text in texts]
 
         with pytest.raises(DataError, match=message) as caught:
             cached_states(tmp_path, (str(value),), ITEMS, compute, chunk=8)
         assert repr(ITEMS[20]) in str(caught.value)
-    cached_states(tmp_path, (), ITEMS, compute, dtype="float32")
     encoder = Encoder()
     check_states(cached_states(tmp_path, ("nan",), ITEMS, encoder.states, chunk=8), ITEMS)
     assert len(encoder.seen) == 34, "chunks before the bad one are kept"
+
+
+def test_what_is_too_large_for_float16_is_kept_in_float32(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+
+    def compute(texts: list[str]) -> list[np.ndarray]:
+        seen.extend(texts)
+        return [state_of(text) * (1e5 if text == ITEMS[20] else 1) for text in texts]
+
+    small = cached_states(tmp_path, (), ITEMS[:8], compute, chunk=8)
+    states = cached_states(tmp_path, (), ITEMS, compute, chunk=8)
+    assert f"too large for float16 for {ITEMS[20]!r}; keeping the cache in float32" in caplog.text
+    for item, found in zip(ITEMS, (states[i] for i in range(len(ITEMS))), strict=True):
+        assert found.dtype == np.float32
+        assert np.array_equal(found, compute([item])[0].astype(np.float32))
+    # Both are found again, each as it was.
+    seen.clear()
+    again = [cached_states(tmp_path, (), items, compute) for items in (ITEMS[:8], ITEMS)]
+    assert not seen
+    assert [one[0].dtype for one in again] == [small[0].dtype, states[0].dtype] == [np.float16, np.float32]
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize(

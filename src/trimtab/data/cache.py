@@ -144,12 +144,12 @@ def cached_states(
         key_parts: what else the states depend on: fingerprint of the encoder, layers, prefix ...
         items: N texts.
         compute: gives for n texts, long ones first, n arrays (T_i, D) with T_i >= 1.
-        dtype: "float16" or "float32" on disk.
+        dtype: "float16" or "float32" on disk; float32 also where a value is too large for float16.
         chunk: texts per call of `compute`; at most this much work is lost by a kill.
         progress: told about every finished chunk.
 
     Raises:
-        DataError: there are no items, or `compute` gives NaN, infinity or more than `dtype` can hold.
+        DataError: there are no items, or `compute` gives NaN, infinity or more than float32 can hold.
         TrimtabError: the disk is full or cannot be written.
     """
 
@@ -204,13 +204,13 @@ def cached_arrays(
         compute: gives for n items an array (n, ...), or a list of n arrays of one shape with None for each item that
             cannot be computed, say a corrupt picture. Such an item is absent from the result, and nothing is kept of
             it: this call does not try it again, the next one does.
-        dtype: "float16" or "float32" on disk.
+        dtype: "float16" or "float32" on disk; float32 also where a value is too large for float16.
         chunk: items per call of `compute`; at most this much work is lost by a kill.
         progress: told about every finished chunk.
 
     Raises:
-        DataError: there are no items, none can be computed, or `compute` gives NaN, infinity or more than `dtype` can
-            hold.
+        DataError: there are no items, none can be computed, or `compute` gives NaN, infinity or more than float32
+            can hold.
         TrimtabError: the disk is full or cannot be written.
     """
 

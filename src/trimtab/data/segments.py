@@ -22,7 +22,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -146,9 +146,10 @@ def ensure(
     """Find every item in the cache of `key_parts`; compute and keep those that are missing.
 
     Items for which `compute` gives None have no place. Nothing is kept of them, so the next call tries them again.
+    Where a value is too large for float16, all items are computed and kept in float32.
 
     Raises:
-        DataError: there are no items, or `compute` gives NaN, infinity or more than the dtype can hold.
+        DataError: there are no items, or `compute` gives NaN, infinity or more than float32 can hold.
         TrimtabError: the disk is full or cannot be written.
     """
     if chunk < 1:
@@ -159,8 +160,11 @@ def ensure(
     digests = _digests(order)
     key = cache_key(layout, key_parts)
     cache, part = folder / key, folder / f"{key}.part"
+    wide = replace(layout, dtype="float32")
     places = _find(cache, digests)
     if (places.owners < 0).any():
+        if layout != wide and (folder / cache_key(wide, key_parts)).exists():  # they were too large before
+            return ensure(folder, wide, key_parts, items, compute, chunk, progress)
         with explain_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{key}.lock"):
@@ -170,7 +174,14 @@ def ensure(
             if missing.any():
                 wanted = [item for item, is_missing in zip(order, missing.tolist(), strict=True) if is_missing]
                 shape = places.segments[0].rows.shape[1:] if places.segments else None
-                filled = _Part(part, layout, shape).fill(wanted, compute, chunk, progress)
+                try:
+                    filled = _Part(part, layout, shape).fill(wanted, compute, chunk, progress)
+                except _TooLarge as error:
+                    if layout == wide:
+                        raise
+                    logger.warning("%s; keeping the cache in float32, which takes twice the space", error)
+                    shutil.rmtree(part, ignore_errors=True)
+                    return ensure(folder, wide, key_parts, items, compute, chunk, progress)
                 if filled:
                     places = _among([*places.segments, _publish(part, cache, layout)], digests)
     return places.take(np.fromiter((order[item] for item in items), np.int64, len(items)))
@@ -258,6 +269,10 @@ def _checksums(path: Path, blocks: Sequence[int]) -> list[int]:
 # Writing, under the lock
 
 
+class _TooLarge(DataError):  # noqa: N818 - to callers it is a DataError
+    """A finite value that the cache's dtype cannot hold."""
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
@@ -326,10 +341,7 @@ class _Part:
                     f"the encoder gives NaN or infinity for {item!r}: check the encoder's weights and its dtype"
                 )
         largest = max(kept, key=lambda pair: np.abs(pair[1]).max())[0]
-        raise DataError(
-            f"the encoder gives values too large for {self.layout.dtype}, as which they are cached, for {largest!r}: "
-            "take another layer (student.layers, or first of adapters), where they are smaller"
-        )
+        raise _TooLarge(f"the encoder gives values too large for {self.layout.dtype} for {largest!r}")
 
     def _append(self, rows: np.ndarray, digests: np.ndarray, lengths: np.ndarray) -> None:
         self.folder.mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ class ImageStates:
         """Tensors of images (B,), each in one of its views (B,), and of its map if there are numbers (B, K)."""
         if self.cut is None:
             return self._source.pixels(items.tolist(), views.tolist())
-        flat = np.empty((len(items), *self._cached[0].shape[1:]), self._cached[0].dtype)
+        flat = np.empty((len(items), *self._cached[0].shape[1:]), np.result_type(*(one.dtype for one in self._cached)))
         for view in np.unique(views):
             rows = views == view
             flat[rows] = self._cached[view][items[rows]]

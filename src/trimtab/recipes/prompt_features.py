@@ -119,7 +119,7 @@ class PictureFeatures:
         """Features of pictures (B,), all by default, each in one of its views (B,)."""
         rows = self._rows if items is None else self._rows[items]
         views = np.broadcast_to(views, rows.shape)
-        flat = np.empty((len(rows), self._width), self._cached[0].dtype)
+        flat = np.empty((len(rows), self._width), np.result_type(*(one.dtype for one in self._cached)))
         for view in np.unique(views):
             mine = views == view
             flat[mine] = self._cached[view][rows[mine]]
