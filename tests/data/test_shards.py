@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiny_pairs import picture_bytes, save_pictures, write_shard
-from trimtab.data.images import ImageError
+from trimtab.data.images import ImageError, read_image
 from trimtab.data.shards import PictureFile, expand_shards, find_damaged, picture_names, read_shard
 from trimtab.errors import DataError
 
@@ -121,8 +121,9 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
     assert sample.text == "a caption"
     assert "not UTF-8" in sample.problem
     assert isinstance(sample.picture, PictureFile)
-    with pytest.raises(ImageError, match=r"s\.tar: 0\.png: not an image"):
-        sample.picture.read()
+    for read in (sample.picture.read, lambda: read_image(sample.picture)):
+        with pytest.raises(ImageError, match=r"s\.tar: 0\.png: not an image"):
+            read()
 
 
 @pytest.mark.parametrize(

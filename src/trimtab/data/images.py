@@ -8,6 +8,7 @@ import re
 import stat
 import struct
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
@@ -28,7 +29,7 @@ from trimtab.errors import DataError
 
 DEFAULT_MAX_PIXELS = 120_000_000
 
-ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | StoredPicture"
 
 # Importing the plugin registers its format with Pillow; no other plugin is ever asked to parse a file.
 FORMATS = {
@@ -71,6 +72,20 @@ class ImageError(DataError):
         return f"{self.source}: {self.reason}"
 
 
+class StoredPicture(ABC):
+    """A picture that lies somewhere and is read when it is needed, such as a member of a shard."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def read(self, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+        """Decode to RGB, as `read_image` does.
+
+        Raises:
+            ImageError: it is missing, or no whole picture of a known format.
+        """
+
+
 class SkippedImage(NamedTuple):
     """Where in the input a picture stood (from 0), what it was, and why it was left out."""
 
@@ -106,8 +121,8 @@ def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     give their first frame, EXIF rotation is applied. Addresses are never opened.
 
     Args:
-        source: a path; the bytes of an image file; an opened image (left as it is); or an array (H, W),
-            (H, W, 3) or (H, W, 4) of uint8, uint16 (0..65535) or floats (0..1).
+        source: a path; a `StoredPicture`; the bytes of an image file; an opened image (left as it is); or an array
+            (H, W), (H, W, 3) or (H, W, 4) of uint8, uint16 (0..65535) or floats (0..1).
         max_pixels: largest width x height that is decoded; checked on the header, before memory is taken.
 
     Raises:
@@ -118,6 +133,8 @@ def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"<{source.mode} image {source.width}x{source.height}>"
         return _decode(source, str(name), max_pixels)
+    if isinstance(source, StoredPicture):
+        return source.read(max_pixels=max_pixels)
     if isinstance(source, bytes):
         return _read_stream(io.BytesIO(source), f"<{len(source)} bytes>", max_pixels)
     if not isinstance(source, (str, Path)):

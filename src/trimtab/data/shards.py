@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from trimtab.data.images import DEFAULT_MAX_PIXELS, ImageError, is_address, read_image
+from trimtab.data.images import DEFAULT_MAX_PIXELS, ImageError, StoredPicture, is_address, read_image
 from trimtab.errors import DataError
 from trimtab.files import digest_of, write_json
 
@@ -39,7 +39,7 @@ _DECODING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile:
+class PictureFile(StoredPicture):
     """Where a picture lies. Nothing is open, so threads and processes may share it.
 
     Two are equal when they name the same bytes on disk.

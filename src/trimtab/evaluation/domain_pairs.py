@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.data.images import StoredPicture
 from trimtab.evaluation.blocks import Cell, Column, Group, Histogram, Table, TableRow
 from trimtab.evaluation.charts import ticks
 
@@ -94,7 +95,8 @@ def hardest_pairs(
         return None
     body = []
     for pair in ordered[:limit]:
-        name = Path(pair["image"]).name if isinstance(pair["image"], (str, Path)) else "picture in memory"
+        lies = isinstance(pair["image"], (str, Path, StoredPicture))
+        name = Path(str(pair["image"])).name if lies else "picture in memory"
         stuck = pair["drawn"] > 0 and _number(pair["now"], -math.inf) >= _number(pair["before"], math.inf)
         body.append(
             TableRow(

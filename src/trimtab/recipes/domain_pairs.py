@@ -40,9 +40,9 @@ class RetrievalSet:
         return cls([readable(image) for image in pairs.images], pairs.captions, positives)
 
 
-def readable(image: PictureFile) -> Path | bytes:
-    """A picture as `trimtab.data.images.read_image` takes it."""
-    return image.path if image.offset is None else image.read_bytes()
+def readable(image: PictureFile) -> Path | PictureFile:
+    """A picture as `trimtab.data.images.read_image` takes it; nothing is read yet."""
+    return image.path if image.offset is None else image
 
 
 def read_pairs(recipe: DomainRecipe) -> DomainPairs:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import trimtab
 from trimtab.adapters.prompt import VisualAttention
 from trimtab.config import PromptRecipe, to_yaml
-from trimtab.data.shards import PictureFile
 from trimtab.evaluation.blocks import Block, LinePanel, Lines, Series, Tile
 from trimtab.evaluation.prompt_blocks import (
     Looked,
@@ -40,7 +39,7 @@ def prompt_blocks(fitted: FittedPrompt, pictures: LabelledFeatures, *, name: str
     Args:
         name: of these pictures, such as "test".
     """
-    files = [readable(one) for one in pictures.features.files]
+    files = pictures.features.files
     scores = fitted.scores(pictures.features)
     taken = scores.argmax(axis=1)
     note = f"On {len(pictures):,} {name} pictures." if name else ""
@@ -123,11 +122,6 @@ def near_words(fitted: FittedPrompt) -> list[NearWords]:
         near = [(_plain(words[i]), float(c)) for c, i in zip(best.values[at], best.indices[at].tolist(), strict=True)]
         found.append(NearWords(_plain(words[own]) if own is not None else "", moved, near))
     return found
-
-
-def readable(picture: PictureFile) -> Any:
-    """What `trimtab.data.images.read_image` takes: a path, or the bytes of a member of a shard."""
-    return picture.path if picture.offset is None else picture.read_bytes()
 
 
 @torch.no_grad()
