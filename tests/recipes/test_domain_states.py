@@ -72,6 +72,21 @@ def test_pictures_go_on_from_the_cache_in_each_view(
     assert not torch.allclose(found[0], found[2])
 
 
+def test_a_view_too_large_for_float16_stays_what_it_is(tiny_base: Any, pairs: Any, cache: Path) -> None:
+    base = tiny_base("clip")
+    states = picture_states(base, TowerCut(base, "image", None), pairs, views=1)
+    plain = states._states
+
+    def large(items: Any, view: int) -> np.ndarray:
+        return plain(items, view) * (1e6 if view else 1)
+
+    states._states = large  # type: ignore[method-assign]
+    states.fill(cache)
+    found = states(np.array([3, 4]), np.array([0, 1]))["features"]
+    torch.testing.assert_close(found[1], torch.from_numpy(large([4], 1))[0], rtol=1e-4, atol=1)
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("where", ["layer", "features"])
 def test_captions_go_on_from_the_cache(family: str, where: str, tiny_base: Any, cache: Path) -> None:
