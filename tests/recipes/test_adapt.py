@@ -363,6 +363,16 @@ def test_ctrl_c_in_training_then_the_same_command(toy: Any, tmp_path: Path, fini
     assert_same_weights(tmp_path / "out", finished["out"])
 
 
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(
+    toy: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = CliRunner().invoke(app, ["adapt", str(toy()), "training.trackers=[wandb]"])
+    assert result.exit_code == 2, result.output
+    assert "pip install 'trimtab[wandb]'" in result.output.replace("\n", " ")
+    assert not (cache / "features").exists()
+
+
 @pytest.mark.parametrize("where", ["teacher", "student"])
 def test_ctrl_c_while_caching_then_the_same_command(
     where: str, toy: Any, tmp_path: Path, cache: Path, finished: dict[str, Any]

@@ -11,7 +11,7 @@ import pytest
 from tiny_run import STEPS, Problem, settings
 from trimtab.config import TrainingConfig
 from trimtab.errors import RecipeError, TrimtabError
-from trimtab.training.trackers import TRACKERS, Terminal, open_trackers
+from trimtab.training.trackers import TRACKERS, Terminal, check_trackers, open_trackers
 
 
 def test_config_names_the_trackers_that_exist():
@@ -64,6 +64,8 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch, name):
         open_trackers([name], tmp_path, {}),
     ):
         pass
+    with pytest.raises(TrimtabError, match=rf"{name}.*pip install 'trimtab\[{name}\]'.*training\.trackers"):
+        check_trackers(["tensorboard", name])
 
 
 def test_unknown_tracker(tmp_path):

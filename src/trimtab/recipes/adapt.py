@@ -18,6 +18,7 @@ from trimtab.config import Recipe, load_recipe
 from trimtab.recipes.domain import adapt_domain
 from trimtab.recipes.language import adapt_language
 from trimtab.recipes.prompt import adapt_prompt
+from trimtab.training.trackers import check_trackers
 
 LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {
     "language": adapt_language,
@@ -44,6 +45,7 @@ def adapt(
     """
     if isinstance(recipe, (str, Path)):
         recipe = load_recipe(recipe, overrides)
+    check_trackers(recipe.training.trackers)
     atexit.unregister(_part)
     atexit.register(_part)
     outcome = LINKS[recipe.link](recipe, dry_run=dry_run)

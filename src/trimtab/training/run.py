@@ -264,7 +264,7 @@ class Run:
 
     def kept(self) -> str:
         files = self.folder.files()
-        return f"the last checkpoint before it is {files[-1]}" if files else "no checkpoint was written yet"
+        return f"the last checkpoint is {files[-1]}" if files else "no checkpoint was written yet"
 
     def start_again(self) -> str:
         return f"A changed recipe needs another out=... or {self.folder.folder} deleted."

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,6 +86,27 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
 }
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """See that the packages of trackers are installed, before hours are spent.
+
+    Raises:
+        RecipeError: an unknown name.
+        TrimtabError: a tracker whose package is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"tracker {name!r} is unknown; known are {', '.join(TRACKERS)}")
+        if find_spec(name) is None:  # a tracker has the name of its package
+            raise _missing(name, f"No module named {name!r}")
+
+
+def _missing(name: str, why: object) -> TrimtabError:
+    return TrimtabError(
+        f"tracker {name!r} needs a package that is not installed ({why}): "
+        f"pip install 'trimtab[{name}]', or leave it out of training.trackers"
+    )
+
+
 @contextlib.contextmanager
 def open_trackers(
     names: Sequence[str], folder: Path, config: Mapping[str, Any], first_step: int = 0
@@ -108,10 +130,7 @@ def open_trackers(
             try:
                 tracker = TRACKERS[name](folder, config, first_step)
             except ImportError as error:
-                raise TrimtabError(
-                    f"tracker {name!r} needs a package that is not installed ({error}): "
-                    f"pip install 'trimtab[{name}]', or leave it out of training.trackers"
-                ) from error
+                raise _missing(name, error) from error
             except Exception as error:  # services fail in ways of their own
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise TrimtabError(
