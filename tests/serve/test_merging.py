@@ -15,6 +15,7 @@ from PIL import Image
 
 from tiny_links import save_language, save_tiny_domain, save_tiny_prompt
 from tiny_starter import build_starter
+from trimtab import files
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.errors import ModelError
@@ -174,4 +175,24 @@ def test_another_result_is_not_kept(language: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(merging, "TOLERANCE", 1e-12)
     with pytest.raises(ModelError, match="not kept"):
         merge(language, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {".out.lock"}
+
+
+def test_a_mounted_folder_is_filled_where_it_is(
+    tiny_base: Any, tmp_path: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "volume"
+    out.mkdir()
+    before = out.stat().st_ino
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: Path(path) == out)
+    base = tiny_base("clip")
+    merge(base, out)
+    assert out.stat().st_ino == before
+    assert np.array_equal(load_base(str(out), device="cpu").encode_image(pictures), base.encode_image(pictures))
+    with pytest.raises(ModelError, match="holds other files"):
+        merge(base, out)
+    for path in out.iterdir():
+        if not path.name.startswith("."):  # a lock file stays
+            path.unlink()
+    merge(base, out)
+    assert (out / "config.json").is_file()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from trimtab.errors import ModelError
-from trimtab.files import explain_disk_errors, open_up, write_json, write_text
+from trimtab.files import atomic_folder, write_json, write_text
 from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, made_pictures
 from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
@@ -48,23 +47,24 @@ def merge(model: DualEncoder, out: str | Path) -> dict[str, Any]:
     if reason := why_not(model):
         raise ModelError(f"{model.name} cannot be merged: {reason}")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    scratch = f".{out.resolve().name}."  # of this function itself, where it was killed
+    if out.exists() and (not out.is_dir() or any(not one.name.startswith(scratch) for one in out.iterdir())):
         raise ModelError(f"{out} holds other files: choose another folder")
     language = _language(model)
     plain: DualEncoder = getattr(language or model, "base", model)
     while hasattr(plain, "base"):  # a domain link at alpha 0
         plain = plain.base
-    with explain_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            built = Path(scratch) / out.name
-            worst = write_base(plain, built / BASE if language else built)
-            if language is not None:
-                worst = max(worst, write_text_encoder(language, built))
-            open_up(built)
-            if out.is_dir():
-                out.rmdir()
-            built.rename(out)
+    with atomic_folder(out, "config.json") as new:
+        # Libraries keep loaded code under the name of its folder, so it is checked in one of the final name.
+        built = new / "_" / out.resolve().name
+        built.mkdir(parents=True)
+        worst = write_base(plain, built / BASE if language else built)
+        if language is not None:
+            worst = max(worst, write_text_encoder(language, built))
+        for one in built.iterdir():
+            one.rename(new / one.name)
+        built.rmdir()
+        built.parent.rmdir()
     where = repr(str(out))
     code = ", trust_remote_code=True"
     about = {
