@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -505,11 +506,18 @@ def test_the_same_recipe_again_returns_at_once(finished: dict[str, Any], monkeyp
     assert (finished["out"] / "adapter.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["gamma", "caption"])
-def test_another_recipe_or_data_in_the_same_folder_are_refused(what: str, toy: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["gamma", "caption", "image processor"])
+def test_another_recipe_or_data_in_the_same_folder_are_refused(
+    what: str, toy: Any, places: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     mine = write_pairs(tmp_path / "mine", 30)
-    path = toy(data={"train": str(mine)}, training={"epochs": 1})
+    base = shutil.copytree(places[0], tmp_path / "base")
+    path = toy(base=str(base), data={"train": str(mine)}, training={"epochs": 1})
     adapt(path)
+    if what == "image processor":
+        settings = json.loads((base / "preprocessor_config.json").read_text(encoding="utf-8"))
+        settings["image_mean"] = [0.4, 0.4, 0.4]
+        (base / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     if what == "caption":
         mine.write_text(mine.read_text(encoding="utf-8").replace("a red", "a black"), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"out\.training holds a run of another recipe"):

@@ -88,7 +88,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             settings=recipe.training,
             checkpoint_dir=training_folder(recipe.out),
             digest=digest_of(
-                recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, base.fingerprint
+                recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, *base.digests
             ),
             seed=recipe.seed,
             validate=lambda _: validate(frozen, pairs, gated),

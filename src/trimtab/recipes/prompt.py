@@ -70,7 +70,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         sets.train.classes,
         recipe.seed,
         checkpoints=training_folder(recipe.out),
-        digest=digest_of(recipe_digest(recipe), *digests, base.fingerprint),
+        digest=digest_of(recipe_digest(recipe), *digests, *base.digests),
         run_config=to_mapping(recipe),
         show_progress=True,
     )

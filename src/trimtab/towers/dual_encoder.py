@@ -133,6 +133,11 @@ class DualEncoder:
         return image_processor_digest(self.image_processor)
 
     @property
+    def digests(self) -> tuple[str, str, str]:
+        """Names all that decides what the model gives: its weights, and what turns texts and pictures into inputs."""
+        return self.fingerprint, self.text_input_digest, self.image_input_digest
+
+    @property
     def max_tokens(self) -> int:
         """Context length of the text tower, special tokens included."""
         return self.text_inputs.limit
