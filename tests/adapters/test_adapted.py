@@ -22,6 +22,7 @@ from trimtab.adapters.files import BaseReference, read_adapter, save_adapter
 from trimtab.adapters.language import LanguageAdapter
 from trimtab.config import LanguageAdapterConfig, to_mapping
 from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.recipes.info import describe
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.text_encoder import TextEncoder
@@ -363,6 +364,9 @@ def test_what_was_pushed_to_the_hub_comes_back(
     again = trimtab.load("me/chinese", device="cpu")
     assert isinstance(again, LanguageAdapted)
     assert again.name == "me/chinese"
+    facts = describe("me/chinese")
+    assert facts["model"] == "me/chinese"
+    assert facts["link"] == "language"
     assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
     copied = again.save_pretrained(tmp_path / "copied")
     assert {one.name for one in copied.iterdir()} == {one.name for one in pushed.iterdir()}
@@ -381,6 +385,7 @@ def test_a_composed_model_and_links_of_the_hub(
         links = [] if name == "me/both" else [name]
         again = trimtab.load(adapted.base.name if links else name, links=links, device="cpu")
         assert list(again.links) == ["language"]  # type: ignore[attr-defined]
+        assert describe(name)["link" if links else "links"] == "language"
         assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
 
 

@@ -247,7 +247,7 @@ def load(
         ModelError: unknown, incomplete or damaged model, an adapter of another base, or links that do not go together.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    first, *others = (_local(one, trust_remote_code=trust_remote_code) for one in (name, *links))
+    first, *others = (local_folder(one, trust_remote_code=trust_remote_code) for one in (name, *links))
     if others or is_composed_folder(first):
         from trimtab.adapters.composing import load_composed  # it builds on this module
 
@@ -263,8 +263,12 @@ def load(
     return model
 
 
-def _local(name: str | Path, *, trust_remote_code: bool) -> str | Path:
-    """Where an adapted or composed folder of the model hub lies once it is fetched; any other name as it is."""
+def local_folder(name: str | Path, *, trust_remote_code: bool = False) -> str | Path:
+    """Where an adapted or composed folder of the model hub lies once it is fetched; any other name as it is.
+
+    Raises:
+        ModelError: as for `trimtab.towers.hf.resolve_folder`.
+    """
     if str(name) in BUILT_IN or Path(name).exists():
         return name
     folder = resolve_folder(name, trust_remote_code=trust_remote_code)

@@ -28,7 +28,7 @@ _SIDES = {"vision": "image", "visual": "image", "image": "image", "text": "text"
 def describe(model: str | Path) -> dict[str, Any]:
     """Facts about a model, as a nested dictionary in reading order.
 
-    An adapted folder is described from its own files, without torch and without its base; a base is loaded.
+    An adapted folder on disk is described from its own files, without torch and without its base; a base is loaded.
 
     Args:
         model: what `trimtab.load` takes.
@@ -36,9 +36,16 @@ def describe(model: str | Path) -> dict[str, Any]:
     Raises:
         ModelError: unknown, incomplete or damaged model.
     """
-    if is_composed_folder(model):
-        return _describe_composed(Path(model))
-    return _describe_adapted(read_adapter(model, tensors=False)) if is_adapted_folder(model) else _describe_base(model)
+    folder = model
+    if not (is_composed_folder(model) or is_adapted_folder(model)):
+        from trimtab.adapters.adapted import local_folder  # needs torch, as bases do
+
+        folder = local_folder(model)
+    if is_composed_folder(folder):
+        return {**_describe_composed(Path(folder)), "model": str(model)}
+    if is_adapted_folder(folder):
+        return {**_describe_adapted(read_adapter(folder, tensors=False)), "model": str(model)}
+    return _describe_base(model)
 
 
 def _describe_composed(folder: Path) -> dict[str, Any]:
