@@ -1,9 +1,11 @@
-"""What the toys of the domain and the prompt link share: colours whose names the tiny BERT knows, tables, signals."""
+"""What the toys of domain and prompt link share: colours whose names the tiny BERT knows, tables, signals; a
+camera file."""
 
 from __future__ import annotations
 
 import functools
 import os
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,18 @@ def signal_at(task: type, step: int, number: int) -> None:
         return original(self, batch)
 
     task.step = counted  # type: ignore[attr-defined]
+
+
+def tiff_of_12_bits(levels: np.ndarray) -> bytes:
+    """A grey TIFF file as industrial cameras write it, 12 bits a pixel; `levels` (H, W) 0..4095, an even number."""
+    height, width = levels.shape
+    first, second = levels.reshape(-1, 2).astype(np.uint16).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+    packed += b"\0" * (len(packed) % 2)
+    # Tag, type (3: two bytes, 4: four) and value of each field: sizes, bits, no compression, 0 is black, one strip.
+    fields = [
+        (256, 3, width), (257, 3, height), (258, 3, 12), (259, 3, 1), (262, 3, 1),
+        (273, 4, 8), (277, 3, 1), (278, 3, height), (279, 4, len(packed)),
+    ]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in fields)
+    return struct.pack("<4sI", b"II*\0", 8 + len(packed)) + packed + struct.pack("<H", 9) + directory + bytes(4)

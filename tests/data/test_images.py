@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tiny_pictures import tiff_of_12_bits
 from trimtab.data.images import ImageError, SkippedImages, read_image, read_images
 from trimtab.errors import DataError
 
@@ -103,6 +104,12 @@ def test_16_bit_ramp_keeps_its_levels(format: str) -> None:
     assert len(np.unique(image[..., 0])) > 200
     assert (image[0, 0, 0], image[0, -1, 0]) == (0, 255)
     assert (np.diff(image[0, :, 0].astype(int)) >= 0).all()
+
+
+def test_white_of_12_bits_is_white() -> None:
+    ramp = np.linspace(0, 4095, 512).astype(np.uint16)[None].repeat(4, axis=0)
+    found = np.asarray(read_image(tiff_of_12_bits(ramp))).astype(float)
+    assert np.abs(found - ramp[..., None] * (255 / 4095)).max() <= 0.5
 
 
 def test_a_dark_16_bit_picture_stays_dark() -> None:

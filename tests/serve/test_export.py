@@ -14,6 +14,7 @@ from PIL import Image
 
 from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
 from tiny_models import randomised
+from tiny_pictures import tiff_of_12_bits
 from tiny_starter import build_starter
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
@@ -229,9 +230,12 @@ def test_pictures_are_read_alike(kind: str, tmp_path: Path) -> None:
         assert np.array_equal(read(image), read_image(image))
 
 
-@pytest.mark.parametrize("name", ["deep.png", "turned.jpg", "turned.png", "turned.tiff", "deep.tiff", "deep.pgm"])
+@pytest.mark.parametrize(
+    "name", ["deep.png", "turned.jpg", "turned.png", "turned.tiff", "deep.tiff", "deep.pgm", "12.tiff"]
+)
 def test_files_are_read_alike(name: str, tmp_path: Path) -> None:
     deep, turned = module.made_files(tmp_path)
+    (tmp_path / "12.tiff").write_bytes(tiff_of_12_bits(np.linspace(0, 4095, 600).reshape(20, 30)))
     if not (path := tmp_path / name).exists():
         with Image.open(turned if "turned" in name else deep) as image:
             image.save(path, **({"exif": image.getexif()} if "turned" in name else {}))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+_TIFF_BITS = 0x0102  # BitsPerSample
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -167,7 +168,7 @@ def read(image: str | Path | Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float32) / 257)
+        return _grey(np.asarray(image).astype(np.float32) * (255 / _white(image)))
     if image.mode == "I":
         values = np.asarray(image)
         full = 65535.0 if image.format in ("PNG", "PPM") else _full_scale(values)
@@ -182,6 +183,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _white(image: Image.Image) -> int:
+    """The value that stands for white in a picture of 16 bits, of which a TIFF file may use 12 alone."""
+    (bits, *_) = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))
+    return int(2 ** min(bits, 16) - 1)
 
 
 def _full_scale(values: np.ndarray) -> float:
