@@ -1,19 +1,22 @@
-"""Pictures outside the domain, as evaluation gets them."""
+"""Training and validation pairs, and pictures outside the domain as evaluation gets them."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tiny_pairs import picture_bytes, write_shard
+from tiny_domain import toy_recipe
+from tiny_pairs import picture_bytes, save_pictures, write_shard, write_table
 from trimtab.config import PairSource
+from trimtab.data.pairs import shared_images
 from trimtab.errors import DataError
 from trimtab.evaluation.embedding import embed_images
 from trimtab.evaluation.forgetting import measure
-from trimtab.recipes.domain_pairs import general_sets
+from trimtab.recipes.domain_pairs import general_sets, read_pairs
 
 
 def test_pictures_of_shards_stay_where_they_are(tmp_path: Path, tiny_base: Any, monkeypatch: Any) -> None:
@@ -35,3 +38,23 @@ def test_pictures_of_shards_stay_where_they_are(tmp_path: Path, tiny_base: Any, 
     shard.write_bytes(shard.read_bytes().replace(members["2.png"][:8], b"damaged!"))
     with pytest.raises(DataError, match=r"none of the 4 images .*s\.tar: 0\.png: not an image"):
         embed_images(base, general.sources)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_picture_under_two_names_is_not_split(check: bool, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    names = [f"{number:03}.png" for number in range(20)]
+    save_pictures(tmp_path, names)
+    for name in names:
+        shutil.copy(tmp_path / name, tmp_path / f"copy-{name}")
+    rows = [(prefix + name, f"caption {int(name[:3]) % 4}") for name in names for prefix in ("", "copy-")]
+    table = write_table(tmp_path / "all.csv", rows)
+    data = {"validation": [], "validation_share": 0.2, "check_duplicates": check}
+    pairs = read_pairs(toy_recipe(tmp_path, table, table, tmp_path / "out", data=data))
+    assert bool(shared_images(pairs.train, pairs.validation)) is not check
+    assert "training pictures are in validation too" in caplog.text
+    counts = pairs.counts["training"]
+    assert counts["kept"] == len(pairs.train)
+    assert counts["for validation"] == len(pairs.validation) == 8
+    assert sum(counts.values()) == 40
+    assert (counts["set_aside"] > 0) is check

@@ -56,8 +56,15 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
     train = load_pairs(data.train, recipe.seed, notes=_notes())
     if not data.validation:
         read = train.counts
-        train, validation = split_off(train, data.validation_share, recipe.seed)
-        counts = {**read.as_dict(), "kept": len(train), "for validation": len(validation)}
+        whole, validation = split_off(train, data.validation_share, recipe.seed)
+        # One picture may lie there under two names, one on each side now.
+        train, _ = keep_apart(whole, validation, remove=data.check_duplicates)
+        counts = {
+            **read.as_dict(),
+            "kept": len(train),
+            "set_aside": read.set_aside + len(whole) - len(train),
+            "for validation": len(validation),
+        }
         return DomainPairs(train, validation, {"training": counts})
     validation = load_pairs(data.validation, recipe.seed, notes=_notes())
     train, _ = keep_apart(train, validation, remove=data.check_duplicates)
