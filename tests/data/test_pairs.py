@@ -232,6 +232,9 @@ def test_validation_is_kept_apart(folder: Path, caplog: pytest.LogCaptureFixture
     assert keep_apart(rest, validation, remove=True) == (rest, 0)
     with pytest.raises(DataError, match=r"training without the pictures of validation: .* 0 usable pictures"):
         keep_apart(train, train, remove=True)
+    (folder / "000.png").unlink()
+    with pytest.raises(DataError, match=r"000\.png: cannot be read any more .*: start again"):
+        keep_apart(train, validation, remove=True)
 
 
 def test_a_split_that_leaves_too_little_is_refused(folder: Path) -> None:

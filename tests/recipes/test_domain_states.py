@@ -51,6 +51,12 @@ def picture_states(base: Any, cut: TowerCut | None, pairs: Any, views: int = 2) 
     return ImageStates(base, cut, pairs.images, viewed=10, views=views, options=OPTIONS, seed=3)
 
 
+def test_a_picture_that_is_gone_is_named(tiny_base: Any, pairs: Any) -> None:
+    pairs.images[3].path.unlink()
+    with pytest.raises(DataError, match=rf"{pairs.images[3].path.name}: cannot be read any more .*: start again"):
+        picture_states(tiny_base("clip"), TowerCut(tiny_base("clip"), "image", None), pairs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("where", ["layer", "features"])
 def test_pictures_go_on_from_the_cache_in_each_view(

@@ -238,7 +238,17 @@ def shared_images(train: ImageTextPairs, validation: ImageTextPairs) -> dict[int
 
     Returns:
         Positions in `train.images`, and for each a position in `validation.images`.
+
+    Raises:
+        DataError: a picture is gone or cannot be read any more.
     """
+    try:
+        return _shared_images(train, validation)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
+
+
+def _shared_images(train: ImageTextPairs, validation: ImageTextPairs) -> dict[int, int]:
     same = {image: position for position, image in enumerate(validation.images)}
     shared = {i: same[image] for i, image in enumerate(train.images) if image in same}
     by_size: dict[int, list[int]] = {}

@@ -35,8 +35,15 @@ class PictureViews:
         return len(self.pictures)
 
     def keys(self) -> list[str]:
-        """What caches know each picture by; its bytes are read."""
-        return [f"{picture.digest()} {picture.name}" for picture in self.pictures]
+        """What caches know each picture by; its bytes are read.
+
+        Raises:
+            DataError: a picture is gone or cannot be read any more.
+        """
+        try:
+            return [f"{picture.digest()} {picture.name}" for picture in self.pictures]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
 
     def cache_parts(self, view: int) -> list[str]:
         """What the caches of a view have in their name beside that of the base."""
