@@ -35,7 +35,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
     path = folder / "config.json"
     if (folder / "adapter.json").is_file():
-        raise ModelError(f"{folder} is an adapted folder, not a base; trimtab.load() reads it")
+        raise ModelError(
+            f"{folder} is an adapted folder, not a base; trimtab.load() reads it. To adapt further, take the base that "
+            f"`trimtab info {folder}` names, with the old data and the new"
+        )
     if not path.is_file():
         hint = ""
         if list(folder.glob("open_clip_*")):
