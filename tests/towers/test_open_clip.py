@@ -170,6 +170,14 @@ def test_configuration_file_of_the_model_part_alone(
     assert converted.model.config.text_config.hidden_act == "quick_gelu"
 
 
+def test_heads_that_a_configuration_leaves_out_are_those_of_openclip(
+    checkpoint: Any, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.towers.open_clip._HEAD_WIDTH", 16)  # by which one head would be taken
+    text = {key: value for key, value in MODEL_CFG["text_cfg"].items() if key != "heads"}
+    assert convert(checkpoint(text_cfg=text), tiny_folder("clip")).model.config.text_config.num_attention_heads == 8
+
+
 def test_tokenizer_beside_the_checkpoint(checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
     path = checkpoint()
     with pytest.raises(ModelError, match="no usable tokenizer beside"):

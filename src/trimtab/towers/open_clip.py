@@ -30,6 +30,7 @@ StateDict = dict[str, Tensor]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HEAD_WIDTH = 64
+_TEXT_HEADS = 8  # of an OpenCLIP configuration that does not say, whatever the width
 
 # What a state dict holds when the image or text tower is not the plain Transformer that CLIPModel computes.
 _FOREIGN = {
@@ -319,7 +320,7 @@ def _clip_config(checkpoint: Path, state: StateDict, model: dict[str, Any], quic
     text_width = state["token_embedding.weight"].shape[1]
     vocabulary, dimension = state["token_embedding.weight"].shape[0], state["visual.proj"].shape[1]
     vision_heads = width // vision.get("head_width", _HEAD_WIDTH)
-    text_heads = text.get("heads", text_width // _HEAD_WIDTH)
+    text_heads = text.get("heads", _TEXT_HEADS if model else text_width // _HEAD_WIDTH)
     return CLIPConfig(
         projection_dim=dimension,
         vision_config={
