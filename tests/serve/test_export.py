@@ -260,7 +260,24 @@ def test_a_loader_that_reads_files_otherwise_fails_the_export(
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "猫", "Ünï ①", "ｆｕｌｌ", "", "123!", "mixed 猫", "日本", "ж", "𝒜", "\U0001f600"]
+    "text",
+    [
+        "a",
+        "猫",
+        "Ünï ①",
+        "ｆｕｌｌ",
+        "",
+        "123!",
+        "mixed 猫",
+        "日本",
+        "ж",
+        "𝒜",
+        "\U0001f600",
+        "\u00b5m",
+        "\u03bcm",
+        "Hawai\u02bbi",
+        "\u1d78",
+    ],
 )
 def test_scripts_are_told_alike(text: str) -> None:
     assert is_latin(text) == scripts.is_latin(text)

@@ -18,13 +18,16 @@ LATIN = (
     "ＡＢＣ",
     "ﬁsh",
     "20 ºC",
+    "a 10 \u00b5m filter",  # the micro sign
+    "a beach of Hawai\u02bbi",
+    "don\u02bct",
     "42!",
     "",
     " ",
     "🐱",
     "日"[:0],
 )
-FOREIGN = ("猫", "a 猫", "カメラ", "ｶﾒﾗ", "кот", "γάτα", "قطة", "बिल्ली", "고양이", "แมว", "３匹の猫")
+FOREIGN = ("猫", "a 猫", "カメラ", "ｶﾒﾗ", "кот", "γάτα", "\u03bc", "قطة", "बिल्ली", "고양이", "แมว", "３匹の猫")
 
 
 @pytest.mark.parametrize("text", LATIN)

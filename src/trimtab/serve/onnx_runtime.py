@@ -236,5 +236,6 @@ def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def is_latin(text: str) -> bool:
     """Whether every letter is Latin; so is a text without letters."""
-    plain = unicodedata.normalize("NFKC", text)
-    return not any(one.isalpha() and not unicodedata.name(one, "LATIN").startswith("LATIN") for one in plain)
+    plain = unicodedata.normalize("NFKC", text.replace("\u00b5", ""))  # the micro sign, which NFKC makes Greek
+    latin = ("LATIN", "MODIFIER LETTER")
+    return not any(one.isalpha() and not unicodedata.name(one, "LATIN").startswith(latin) for one in plain)

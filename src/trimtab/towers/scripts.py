@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from trimtab.data.templates import DEFAULT_TEMPLATES
 
 BARE_NAME = "{}"
+_NO_SCRIPT = (
+    "LATIN",
+    "MODIFIER LETTER",
+)  # Unicode's names of letters that English has: okina and apostrophe are of all
+_MICRO = "µ"  # the sign of "10 µm" is of no script either; NFKC makes the Greek letter of it
 
 
 @functools.lru_cache(maxsize=65536)
 def _is_foreign(character: str) -> bool:
     # NFKC writes full-width letters, ligatures and signs such as "º" in plain letters.
-    plain = unicodedata.normalize("NFKC", character)
-    return any(letter.isalpha() and not unicodedata.name(letter, "LATIN").startswith("LATIN") for letter in plain)
+    plain = unicodedata.normalize("NFKC", character.replace(_MICRO, ""))
+    return any(letter.isalpha() and not unicodedata.name(letter, "LATIN").startswith(_NO_SCRIPT) for letter in plain)
 
 
 def is_latin(text: str) -> bool:
