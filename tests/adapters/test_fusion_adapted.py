@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from trimtab.adapters.adapted import load
 from trimtab.adapters.fusion import FusionAdapted, load_fusion_adapted, save_fusion_adapter
 from trimtab.adapters.resampler import FusionAdapter, ResamplerConfig
 from trimtab.config import LanguageAdapterConfig
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, TrimtabError
 from trimtab.towers.text_encoder import TextEncoder
 
 ENGLISH, CHINESE = CORPUS[:5], CORPUS[12:17]
@@ -167,6 +168,45 @@ def test_an_incomplete_description_is_refused(adapted: FusionAdapted, tmp_path: 
     (tmp_path / "cut" / "adapter.json").write_text(text.replace('"resampler": {', '"resampled": {'), encoding="utf-8")
     with pytest.raises(ModelError, match="lacks config 'resampler'"):
         load_fusion_adapted(tmp_path / "cut", base=adapted.base, student=adapted.student)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("english", "maybe", "english='maybe' rather than 'route'"),
+        ("input_dim", "x", "wrong value"),
+        ("adapter", 1, "must be a section"),
+    ],
+)
+def test_descriptions_that_do_not_fit_are_refused(
+    adapted: FusionAdapted, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    folder = save_fusion_adapter(tmp_path / "zh", adapted.fusion, base=adapted.base, student=adapted.student)
+    description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    description["config"][key] = value
+    (folder / "adapter.json").write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(TrimtabError, match=message):
+        load_fusion_adapted(folder, base=adapted.base, student=adapted.student)
+
+
+def test_base_and_student_are_found_from_anywhere(
+    tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("flava", "bert"):
+        shutil.copytree(tiny_folder(name), tmp_path / "models" / name)
+    monkeypatch.chdir(tmp_path)
+    base, student = load("models/flava", device="cpu"), TextEncoder.load("models/bert", device="cpu")
+    folder = save_fusion_adapter(tmp_path / "zh", build(), base=base, student=student)
+    monkeypatch.chdir(tmp_path / "models")
+    assert np.isfinite(load(folder, device="cpu").encode_text(CHINESE)).all()
+    shutil.rmtree(tmp_path / "models" / "flava")
+    with pytest.raises(ModelError, match=r"names the base .*flava'.*, base=...\)"):
+        load_fusion_adapted(folder)
+
+
+def test_no_texts_at_all(adapted: FusionAdapted) -> None:
+    states, mask = adapted.text_states([])
+    assert (tuple(states.shape), tuple(mask.shape)) == ((0, 0, 16), (0, 0))
 
 
 def test_bfloat16_base(tmp_path: Path, student: TextEncoder, pictures: list[Image.Image]) -> None:

@@ -15,6 +15,7 @@ from trimtab.adapters.domain import load_domain
 from trimtab.adapters.files import (
     AdapterFile,
     check_base,
+    check_place,
     check_student,
     is_adapted_folder,
     is_composed_folder,
@@ -152,6 +153,8 @@ def load_adapted(
     described = read_adapter(folder)
     if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
+    if base is None:
+        check_place(folder, "base", described.base.name)
     if not isinstance(base, DualEncoder):
         # Prompts may stand on a model that has adapters of its own.
         base = (load if described.link == "prompt" else load_base)(
@@ -177,6 +180,8 @@ def load_student(described: AdapterFile, *, student: str | Path | TextEncoder | 
         ModelError: it is not the one that the adapter was trained on.
     """
     wanted = described.student
+    if student is None and wanted is not None:
+        check_place(described.folder, "student", wanted.name)
     if not isinstance(student, TextEncoder) and wanted is not None:
         student = TextEncoder.load(
             str(student or wanted.name), prefix=wanted.prefix, max_tokens=wanted.max_tokens, **options

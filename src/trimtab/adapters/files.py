@@ -14,7 +14,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.errors import DataError, ModelError
@@ -232,6 +232,24 @@ def load_into(module: nn.Module, adapter: AdapterFile) -> None:
             f"{DESCRIPTION_FILE} describes: {problem}"
         )
     module.load_state_dict(adapter.tensors)
+
+
+def check_place(folder: str | Path, role: str, name: str) -> None:
+    """Refuse a base or student whose folder is not where the adapted folder says, as after a move to another machine.
+
+    Args:
+        role: "base" or "student", as `trimtab.load` calls it.
+        name: what the adapted folder calls it; hub ids and built-in models have no place.
+
+    Raises:
+        ModelError: names both folders.
+    """
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
+    if absolute and not Path(name).exists():
+        raise ModelError(
+            f"{folder} names the {role} {name!r}, and there is no such folder: put it there, or say where it is now: "
+            f"trimtab.load({str(folder)!r}, {role}=...)"
+        )
 
 
 def check_base(adapter: AdapterFile, base: DualEncoder) -> None:

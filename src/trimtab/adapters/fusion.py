@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.adapters.adapted import LanguageAdapted
+from trimtab.adapters.adapted import LanguageAdapted, load_student
 from trimtab.adapters.files import (
+    DESCRIPTION_FILE,
     BaseReference,
     StudentReference,
     check_base,
-    check_student,
+    check_place,
     load_into,
     read_adapter,
+    reading_config,
     save_adapter,
 )
 from trimtab.adapters.resampler import FusionAdapter, ResamplerConfig
@@ -28,7 +30,7 @@ from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import fingerprint, freeze
 from trimtab.towers.fusion import fuse, image_sequence, teacher_sequence
-from trimtab.towers.hf import load_base
+from trimtab.towers.hf import load_base, portable
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -113,6 +115,9 @@ class FusionAdapted(LanguageAdapted):
             `english` is "route"; any other text has at most 1 + M states.
         """
         texts = list(texts)
+        if not texts:
+            nothing = torch.zeros(0, 0, self.fusion.output_dim, device=self.device, dtype=self.dtype)
+            return nothing, torch.zeros(0, 0, device=self.device, dtype=torch.bool)
         rows: list[Tensor] = [torch.empty(0)] * len(texts)
         routed = [self.english == "route" and is_latin(text) for text in texts]
         for own in (True, False):
@@ -122,7 +127,7 @@ class FusionAdapted(LanguageAdapted):
                 encode = self._own_states if own else self._adapted_states
                 for i, states in zip(part, encode([texts[i] for i in part]), strict=True):
                     rows[i] = states
-        longest = max((len(row) for row in rows), default=0)
+        longest = max(len(row) for row in rows)
         mask = torch.tensor([[k < len(row) for k in range(longest)] for row in rows], device=self.device)
         return torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows]), mask
 
@@ -197,8 +202,10 @@ def save_fusion_adapter(
         link=LINK,
         tensors=adapter.state_dict(),
         config=config,
-        base=BaseReference.of(base),
-        student=StudentReference(student.name, student.fingerprint, student.prefix, layers, student.max_tokens),
+        base=replace(BaseReference.of(base), name=portable(base.name)),
+        student=StudentReference(
+            portable(student.name), student.fingerprint, student.prefix, layers, student.max_tokens
+        ),
         recipe=recipe,
         data=data,
         metrics=metrics,
@@ -225,19 +232,13 @@ def load_fusion_adapted(
     described = read_adapter(folder)
     if described.link != LINK or described.student is None:
         raise ModelError(f"{folder} holds a {described.link!r} adapter, not one of a fusion model: use trimtab.load")
+    if base is None:
+        check_place(folder, "base", described.base.name)
     if not isinstance(base, DualEncoder):
         base = load_base(str(base or described.base.name), device=device, dtype=dtype)
     check_base(described, base)
-    if not isinstance(student, TextEncoder):
-        student = TextEncoder.load(
-            str(student or described.student.name),
-            prefix=described.student.prefix,
-            max_tokens=described.student.max_tokens,
-            device=device,
-            dtype=dtype,
-        )
-    check_student(described, student)
-    try:
+    student = load_student(described, student=student, device=device, dtype=dtype)
+    with reading_config(described.folder / DESCRIPTION_FILE):
         adapter = FusionAdapter(
             from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder)),
             from_mapping(ResamplerConfig, described.config["resampler"], str(described.folder)),
@@ -245,8 +246,8 @@ def load_fusion_adapted(
             output_dim=int(described.config["output_dim"]),
         )
         english = described.config["english"]
-    except KeyError as error:
-        raise ModelError(f"{described.folder}/adapter.json lacks config {error}: copy the folder again") from error
+        if english not in ("route", "adapter"):
+            raise ValueError(f"english={english!r} rather than 'route' or 'adapter'")
     load_into(adapter, described)
     return FusionAdapted(
         base,
