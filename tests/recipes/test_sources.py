@@ -412,3 +412,40 @@ def test_a_memory_holds_no_test_text(recipe: Any, tmp_path: Path, packages: Call
     text = prepare(replace(asked, adapter=replace(asked.adapter, memory=100)))
     assert text.words is not None
     assert target not in text.words.pairs.targets
+
+
+# What cannot be learned from
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("猫", "cat"), ("小猫", "Cat.")], "all 2 training pairs have the same english text, 'cat'"),
+        ([("猫", "cat"), ("猫。", "kitten")], "all 2 training pairs have the same target text, '猫'"),
+    ],
+)
+def test_pairs_of_one_text_are_refused(
+    rows: list[tuple[str, str]], message: str, recipe: Callable[..., LanguageRecipe], tmp_path: Path
+) -> None:
+    held_out = write_pairs(tmp_path / "validation.csv", [("鸟", "bird"), ("花", "flower")])
+    with pytest.raises(DataError, match=message):
+        prepare(recipe(rows, validation=[str(held_out)]))
+
+
+def test_too_few_pairs_are_not_told_to_be_fewer(recipe: Callable[..., LanguageRecipe]) -> None:
+    with pytest.raises(RecipeError, match="leaves nothing of 2 pairs to train on: give more pairs"):
+        prepare(recipe([("猫", "cat"), ("狗", "dog")], validation_size=2))
+
+
+def test_english_is_no_validation_pair(recipe: Callable[..., LanguageRecipe], tmp_path: Path) -> None:
+    rows = [("鸟", "bird", "zh"), ("花", "flower", ""), ("tea", "tea", "en"), ("chair", "chair", "EN-us")]
+    path = write_pairs(tmp_path / "validation.csv", rows, ("target", "english", "language"))
+    assert prepare(recipe(validation=[str(path)])).validation.targets == ["鸟", "花"]
+
+
+@pytest.mark.parametrize("tag", ["EN", "en-US", "en_GB"])
+def test_english_by_other_tags_is_english(tag: str, tmp_path: Path) -> None:
+    path = write_pairs(
+        tmp_path / "p.csv", [("a cat", "a cat", tag), ("猫", "cat", "")], ("target", "english", "language")
+    )
+    assert read_source(TextSource(str(path), language="zh-CN")).languages == ["en", "zh-CN"]

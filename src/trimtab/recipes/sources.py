@@ -98,7 +98,9 @@ def read_source(source: TextSource) -> ParallelText:
         shuffled = np.random.default_rng(0).permutation(len(text))
         heaviest = shuffled[np.argsort(-text.weights[shuffled], kind="stable")]
         text = text.take(np.sort(heaviest[: source.limit]))
-    return ParallelText(text.targets, text.english, text.languages, text.weights * source.weight)
+    # English is told by its tag, which files write as "EN" or "en-US" too.
+    languages = ["en" if _language_of(tag) == "en" else tag for tag in text.languages]
+    return ParallelText(text.targets, text.english, languages, text.weights * source.weight)
 
 
 def prepare(recipe: LanguageRecipe) -> PreparedText:
@@ -118,6 +120,7 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
     if data.validation:
         held_out = _read_all(data.validation, data, counts, "validation: ")
         held_out, _ = _exclude(held_out, test_texts)  # else the weights would be chosen on the test
+        held_out = held_out.take(_foreign(held_out))
     else:
         train, held_out = _split(train, data.validation_size, recipe.seed)
     picked = np.random.default_rng(recipe.seed).permutation(len(held_out))[: data.validation_size]
@@ -151,6 +154,7 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
         pairs, _ = _exclude(_without(known.pairs, held_out)[0], test_texts)
         counts["words in the memory"] = {"kept": len(pairs)}
         known = replace(known, pairs=pairs)
+    _refuse_constant(train)
     return PreparedText(train, validation, counts, known)
 
 
@@ -185,15 +189,30 @@ def _read_all(
 
 
 def _split(train: ParallelText, size: int, seed: int) -> tuple[ParallelText, ParallelText]:
-    """Set validation pairs aside from all languages but English, which has no translation to match."""
-    foreign = np.array([language != "en" for language in train.languages])
+    """Set validation pairs aside from all languages but English."""
+    foreign = _foreign(train)
     if size >= foreign.sum():
-        raise RecipeError(
-            f"data.validation_size={size} leaves nothing of {foreign.sum()} pairs to train on: set it lower, for "
-            f"example to {max(2, foreign.sum() // 10)}"
-        )
+        lower = max(2, foreign.sum() // 10)
+        remedy = f"set it lower, for example to {lower}" if lower < size else "give more pairs"
+        raise RecipeError(f"data.validation_size={size} leaves nothing of {foreign.sum()} pairs to train on: {remedy}")
     rest, validation = split_validation(train.take(foreign), size, seed)
     return (rest.concat(train.take(~foreign)) if not foreign.all() else rest), validation
+
+
+def _foreign(text: ParallelText) -> np.ndarray:
+    """Which pairs (N,) are of another language than English, which has no translation to match."""
+    return np.array([language != "en" for language in text.languages], bool)
+
+
+def _refuse_constant(train: ParallelText) -> None:
+    """Refuse pairs that are all alike on one side: from them nothing but a constant can be learned."""
+    for side, texts in (("target", train.targets), ("english", train.english)):
+        first = _normal(texts[0])
+        if all(_normal(text) == first for text in texts):
+            raise DataError(
+                f"all {len(train)} training pairs have the same {side} text, {texts[0]!r:.80}: give pairs of different "
+                "texts"
+            )
 
 
 def _refuse_none(train: ParallelText, reason: str) -> None:
