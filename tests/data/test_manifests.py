@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trimtab.data.manifests import (
+    index_classes,
     read_class_names,
     read_classification,
     read_retrieval,
@@ -324,6 +325,18 @@ def test_retrieval_collects_positives(root: Path) -> None:
     assert [path.name for path in pairs.images] == ["a.jpg", "b.jpg", "c.jpg"]
     assert pairs.texts == ["a dog", "the dog", "一只猫"]
     assert pairs.positives == [(0, 0), (1, 0), (0, 1), (2, 2)]
+
+
+def test_a_caption_in_two_forms_of_unicode_is_one_text(root: Path) -> None:
+    rows = [("b.jpg", "caf\u00e9"), ("c.jpg", "cafe\u0301")]
+    pairs = read_retrieval(write_table(root / "m.csv", rows, ("image", "text")))
+    assert pairs.texts == ["caf\u00e9"]
+    assert pairs.positives == [(0, 0), (1, 0)]
+
+
+def test_a_class_without_a_name_is_refused() -> None:
+    with pytest.raises(DataError, match="the name of class 2 of 2 is empty"):
+        index_classes(["cat", " "])
 
 
 def test_retrieval_refuses_empty_texts_and_paths_outside(root: Path) -> None:

@@ -153,11 +153,13 @@ def index_classes(classes: Sequence[str]) -> dict[str, int]:
     """Position of each class by its name in NFC, surrounding blanks aside.
 
     Raises:
-        DataError: two names are the same.
+        DataError: two names are the same, or one is empty.
     """
     index: dict[str, int] = {}
     for position, name in enumerate(classes):
         name = unicodedata.normalize("NFC", name).strip()
+        if not name:
+            raise DataError(f"the name of class {position + 1} of {len(classes)} is empty: give one, or leave it out")
         if index.setdefault(name, position) != position:
             raise DataError(
                 f"classes {index[name] + 1} and {position + 1} of {len(classes)} have the same name {name!r}: remove "
@@ -227,7 +229,8 @@ def read_retrieval(path: str | Path, root: str | Path | None = None) -> Retrieva
     texts: dict[str, int] = {}
     positives: dict[tuple[int, int], None] = {}
     for record in read_rows(path, ("image", "text")):
-        text = record.values["text"].strip()
+        # Else one caption in two forms of Unicode would be two texts, each wrong for the other's picture.
+        text = unicodedata.normalize("NFC", record.values["text"]).strip()
         if not text:
             raise DataError(f"{path}, row {record.row}: the text is empty: write one or remove the row")
         image = folder.find(record.values["image"].strip(), file=path, row=record.row)
