@@ -101,7 +101,13 @@ def test_missing_shard_is_refused(clip_copy: Path) -> None:
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(clip_copy / "model.safetensors"), "b.safetensors")}
     (clip_copy / "model.safetensors").rename(clip_copy / "a.safetensors")
     (clip_copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="cannot be loaded as CLIPModel"):
+    with pytest.raises(ModelError, match=r"lacks b\.safetensors, which model\.safetensors\.index\.json lists: fetch"):
+        load(clip_copy)
+    (clip_copy / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no weight_map: fetch it again"):
+        load(clip_copy)
+    (clip_copy / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor .*, only a\.safetensors: fetch what"):
         load(clip_copy)
 
 

@@ -123,6 +123,8 @@ def load_weights(
         for path in files:
             if reason := _damage(path):
                 raise ModelError(f"{path} is damaged or cut short ({reason}): fetch it again") from error
+        if reason := _incomplete(folder, [path.name for path in files]):
+            raise ModelError(reason) from error
         raise ModelError(f"{folder} cannot be loaded as {model_class}: {error}") from error
     missing = sorted(key for key in report["missing_keys"] if not _HARMLESS_MISSING.search(key))
     if may_miss:
@@ -262,6 +264,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object: fetch it again")
     return value
+
+
+def _incomplete(folder: Path, found: list[str]) -> str | None:
+    """What is missing of a folder's safetensors files, with the remedy, or None."""
+    whole = "model.safetensors"
+    if whole in found:
+        return None
+    index = folder / f"{whole}.index.json"
+    if not index.is_file():
+        return (
+            f"{folder} has neither {whole} nor the {index.name} of a model in several files, only {_some(found)}: "
+            f"fetch what is missing, or name the file that holds all weights {whole}"
+        )
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        return f"{index} has no weight_map: fetch it again"
+    missing = sorted({str(name) for name in listed.values()} - set(found))
+    return f"{folder} lacks {_some(missing)}, which {index.name} lists: fetch the complete model" if missing else None
 
 
 def _damage(path: Path) -> str | None:
