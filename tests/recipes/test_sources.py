@@ -404,6 +404,15 @@ def test_nouns_go_into_a_memory(
         assert list(text.words.variants[at : at + len(ways)]) == [way.replace("{}", noun) for way in ways]
 
 
+def test_a_memory_without_words_is_none(recipe: Any, tmp_path: Path, packages: Callable[..., None]) -> None:
+    packages()
+    names = write_pairs(tmp_path / "names.csv", [[f"一张{noun}的照片"] for noun, _ in NOUNS], header=["text"])
+    asked = recipe([*toy_pairs(100), *NOUNS], validation_size=2, exclude=[str(names)])
+    text = prepare(replace(asked, adapter=replace(asked.adapter, memory=100)))
+    assert text.words is None
+    assert text.counts["words in the memory"] == {"kept": 0}
+
+
 def test_a_memory_holds_no_test_text(recipe: Any, tmp_path: Path, packages: Callable[..., None]) -> None:
     packages()
     target = f"一张{NOUNS[0][0]}的照片"

@@ -55,7 +55,7 @@ class PreparedText:
 
     Attributes:
         counts: for each source and for the whole, pairs read, dropped by each rule and kept.
-        words: for a translation memory; null without one.
+        words: for a translation memory; null without one, or where no word may be in it.
     """
 
     train: ParallelText
@@ -153,7 +153,7 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
         known = _memory_words(words, count, recipe.seed)
         pairs, _ = _exclude(_without(known.pairs, held_out)[0], test_texts)
         counts["words in the memory"] = {"kept": len(pairs)}
-        known = replace(known, pairs=pairs)
+        known = replace(known, pairs=pairs) if len(pairs) else None  # as where all are test texts
     _refuse_constant(train)
     return PreparedText(train, validation, counts, known)
 
