@@ -98,6 +98,10 @@ def training_checkpoint(state: State) -> dict[str, Any]:
     return {"epoch": 3, "name": "run", "state_dict": {f"module.{name}": value for name, value in state.items()}}
 
 
+def compiled_around(state: State) -> State:
+    return {f"_orig_mod.module.{name}": value for name, value in state.items()}
+
+
 def custom_text(state: State) -> State:
     text = ("positional_embedding", "text_projection", "token_embedding", "transformer", "ln_final")
     return {f"text.{name}" if name.startswith(text) else name: value for name, value in state.items()}
@@ -110,6 +114,7 @@ def custom_text(state: State) -> State:
         ("open_clip_pytorch_model.bin", None),
         ("epoch_3.pt", training_checkpoint),
         ("custom.safetensors", custom_text),
+        ("compiled.safetensors", compiled_around),
     ],
 )
 def test_converted_embeddings_are_the_same(
@@ -168,6 +173,11 @@ def test_configuration_file_of_the_model_part_alone(
     (tmp_path / "ViT-tiny.json").write_text(json.dumps(MODEL_CFG))
     converted = convert(path, tiny_folder("clip"), config=tmp_path / "ViT-tiny.json")
     assert converted.model.config.text_config.hidden_act == "quick_gelu"
+
+
+def test_shapes_that_do_not_go_together_are_named(checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match=r"shapes do not go together, after renaming .*final_layer_norm\.weight"):
+        convert(checkpoint(state={"ln_final.weight": torch.ones(7)}), tiny_folder("clip"))
 
 
 def test_heads_that_a_configuration_leaves_out_are_those_of_openclip(

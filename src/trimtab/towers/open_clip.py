@@ -155,6 +155,12 @@ def convert_open_clip(
     with quiet():
         model = CLIPModel(clip_config)
         weights = to_clip_names(state)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if wrong := [name for name, tensor in weights.items() if shapes.get(name, tensor.shape) != tensor.shape]:
+            raise ModelError(
+                f"{checkpoint} holds tensors whose shapes do not go together, after renaming {wrong[:5]}: it is "
+                "damaged or no plain OpenCLIP ViT; fetch it again"
+            )
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.endswith("position_ids")]
         if missing or unexpected:
@@ -250,9 +256,9 @@ def _text_projection(state: StateDict) -> Tensor:
 
 def _normalise_names(state: StateDict) -> StateDict:
     """Undo data-parallel and compile prefixes, and lift the text tower of `CustomTextCLIP` to the top."""
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    # Each may lie within the other.
+    while prefix := next((p for p in ("module.", "_orig_mod.") if state and all(n.startswith(p) for n in state)), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     if "text.token_embedding.weight" in state:
         state = {name.removeprefix("text."): value for name, value in state.items()}
     return {name: value for name, value in state.items() if name not in ("attn_mask", "visual.attn_mask")}
