@@ -180,6 +180,16 @@ def test_shapes_that_do_not_go_together_are_named(checkpoint: Any, tiny_folder: 
         convert(checkpoint(state={"ln_final.weight": torch.ones(7)}), tiny_folder("clip"))
 
 
+@pytest.mark.parametrize("name", ["visual.conv1.bias", "visual.register_tokens", "visual.patchnorm_pre_ln.weight"])
+def test_tensors_without_a_place_are_refused(name: str, checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match=f"which has no place for {name}$"):
+        convert(checkpoint(state={name: torch.ones(16)}), tiny_folder("clip"))
+
+
+def test_counters_in_a_checkpoint_do_no_harm(checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
+    convert(checkpoint(state={"step": torch.tensor(7)}), tiny_folder("clip"))
+
+
 def test_heads_that_a_configuration_leaves_out_are_those_of_openclip(
     checkpoint: Any, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

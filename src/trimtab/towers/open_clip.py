@@ -45,6 +45,12 @@ _FOREIGN = {
     r"^(text\.)?cls_emb$": "its text tower reads a CLS token rather than the end token",
     r"\.attn\.(ln_|logit_scale|in_proj\.|qkv\.)|\.mlp\.ln\.|\.ln_attn\.": "its layers are not CLIPModel's",
 }
+# All that a plain ViT of OpenCLIP has: any other tensor would change its vectors and find no place in CLIPModel.
+_PLAIN_TENSORS = re.compile(
+    r"(visual\.)?(positional_embedding|transformer\.resblocks\.\d+\..+)|visual\.(proj|class_embedding|conv1\.weight)"
+    r"|(visual\.ln_pre|visual\.ln_post|ln_final)\.(weight|bias)|text_projection(\.weight)?|token_embedding\.weight"
+    r"|logit_scale"
+)
 # Settings of an OpenCLIP configuration under which the same weights mean another computation.
 _PLAIN = {
     "vision_cfg": {"pool_type": "tok", "attentional_pool": False, "no_ln_pre": False,
@@ -278,6 +284,12 @@ def _refuse_foreign(checkpoint: Path, state: StateDict) -> None:
         missing.append("text_projection")
     if missing:
         raise ModelError(f"{checkpoint} is not an OpenCLIP checkpoint of a ViT: it lacks {', '.join(missing)}")
+    other = [name for name in state if state[name].is_floating_point() and not _PLAIN_TENSORS.fullmatch(name)]
+    if other:
+        raise ModelError(
+            f"{checkpoint} cannot become a CLIPModel, which has no place for {', '.join(sorted(other)[:5])}"
+            + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
