@@ -26,10 +26,12 @@ from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.config import ContextConfig, recipe_from_mapping
 from trimtab.errors import DataError, ModelError, RecipeError
+from trimtab.evaluation.blocks import Lines
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.evaluate import evaluate_classification
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
+from trimtab.recipes.prompt_report import curves
 from trimtab.towers.prompting import PromptTower, _no_patches
 
 FAMILY = "vision-text-dual-encoder"
@@ -104,6 +106,28 @@ def test_it_learns_and_says_what_it_did(finished: dict[str, Any]) -> None:
     assert "trimtab adapt RECIPE.yaml" in page
     assert "<img" in page  # pictures with what the instance queries look at
     assert "classifier.add_classes" in (finished["out"] / "README.md").read_text()
+
+
+def test_losses_of_training_and_validation_are_lines_of_their_own() -> None:
+    history: list[dict[str, Any]] = [
+        {"kind": "validation", "step": 0, "loss": 0.5, "top1": 50.0},
+        {"kind": "train", "step": 10, "loss": 0.02},
+        {"kind": "train", "step": 20, "loss": 0.01},
+        {"kind": "validation", "step": 20, "loss": 0.4, "top1": 75.0},
+    ]
+    [lines] = curves(history)
+    assert isinstance(lines, Lines)
+    found = {
+        f"{panel.title}, {panel.y_label}": (list(line.xs), list(line.ys))
+        for panel in lines.panels
+        for line in panel.series
+    }
+    assert found == {
+        "Loss, training": ([10, 20], [0.02, 0.01]),
+        "Loss, validation": ([0, 20], [0.5, 0.4]),
+        "Top-1, %, validation": ([0, 20], [50.0, 75.0]),
+    }
+    assert curves([]) == []
 
 
 def test_the_folder_classifies_as_it_was_measured(finished: dict[str, Any]) -> None:

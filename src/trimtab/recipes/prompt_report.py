@@ -91,7 +91,7 @@ def write_prompt_report(
             f"{len(fitted.classes)} classes from {outcome['pictures']['train']:,} pictures",
             f"It names {found:.1f}% of {len(pictures):,} {name} pictures, where hand templates name {zero:.1f}%.",
             tiles,
-            [*_curves(outcome.get("history", [])), *prompt_blocks(fitted, pictures, name=name), again],
+            [*curves(outcome.get("history", [])), *prompt_blocks(fitted, pictures, name=name), again],
             context="trimtab adapt, prompt link",
             footer=f"trimtab {trimtab.__version__}, seed {recipe.seed}",
         ),
@@ -149,14 +149,21 @@ def _attention(
     return attention_maps(looked, note=note)
 
 
-def _curves(history: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Loss of training and validation over steps, as far as they were recorded."""
+def curves(history: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Losses and validation top-1 over steps, as far as they were recorded.
+
+    The losses have a panel each: training's has further terms, and validation's is of calibrated scores.
+    """
     panels = []
-    for key, label in (("loss", "loss"), ("top1", "validation top-1, %")):
-        points = [(one["step"], one[key]) for one in history if key in one and "step" in one]
+    for kind, key, title, label in (
+        ("train", "loss", "Loss", "training"),
+        ("validation", "loss", "Loss", "validation"),
+        ("validation", "top1", "Top-1", "%, validation"),
+    ):
+        points = [(one["step"], one[key]) for one in history if one.get("kind") == kind and key in one]
         if len(points) > 1:
             xs, ys = zip(*points, strict=True)
-            panels.append(LinePanel([Series(label, xs, ys)], label, "step", label))
+            panels.append(LinePanel([Series("prompts", xs, ys)], title, "step", label))
     return [Lines(panels, title="Training")] if panels else []
 
 
