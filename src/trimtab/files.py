@@ -74,7 +74,8 @@ def is_special(path: Path) -> bool:
 
 @contextlib.contextmanager
 def explain_disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no space", "read-only", "denied" and names that cannot be into messages with the file and the remedy.
+    """Turn "no space", "read-only", "denied", files in the way and names that cannot be into messages with the file and
+    the remedy.
 
     Raises:
         TrimtabError: in place of the OSError; other errors pass through.
@@ -86,6 +87,8 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
         errno.EACCES: "permission denied: choose a folder that you may write to",
         errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
         errno.ELOOP: "its links lead in a circle: choose another place",
+        errno.EEXIST: "it is, or lies below, a file: choose another folder",
+        errno.ENOTDIR: "it is, or lies below, a file: choose another folder",
     }
     try:
         yield

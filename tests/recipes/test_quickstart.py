@@ -15,6 +15,7 @@ from trimtab.adapters.adapted import load
 from trimtab.config import recipe_from_mapping
 from trimtab.data.fashion import CHINESE, FashionFiles
 from trimtab.data.pictures import Captioned
+from trimtab.errors import RecipeError
 from trimtab.recipes import quickstart as module
 from trimtab.recipes import quickstart_language, quickstart_prompt, quickstart_together
 from trimtab.recipes.compose import compose
@@ -105,6 +106,15 @@ def _replace_everything_big(
     monkeypatch.setattr(module, "write_fashion", write_clothes)
     monkeypatch.setattr(quickstart_language, "tuxpaint_photos", lambda locale: items)
     monkeypatch.setattr(quickstart_language, "openmoji_pictures", pictures)
+
+
+def test_a_file_in_the_way_is_refused_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    monkeypatch.setattr(module, "fetch", lambda key: pytest.fail(f"fetched {key}"))
+    with pytest.raises(RecipeError, match="is a file; choose another folder"):
+        module.quickstart(tmp_path / "file")
 
 
 def test_quickstart_leaves_everything_a_reader_needs(out: Path) -> None:

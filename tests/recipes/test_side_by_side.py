@@ -126,6 +126,12 @@ def test_nothing_but_bad_runs_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_page_below_a_file_is_refused(adapted: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    with pytest.raises(TrimtabError, match=r"page\.html: it is, or lies below, a file"):
+        report_runs([adapted("good")], tmp_path / "file" / "page.html")
+
+
 def test_names_are_short_and_differ() -> None:
     assert short_names(["runs/a", "runs/b/", "/x/c.training"]) == ["a", "b", "c"]
     assert short_names(["x/runs/a", "y/runs/a", "b"]) == ["x/runs/a", "y/runs/a", "b"]

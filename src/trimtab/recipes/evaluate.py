@@ -246,8 +246,6 @@ def _check_targets(json_path: str | Path | None, report: str | Path | None, inpu
         try:
             with explain_disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise TrimtabError(f"cannot write into {folder}: it is, or lies below, a file; choose another") from error
         except FileNotFoundError as error:  # special file systems, such as /proc, hold no folders of ours
             raise TrimtabError(f"cannot write into {folder}: no folder can be made there; choose another") from error
         if not os.access(folder, os.W_OK):

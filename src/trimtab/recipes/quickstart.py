@@ -25,6 +25,7 @@ from trimtab.evaluation.report import Report, write_report
 from trimtab.evaluation.summaries import reproducibility
 from trimtab.files import write_json
 from trimtab.recipes.adapt import adapt
+from trimtab.recipes.folders import check_out
 from trimtab.recipes.quickstart_domain import domain_section, domain_sentence, learn_domain
 from trimtab.recipes.quickstart_language import (
     DATASETS,
@@ -52,16 +53,20 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
 
     Returns:
         The headline figures.
+
+    Raises:
+        RecipeError: `out` is a file or cannot be written; nothing is fetched then.
     """
     started = time.monotonic()
     out = Path(out)
+    recipe = quickstart_recipe(out)
+    check_out(recipe.out)
     for key in NEEDED:
         print(f"package {PACKAGES[key].name} {PACKAGES[key].version} ({PACKAGES[key].licence})", flush=True)
         fetch(key)
     fetched = time.monotonic()
     sets = test_sets(out / "pictures")
     files = write_fashion(out / "pictures" / "fashion")
-    recipe = quickstart_recipe(out)
     outcome = adapt(recipe)
     assert outcome is not None  # one process
     model = load_adapted(recipe.out)
