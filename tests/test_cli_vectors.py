@@ -77,8 +77,10 @@ def test_export(tiny_folder: Callable[[str], Path], composed: Path, tmp_path: Pa
     [
         (["search", "--index", "i"], "give a text or --image"),
         (["search", "猫", "--image", "a.png", "--index", "i"], "give a text or --image"),
-        (["search", "猫", "--index", "gone"], "has no index.json"),
-        (["index", "gone", "--out", "i"], "has no embeddings.json"),
+        (["search", "猫", "--index", "gone"], "gone: no such folder; `trimtab index` makes one"),
+        (["search", "猫", "--index", "."], "has no index.json; name a folder that `trimtab index` wrote"),
+        (["index", "gone", "--out", "i"], "gone: no such folder; `trimtab embed` makes one"),
+        (["index", ".", "--out", "i"], "has no embeddings.json; name a folder that `trimtab embed` wrote"),
         (["compose", "starter", "--out", "c"], "at least one adapted folder"),
     ],
 )

@@ -247,7 +247,10 @@ def read_description(path: Path, schema: int, kind: str) -> dict[str, Any]:
         DataError: missing, damaged, or of a newer schema.
     """
     if not path.is_file():
-        raise DataError(f"{path.parent} holds no {kind}: it has no {path.name}")
+        made = {"index": "trimtab index", "embeddings": "trimtab embed"}[kind]
+        if not path.parent.is_dir():
+            raise DataError(f"{path.parent}: no such folder; `{made}` makes one (current folder: {Path.cwd()})")
+        raise DataError(f"{path.parent} holds no {kind}: it has no {path.name}; name a folder that `{made}` wrote")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         found = int(raw["schema_version"])
