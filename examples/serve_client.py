@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import sys
@@ -35,7 +36,11 @@ class Client:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            sys.exit(f"{error.code}: {json.load(error)['error']['message']}")
+            said = error.read().decode("utf-8", "replace")
+            # Plain text comes from a server with no connection left, and from proxies.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                said = json.loads(said)["error"]["message"]
+            sys.exit(f"{error.code}: {said}")
         except urllib.error.URLError as error:
             sys.exit(f"{self.address} cannot be reached ({error.reason}): start it with `trimtab serve MODEL`")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import urllib.error
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,35 @@ def test_serve_client(
     assert "%  猫" in lines
     with pytest.raises(SystemExit, match="cannot be reached"):
         client.main(["a", "--address", site.address])
+
+
+def test_serve_client_reads_errors_in_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = example("serve_client")
+
+    def busy(*_: Any, **__: Any) -> Any:
+        raise urllib.error.HTTPError("http://x", 503, "Busy", Message(), io.BytesIO(b"Service Unavailable"))
+
+    monkeypatch.setattr(client.urllib.request, "urlopen", busy)
+    with pytest.raises(SystemExit, match="503: Service Unavailable"):
+        client.main(["a"])
+
+
+def test_prompt(tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for at, name in enumerate(("cat", "dog")):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for number in range(5):
+            colour = (200 * at, 40 * number, 90)
+            Image.new("RGB", (40, 40), colour).save(tmp_path / "classes" / name / f"{number}.png")
+    picture, out = str(tmp_path / "classes" / "cat" / "0.png"), tmp_path / "runs" / "mine"
+    main = example("prompt").main
+    main([str(tmp_path / "classes"), picture, "--base", str(tiny_folder("clip")), "--out", str(out)])
+    assert (out / "adapter.safetensors").is_file()
+    told = capsys.readouterr().out
+    assert "named right in validation" in told
+    assert picture in told
+    with pytest.raises(SystemExit):
+        main([])
+    assert "CLASS_FOLDER" in capsys.readouterr().err
 
 
 def test_compose(
