@@ -139,7 +139,7 @@ def quickstart(
         "runs/quickstart"
     ),
 ) -> None:
-    """Teach the starter Chinese from text alone, then a domain from pictures; measure both and write a report."""
+    """Teach the starter Chinese from text, a domain from pictures, classes from a few; measure all, write a report."""
     from trimtab.recipes.quickstart import quickstart as run
 
     show(run(out))

@@ -426,7 +426,7 @@ English is {"sent to the base's own text tower" if recipe.english == "route" els
 {figures}
 
 `match` is translation match in percent: how often a sentence's vector is nearest to that of its translation among the
-validation pairs, mean of both directions. These are not retrieval figures; see the report of the run that made it.
+validation pairs, mean of both directions. These are not retrieval figures.
 
 ## Limits
 
