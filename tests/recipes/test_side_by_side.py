@@ -47,6 +47,11 @@ def test_an_adapted_folder_with_its_curves(adapted: Callable[..., Path], tmp_pat
     assert dict(run.facts)["pairs"] == 30000
 
 
+def test_validation_figures_of_prompts_are_found_and_their_test_figures_left(adapted: Callable[..., Path]) -> None:
+    [run], _ = read_runs([adapted("few", metrics={"validation top1": 87.5, "validation loss": 0.4, "test top1": 80.0})])
+    assert run.headline == ("Top-1", 87.5, "on validation data")
+
+
 def test_a_training_folder_stands_for_its_run_once(adapted: Callable[..., Path], tmp_path: Path) -> None:
     folder = adapted("one")
     CheckpointFolder(tmp_path / "one.training").save(2, Checkpoint({}, {"history": HISTORY}))

@@ -146,7 +146,8 @@ def _composed(folder: Path, name: str) -> RunResult:
     about = _json(folder / COMPOSED_FILE)
     links = list(map(str, about["links"]))
     parts = {link: read_adapter(folder / link, tensors=False) for link in links}
-    figures = {key: value for part in parts.values() for key, value in _known(part.metrics).items()}
+    # Prompts come last, and do not hide what the domain has.
+    figures = {key: value for link in reversed(links) for key, value in _known(parts[link].metrics).items()}
     facts = [("folder", str(folder)), *((link, f"trained on {part.base.name}") for link, part in parts.items())]
     kind = f"composed: {' + '.join(links)}"
     return RunResult(name, kind, base=str(about["base"]["name"]), figures=figures, facts=facts)
@@ -246,10 +247,10 @@ def _few_shot(path: Path, name: str) -> RunResult:
 
 
 def _known(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Validation figures; the prompt link, which may have test figures too, says so in their names."""
+    found = {key: metrics.get(key, metrics.get(f"validation {key}")) for key in FIGURES}
     return {
-        key: float(metrics[key])
-        for key in FIGURES
-        if isinstance(metrics.get(key), (int, float)) and math.isfinite(metrics[key])
+        key: float(value) for key, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)
     }
 
 
