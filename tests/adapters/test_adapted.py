@@ -256,6 +256,34 @@ def test_base_and_student_may_have_moved(adapted: LanguageAdapted, tmp_path: Pat
     assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
 
 
+@pytest.mark.parametrize("gone", ["/models/{}", "C:\\models\\{}"])
+def test_models_beside_the_folder_are_found(
+    gone: str, adapted: LanguageAdapted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = read_adapter(save(tmp_path / "x", adapted)).student
+    assert student is not None
+    described = {
+        "base": replace(BaseReference.of(adapted.base), name=gone.format("clip-base")),
+        "student": replace(student, name=gone.format("text-encoder")),
+    }
+    shipped = tmp_path / "shipped"
+    folder = save(shipped / "chinese", adapted, **described)
+    shutil.copytree(adapted.base.name, shipped / "clip-base")
+    shutil.copytree(adapted.student.name, shipped / "text-encoder")
+    again = trimtab.load(folder, device="cpu")
+    assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
+    assert "clip-base is taken" in caplog.text
+    # Composed models look beside themselves, also for what their links name.
+    saved = trimtab.load(shipped / "clip-base", links=[folder], device="cpu").save_pretrained(shipped / "both")
+    shutil.rmtree(folder)
+    assert np.array_equal(trimtab.load(saved, device="cpu").encode_text(CORPUS), adapted.encode_text(CORPUS))
+    # Another model of that name is not taken for it.
+    shutil.rmtree(shipped / "clip-base")
+    shutil.copytree(adapted.student.name, shipped / "clip-base")
+    with pytest.raises(ModelError):
+        trimtab.load(saved, device="cpu")
+
+
 def test_another_base_or_student_is_refused(adapted: LanguageAdapted, tiny_folder: Any, tmp_path: Path) -> None:
     import tiny_models
 

@@ -15,8 +15,8 @@ from trimtab.adapters.domain import load_domain
 from trimtab.adapters.files import (
     AdapterFile,
     check_base,
-    check_place,
     check_student,
+    find_place,
     is_adapted_folder,
     is_composed_folder,
     load_into,
@@ -154,11 +154,11 @@ def load_adapted(
     if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
     if base is None:
-        check_place(folder, "base", described.base.name)
+        base = find_place(folder, "base", described.base.name)
     if not isinstance(base, DualEncoder):
         # Prompts may stand on a model that has adapters of its own.
         base = (load if described.link == "prompt" else load_base)(
-            str(base or described.base.name), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            str(base), device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
     check_base(described, base)
     if described.student is None:
@@ -181,11 +181,9 @@ def load_student(described: AdapterFile, *, student: str | Path | TextEncoder | 
     """
     wanted = described.student
     if student is None and wanted is not None:
-        check_place(described.folder, "student", wanted.name)
+        student = find_place(described.folder, "student", wanted.name)
     if not isinstance(student, TextEncoder) and wanted is not None:
-        student = TextEncoder.load(
-            str(student or wanted.name), prefix=wanted.prefix, max_tokens=wanted.max_tokens, **options
-        )
+        student = TextEncoder.load(str(student), prefix=wanted.prefix, max_tokens=wanted.max_tokens, **options)
     assert isinstance(student, TextEncoder)
     check_student(described, student)
     return student

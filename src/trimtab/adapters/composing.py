@@ -21,7 +21,7 @@ from trimtab.adapters.files import (
     BaseReference,
     check_base,
     check_inputs,
-    check_place,
+    find_place,
     is_adapted_folder,
     is_composed_folder,
     read_adapter,
@@ -59,7 +59,7 @@ def load_composed(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     root = _root_name(names, found)
     if base is None and not names:
-        check_place(parts[0], "base", root)
+        root = find_place(parts[0], "base", root)
     loaded = base if isinstance(base, DualEncoder) else load_base(str(base or root), **options)
     for name in ("domain", "language"):
         if name in found:

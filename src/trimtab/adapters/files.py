@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trimtab.towers.dual_encoder import DualEncoder
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
@@ -234,22 +237,33 @@ def load_into(module: nn.Module, adapter: AdapterFile) -> None:
     module.load_state_dict(adapter.tensors)
 
 
-def check_place(folder: str | Path, role: str, name: str) -> None:
-    """Refuse a base or student whose folder is not where the adapted folder says, as after a move to another machine.
+def find_place(folder: str | Path, role: str, name: str) -> str:
+    """Where the base or student of an adapted folder is now.
+
+    If its folder is not where the adapted folder says, as on another machine, one of that name beside the
+    adapted folder is taken. Whether it is the same is for `check_base` and `check_student` to say.
 
     Args:
         role: "base" or "student", as `trimtab.load` calls it.
         name: what the adapted folder calls it; hub ids and built-in models have no place.
 
     Raises:
-        ModelError: names both folders.
+        ModelError: it is not there either; names both places.
     """
-    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-    if absolute and not Path(name).exists():
-        raise ModelError(
-            f"{folder} names the {role} {name!r}, and there is no such folder: put it there, or say where it is now: "
-            f"trimtab.load({str(folder)!r}, {role}=...)"
-        )
+    by_system = (PurePosixPath(name), PureWindowsPath(name))
+    absolute = next((path for path in by_system if path.is_absolute()), None)
+    if absolute is None or Path(name).exists():
+        return name
+    here = Path(folder).resolve()
+    above = here.parent.parent if is_composed_folder(here.parent) else here.parent
+    beside = above / absolute.name
+    if beside.is_dir() and beside != here:
+        logger.warning("%s names the %s %r, and there is no such folder: %s is taken", folder, role, name, beside)
+        return str(beside)
+    raise ModelError(
+        f"{folder} names the {role} {name!r}, and there is no such folder: put it there or at {beside}, or say "
+        f"where it is now: trimtab.load({str(folder)!r}, {role}=...)"
+    )
 
 
 def check_base(adapter: AdapterFile, base: DualEncoder) -> None:

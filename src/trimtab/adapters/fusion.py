@@ -17,7 +17,7 @@ from trimtab.adapters.files import (
     BaseReference,
     StudentReference,
     check_base,
-    check_place,
+    find_place,
     load_into,
     read_adapter,
     reading_config,
@@ -233,9 +233,9 @@ def load_fusion_adapted(
     if described.link != LINK or described.student is None:
         raise ModelError(f"{folder} holds a {described.link!r} adapter, not one of a fusion model: use trimtab.load")
     if base is None:
-        check_place(folder, "base", described.base.name)
+        base = find_place(folder, "base", described.base.name)
     if not isinstance(base, DualEncoder):
-        base = load_base(str(base or described.base.name), device=device, dtype=dtype)
+        base = load_base(str(base), device=device, dtype=dtype)
     check_base(described, base)
     student = load_student(described, student=student, device=device, dtype=dtype)
     with reading_config(described.folder / DESCRIPTION_FILE):

@@ -119,7 +119,12 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         settings=recipe.training,
         checkpoint_dir=training_folder(recipe.out),
         digest=digest_of(
-            recipe_digest(recipe), text.train.digest, text.validation.digest, *base.digests, student.fingerprint
+            recipe_digest(recipe),
+            text.train.digest,
+            text.validation.digest,
+            *base.digests,
+            student.fingerprint,
+            str(student.max_tokens),
         ),
         seed=recipe.seed,
         validate=lambda _: validate(task, frozen, text),

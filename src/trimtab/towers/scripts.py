@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from trimtab.data.templates import DEFAULT_TEMPLATES
 
 BARE_NAME = "{}"
-_NO_SCRIPT = (
-    "LATIN",
-    "MODIFIER LETTER",
-)  # Unicode's names of letters that English has: okina and apostrophe are of all
-_MICRO = "µ"  # the sign of "10 µm" is of no script either; NFKC makes the Greek letter of it
+# How Unicode's names of letters begin that English has: the okina and one of the apostrophes are modifiers.
+_NO_SCRIPT = ("LATIN", "MODIFIER LETTER")
+_MICRO = "µ"  # the sign in "10 µm" is of no script either; NFKC makes a Greek letter of it
 
 
 @functools.lru_cache(maxsize=65536)
