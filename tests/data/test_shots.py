@@ -80,6 +80,8 @@ def test_a_class_with_fewer_pictures_is_named_or_taken_whole(folder: Path) -> No
     found = draw_shots(data, None, 4, 0, allow_fewer=True)
     assert np.bincount(found.train.labels).tolist() == [4, 3, 4]
     assert np.bincount(found.validation.labels, minlength=3).tolist() == [4, 0, 4]
+    with pytest.raises(DataError, match=r"1 shot is asked for, but 1 of 3 classes .* 'dog' \(0\); add pictures, or"):
+        draw_shots(pictures(folder, (9, 0, 9)), None, 1, 0)
 
 
 def test_without_a_picture_left_validation_is_asked_for(folder: Path) -> None:

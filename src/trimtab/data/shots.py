@@ -100,10 +100,13 @@ def _check_enough(train: LabelledPictures, counts: Sequence[int], shots: int | N
     if not short or (allow_fewer and min(counts) > 0):
         return
     more = f", and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
+    if min(counts) == 0:
+        remedy = "add pictures, or leave classes without any out"
+    else:
+        remedy = "ask for fewer shots, add pictures, or take what there is with data.allow_fewer=true"
     raise DataError(
-        f"{shots or 1} shots are asked for, but {len(short)} of {len(counts)} classes have fewer training pictures: "
-        f"{', '.join(short[:_SHOWN])}{more}. Ask for fewer shots, add pictures, or take what there is with "
-        "data.allow_fewer=true"
+        f"{'1 shot is' if (shots or 1) == 1 else f'{shots} shots are'} asked for, but {len(short)} of {len(counts)} "
+        f"classes have fewer training pictures: {', '.join(short[:_SHOWN])}{more}; {remedy}"
     )
 
 

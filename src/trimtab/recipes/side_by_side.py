@@ -240,7 +240,7 @@ def _few_shot(path: Path, name: str) -> RunResult:
     if not groups:
         raise DataError("holds no few-shot runs: lines with method, shots and top1")
     scores = [
-        Score(dataset, f"{method.replace('_', ' ')}, {shots} shots", "top1", fmean(values))
+        Score(dataset, f"{method.replace('_', ' ')}, {shots} shot{'s' if shots > 1 else ''}", "top1", fmean(values))
         for (dataset, method, shots), values in sorted(groups.items(), key=lambda item: (item[0][0], item[0][2]))
     ]
     return RunResult(name, "few-shot", scores=scores, facts=[("file", str(path)), ("runs", lines)])
