@@ -118,7 +118,7 @@ def test_a_model_that_validation_cannot_use_stops_the_run(tmp_path):
             raise ModelError("the embeddings are not finite")
         return {"error": 1.0}
 
-    with pytest.raises(TrainingStopped, match=r"after epoch 2 .*checkpoint before it is .*training\.learning_rate"):
+    with pytest.raises(TrainingStopped, match=r"after epoch 2 .*checkpoint is .*training\.learning_rate"):
         Problem().train(tmp_path, validate=refuse, settings=settings(checkpoint_every=3))
 
 
