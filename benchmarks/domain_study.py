@@ -94,12 +94,17 @@ VARIANTS: dict[str, Variant] = {
     "20 epochs": adapters("training.epochs=20"),
     "30 epochs": adapters("training.epochs=30"),
     "cached maps as they are": adapters("data.map_augmentation={}"),
+    "cached maps mirrored alone": adapters("data.map_augmentation={flip: true}"),
+    "cached maps cropped less": adapters("data.map_augmentation={crop_min: 0.8, flip: true}"),
     "cached maps cropped further, and erased": adapters(
         "data.map_augmentation={crop_min: 0.4, flip: true, erase: 0.5}"
     ),
     "one augmented view": adapters("data.views=1"),
     "LoRA by peft, pairs alike": Variant("lora"),
     "continual fine-tuning, pairs alike": Variant("full"),
+    "continual fine-tuning, pictures mirrored alone": Variant(
+        "full", ("data.augmentation={crop_min: 1, flip: true, colour: 0}",)
+    ),
     "continual fine-tuning, with smoothing and the mean of weights": Variant(
         "full", ("objective.label_smoothing=0.2", "training.bell=[0.8, 0.2]")
     ),
