@@ -23,7 +23,7 @@ from trimtab.data.captions import Entry, fold_name, read_entries
 from trimtab.data.manifests import index_classes, read_class_names
 from trimtab.data.pairs import Dropped
 from trimtab.data.parallel import clean_text
-from trimtab.data.shards import PictureFile, find_damaged
+from trimtab.data.shards import PictureFile, explain_vanished, find_damaged
 from trimtab.errors import DataError
 from trimtab.files import digest_of
 
@@ -88,10 +88,8 @@ class LabelledPictures:
     @functools.cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the pictures' names and content, labels and class names; folders do not count."""
-        try:
+        with explain_vanished():
             parts = [part for image in self.images for part in (image.name, image.digest())]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
         return digest_of(str(len(self)), *parts, *self.classes, np.ascontiguousarray(self.labels, "<i8").tobytes())
 
     def take(self, chosen: np.ndarray) -> LabelledPictures:

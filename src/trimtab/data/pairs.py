@@ -20,7 +20,7 @@ import numpy as np
 
 from trimtab.data.captions import SourceOptions, read_entries
 from trimtab.data.parallel import clean_text
-from trimtab.data.shards import PictureFile, find_damaged
+from trimtab.data.shards import PictureFile, explain_vanished, find_damaged
 from trimtab.errors import DataError
 from trimtab.files import digest_of
 
@@ -106,10 +106,8 @@ class ImageTextPairs:
         Of each picture it takes what `PictureFile.digest` does. Folders, times and what was dropped do not count:
         the digest stays when the data are moved or copied.
         """
-        try:
+        with explain_vanished():
             parts = [part for image in self.images for part in (image.name, image.digest())]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
         indices = (np.ascontiguousarray(index, "<i8").tobytes() for index in (self.image_index, self.caption_index))
         return digest_of(str(len(self.images)), *parts, *self.captions, *indices)
 
@@ -233,6 +231,7 @@ def split_off(pairs: ImageTextPairs, share: float, seed: int) -> tuple[ImageText
     return train, validation
 
 
+@explain_vanished()
 def shared_images(train: ImageTextPairs, validation: ImageTextPairs) -> dict[int, int]:
     """Training pictures that validation has too: the same file, or another one with the same bytes.
 
@@ -242,13 +241,6 @@ def shared_images(train: ImageTextPairs, validation: ImageTextPairs) -> dict[int
     Raises:
         DataError: a picture is gone or cannot be read any more.
     """
-    try:
-        return _shared_images(train, validation)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
-
-
-def _shared_images(train: ImageTextPairs, validation: ImageTextPairs) -> dict[int, int]:
     same = {image: position for position, image in enumerate(validation.images)}
     shared = {i: same[image] for i, image in enumerate(train.images) if image in same}
     by_size: dict[int, list[int]] = {}

@@ -108,6 +108,19 @@ class PictureFile(StoredPicture):
             return stream.read(max(0, min(length, end - start)))
 
 
+@contextlib.contextmanager
+def explain_vanished() -> Iterator[None]:
+    """Turn the error of a picture that is gone, or cannot be read any more, into a message with file and remedy.
+
+    Raises:
+        DataError: in place of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
+
+
 @dataclass
 class ShardSample:
     """Members of one stem.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.config import ViewsConfig
 from trimtab.data.images import ImageError
-from trimtab.data.shards import PictureFile
+from trimtab.data.shards import PictureFile, explain_vanished
 from trimtab.data.views import make_view
 from trimtab.errors import DataError
 from trimtab.towers.dual_encoder import DualEncoder
@@ -40,10 +40,8 @@ class PictureViews:
         Raises:
             DataError: a picture is gone or cannot be read any more.
         """
-        try:
+        with explain_vanished():
             return [f"{picture.digest()} {picture.name}" for picture in self.pictures]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
 
     def cache_parts(self, view: int) -> list[str]:
         """What the caches of a view have in their name beside that of the base."""
