@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import platform
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -262,7 +263,7 @@ def find_place(folder: str | Path, role: str, name: str) -> str:
         return str(beside)
     raise ModelError(
         f"{folder} names the {role} {name!r}, and there is no such folder: put it there or at {beside}, or say "
-        f"where it is now: trimtab.load({str(folder)!r}, {role}=...)"
+        f"where it is now: trimtab relocate {shlex.quote(str(folder))} --{role} ..., or {role}=... of trimtab.load"
     )
 
 

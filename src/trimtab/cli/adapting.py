@@ -114,6 +114,20 @@ def info(model: Model) -> None:
 
 
 @app.command()
+def relocate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapted or composed folder.")],
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Where its base is now: folder or hub id.")] = None,
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where its student is now, if it has a language link.")
+    ] = None,
+) -> None:
+    """Tell an adapted folder where its base and student are now; it is checked that they are the same models."""
+    from trimtab.recipes.relocate import relocate as run
+
+    show(run(folder, base=base, student=student))
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="OpenCLIP's .safetensors, or a .bin or .pt state dict.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: a new or an empty one.")],
