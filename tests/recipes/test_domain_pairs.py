@@ -12,8 +12,8 @@ import pytest
 from tiny_domain import toy_recipe
 from tiny_pairs import picture_bytes, save_pictures, write_shard, write_table
 from trimtab.config import PairSource
-from trimtab.data.pairs import shared_images
-from trimtab.errors import DataError
+from trimtab.data.pairs import load_pairs, shared_images
+from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.embedding import embed_images
 from trimtab.evaluation.forgetting import measure
 from trimtab.recipes.domain_pairs import general_sets, read_pairs
@@ -58,3 +58,22 @@ def test_a_picture_under_two_names_is_not_split(check: bool, tmp_path: Path, mon
     assert counts["for validation"] == len(pairs.validation) == 8
     assert sum(counts.values()) == 40
     assert (counts["set_aside"] > 0) is check
+
+
+def test_general_pictures_that_are_trained_on_are_named(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    names = ["one.png", "two.png", "three.png", "other.png"]
+    save_pictures(tmp_path, names)
+    train = load_pairs([PairSource(str(write_table(tmp_path / "t.csv", [(name, name[0]) for name in names[:3]])))], 0)
+    shutil.copy(tmp_path / "two.png", tmp_path / "everyday.png")
+    rows = [("everyday.png", "a known picture"), ("other.png", "a new one")]
+    general = PairSource(str(write_table(tmp_path / "everyday.csv", rows)))
+    general_sets([general], seed=0, train=train)
+    assert "1 of 2 pictures of general" in caplog.text
+    assert "everyday.png (there: " in caplog.text
+
+
+@pytest.mark.parametrize("alphas", [[1e30], [-0.5], ["nan"]])
+def test_settings_of_the_dial_are_checked_before_training(alphas: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="alphas"):
+        toy_recipe(tmp_path, tmp_path, tmp_path, tmp_path, alphas=alphas)

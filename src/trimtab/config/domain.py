@@ -343,6 +343,7 @@ class DomainRecipe:
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         require(self, "memory", self.memory >= 0, "at least 0")
         require(self, "least_steps", self.least_steps >= 0, "at least 0")
+        require(self, "alphas", all(0 <= alpha <= 2 for alpha in self.alphas), "from 0 (the base) over 1 to 2")
         has = bool(self.adapters)
         require(self, "adapters", has or self.method != "adapter", "at least one group, with method=adapter")
         adapts_texts = self.method == "adapter" and any(one.tower == "text" for one in self.adapters)

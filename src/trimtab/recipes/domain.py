@@ -58,7 +58,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     check_out(recipe.out, METHODS[recipe.method].files)
     pairs = read_pairs(recipe)
     recipe = long_enough(recipe, len(pairs.train))
-    general = general_sets(recipe.general, recipe.seed)
+    general = general_sets(recipe.general, recipe.seed, pairs.train)
     accelerator = distributed.make_accelerator()
     world = distributed.world_of(accelerator)
     distributed.check_world(world.size, recipe.training.processes, os.environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config import DomainRecipe, PairSource
-from trimtab.data.pairs import ImageTextPairs, keep_apart, load_pairs, split_off
+from trimtab.data.pairs import ImageTextPairs, keep_apart, load_pairs, shared_images, split_off
 from trimtab.data.shards import PictureFile
 from trimtab.errors import DataError
 from trimtab.evaluation.forgetting import GeneralSet
 from trimtab.files import cache_home
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
     return DomainPairs(train, validation, counts_of)
 
 
-def general_sets(sources: Sequence[PairSource], seed: int) -> list[GeneralSet]:
-    """A retrieval set per source, named for its file or folder.
+def general_sets(sources: Sequence[PairSource], seed: int, train: ImageTextPairs | None = None) -> list[GeneralSet]:
+    """A retrieval set per source, named for its file or folder; warns of pictures that are trained on.
 
     Raises:
         DataError: as `read_pairs`; the message names the source.
@@ -86,6 +89,13 @@ def general_sets(sources: Sequence[PairSource], seed: int) -> list[GeneralSet]:
             pairs = load_pairs([source], seed, notes=_notes())
         except DataError as error:
             raise DataError(f"general: {error}") from error
+        if train is not None and (shared := shared_images(pairs, train)):
+            first, other = next(iter(shared.items()))
+            logger.warning(
+                "%d of %d pictures of general %s are trained on too, for example %s (there: %s): less looks forgotten "
+                "than is",
+                len(shared), len(pairs.images), source.path, pairs.images[first], train.images[other],
+            )  # fmt: skip
         found.append(GeneralSet(source.path if stem in twice else stem, RetrievalSet.of(pairs)))
     return found
 
