@@ -130,6 +130,9 @@ def test_only_what_decides_a_method_makes_its_runs_new(recipe: PromptRecipe) -> 
     assert module.setting(other, "linear_probe") == module.setting(recipe, "linear_probe")
     assert module.setting(other, "structured") != module.setting(recipe, "structured")
     assert module.setting(replace(recipe, out="elsewhere", seed=5), "coop") == module.setting(recipe, "coop")
+    worded = replace(recipe, templates=("a drawing of a {}",))
+    same = {name for name in METHODS if module.setting(worded, name) == module.setting(recipe, name)}
+    assert same == {"linear_probe", "linear_probe_patches"}
 
 
 def test_every_method_sees_the_same_pictures_and_none_of_the_test(

@@ -31,7 +31,7 @@ from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import cache_home, digest_of, explain_disk_errors
 from trimtab.precision import tune_allocator
-from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROMPT_METHODS, Episode, Split, right
+from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split, right
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.dual_encoder import DualEncoder
@@ -263,7 +263,8 @@ def setting(recipe: PromptRecipe, method: str) -> str:
     mapping = used(CHANGES[method](recipe) if method in CHANGES else recipe)
     views = str([mapping["data"][name] for name in ("views", "augmentation", "allow_fewer")])
     if method not in PROMPT_METHODS:
-        return views
+        reads_names = method not in PROBES
+        return views + (str(mapping["templates"]) if mapping["templates"] and reads_names else "")
     for name in ("out", "seed", "data", "base"):
         mapping.pop(name, None)
     for name in ("checkpoint_every", "log_every", "trackers", "processes"):

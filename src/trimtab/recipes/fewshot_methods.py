@@ -349,6 +349,9 @@ CHANGES: dict[str, Callable[[PromptRecipe], PromptRecipe]] = {
 
 PROMPT_METHODS: dict[str, Method] = {name: learned(change) for name, change in CHANGES.items()}
 
+PROBES = ("linear_probe", "linear_probe_patches")
+"""Methods that learn from pictures alone: what classes are called does not matter to them."""
+
 METHODS: dict[str, Method] = {
     "template": template,
     "ensemble": ensemble,
