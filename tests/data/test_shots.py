@@ -111,6 +111,10 @@ def test_pictures_of_the_test_set_are_left_out_of_training(folder: Path, caplog:
     assert names(kept) == {"2.png", "3.png", "4.png", "5.png"}
     assert "2 of 6 training pictures are among those of test too" in caplog.text
     assert apart(kept, test, name="training", where="test").images == kept.images
+    with pytest.raises(DataError, match=r"all 2 training pictures .*0\.png: none is left.* data\.train or"):
+        apart(test, data, name="training", where="test")
+    nothing = test.take(np.zeros(0, np.int64))
+    assert len(apart(nothing, data, name="validation", where="test")) == 0
 
 
 def test_the_place_of_the_pictures_does_not_matter(tmp_path: Path) -> None:

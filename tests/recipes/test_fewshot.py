@@ -217,6 +217,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(
         tables["test"].parent / "wrong.csv", [("100.png", "purple")], columns=("image", "label")
     )
     refused("purple", test=str(wrong))
+    refused("all 12 validation pictures are among those of test too", validation=str(tables["test"]))
     assert not out.exists()
 
 

@@ -286,6 +286,8 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
     items = write_labelled(tmp_path / "few", 8)
     with pytest.raises(DataError, match=r"16 shots are asked for, but 4 of 4 classes have fewer"):
         adapt(toy(data={"train": str(items), "shots": 16}))
+    with pytest.raises(DataError, match=r"all 8 validation pictures .* data\.validation or in data\.test"):
+        adapt(toy(data={"validation": str(items), "test": str(items)}))
     classes = tmp_path / "classes.txt"
     classes.write_text("red\nyellow\nblue\ngreen\nblack\n")
     with pytest.raises(DataError, match=r"1 of 5 classes have no picture: black"):

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_SHOTS = 4
 _SHOWN = 5
+_KEYS = {"training": "train"}  # sets that recipes call otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +85,18 @@ def take_share(train: LabelledPictures, share: float, seed: int) -> LabelledPict
 
 
 def apart(part: LabelledPictures, other: LabelledPictures, *, name: str, where: str) -> LabelledPictures:
-    """`part` without the pictures that `other` has too, by their bytes; says so if there are some."""
+    """`part` without the pictures that `other` has too, by their bytes; says so if there are some.
+
+    Raises:
+        DataError: `other` has them all.
+    """
     theirs = {_content(image) for image in other.images}
     keep = np.array([_content(image) not in theirs for image in part.images], bool)
+    if len(keep) and not keep.any():
+        raise DataError(
+            f"all {len(keep)} {name} pictures are among those of {where} too, for example {part.images[0]}: none is "
+            f"left for {name}; name other pictures in data.{_KEYS.get(name, name)} or in data.{_KEYS.get(where, where)}"
+        )
     if not keep.all():
         logger.warning(
             "%d of %d %s pictures are among those of %s too, for example %s: they are left out of %s",
