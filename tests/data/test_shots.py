@@ -90,6 +90,26 @@ def test_without_a_picture_left_validation_is_asked_for(folder: Path) -> None:
     assert len(draw_shots(pictures(folder, (4, 4)), pictures(folder, (1, 1), prefix="v"), 4, 0).validation) == 2
 
 
+@pytest.mark.parametrize("shots", [None, 2])
+def test_a_picture_under_two_names_is_not_on_both_sides(tmp_path: Path, shots: int | None) -> None:
+    contents = ["a", "b", "b", "c", "c", "d", "a"]  # the last has another class than its copy
+    for at, content in enumerate(contents):
+        (tmp_path / f"{at}.png").write_text(content)
+    data = pictures(tmp_path, (4, 3))
+    left_out = 0
+    for seed in range(20):
+        found = draw_shots(data, None, shots, seed)
+        sides = [{image.path.read_text() for image in part.images} for part in (found.train, found.validation)]
+        assert not sides[0] & sides[1]
+        left_out += 7 - len(found.train) - len(found.validation)
+    assert left_out
+    (tmp_path / "3.png").write_text("b")
+    for at in (4, 5, 6):
+        (tmp_path / f"{at}.png").write_text("c")
+    with pytest.raises(DataError, match=r"copies aside, so none is left.*give data\.validation"):
+        draw_shots(data.take(np.array([1, 2, 3, 4, 5, 6])), None, shots, 0)
+
+
 def test_all_pictures_and_shares_of_them(folder: Path) -> None:
     data = pictures(folder, (8, 16))
     assert len(draw_shots(data, pictures(folder, (2, 2), prefix="v"), None, 0).train) == 24

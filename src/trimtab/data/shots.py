@@ -67,13 +67,16 @@ def draw_shots(
     held_count = [min(wanted, max(0, len(some) - (shots or 1))) for some in ranked]
     held = [some[len(some) - count :] for some, count in zip(ranked, held_count, strict=True)]
     left = [some[: len(some) - count] for some, count in zip(ranked, held_count, strict=True)]
-    learnt = left if shots is None else [some[:shots] for some in left]
-    if not sum(held_count):
+    drawn = np.concatenate(left if shots is None else [some[:shots] for some in left])
+    # A picture that lies there under two names must not be on both sides.
+    seen = {_content(train.images[at]) for at in drawn}
+    kept = [at for at in np.concatenate(held).tolist() if _content(train.images[at]) not in seen]
+    if not kept:
         raise DataError(
-            f"no class has more than the {shots or 1} training pictures that are learnt from, so none is left to "
-            "choose by: give data.validation, or ask for fewer shots"
+            f"no class has more than the {shots or 1} training pictures that are learnt from, copies aside, so none "
+            "is left to choose by: give data.validation, or ask for fewer shots"
         )
-    return Shots(train.take(np.concatenate(learnt)), train.take(np.concatenate(held)))
+    return Shots(train.take(drawn), train.take(np.array(kept)))
 
 
 def take_share(train: LabelledPictures, share: float, seed: int) -> LabelledPictures:
