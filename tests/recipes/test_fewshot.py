@@ -177,6 +177,16 @@ def test_prompt_methods_are_the_recipe_less_some_parts(recipe: PromptRecipe) -> 
     assert set(PROMPT_METHODS) <= set(METHODS)
 
 
+def test_a_recipe_of_coop_is_compared_with_methods_that_see_patches(
+    recipe: PromptRecipe, swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    methods = ("coop", "structured", "linear_probe_patches")
+    found = fewshot(replace(recipe, method="coop"), Plan((1,), (1,), methods), tmp_path / "runs.jsonl")
+    known = {run["method"]: run for run in swept[1] if run["shots"] == 1}
+    assert [run["trained_parameters"] for run in found] == [known[name]["trained_parameters"] for name in methods]
+    assert [run["key"] for run in found] == [known[name]["key"] for name in methods]
+
+
 def test_later_options_leave_the_names_of_earlier_runs_alone() -> None:
     """Those of the committed lines of `benchmarks/results`, as far as the recipe is in them; CoOp's with 400 steps."""
     recipe = load_recipe(ROOT / "recipes" / "prompt-fewshot.yaml")

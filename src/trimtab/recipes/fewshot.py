@@ -176,10 +176,13 @@ class Pictures:
     def _keep_tokens(self, plan: Plan) -> bool:
         """Whether patch tokens are cached too: if the recipe's prompt reads them, so that all methods share a cache.
 
+        A recipe of ``method: coop`` reads none by itself, but methods that learn other parts of its `prompt` may.
+
         Raises:
             RecipeError: a method of the plan reads them and the image tower has none.
         """
-        if not self.recipe.resolved().prompt.reads_patches:
+        recipes = [self.recipe, *(CHANGES[method](self.recipe) for method in plan.methods if method in CHANGES)]
+        if not any(one.resolved().prompt.reads_patches for one in recipes):
             return False
         try:
             PictureFeatures(self.base, [], tokens=True)
