@@ -165,6 +165,9 @@ def test_every_method_sees_the_same_pictures_and_none_of_the_test(
 def test_ties_are_wrong() -> None:
     assert right(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)) == 0
     assert right(torch.eye(3), torch.arange(3)) == 100
+    assert module.mean_per_class(torch.zeros(4, 3), torch.tensor([0, 0, 1, 2])) == 0
+    scores = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    assert module.mean_per_class(scores, torch.tensor([0, 0, 0, 1])) == pytest.approx((100 / 3 + 100) / 2)
 
 
 def test_prompt_methods_are_the_recipe_less_some_parts(recipe: PromptRecipe) -> None:

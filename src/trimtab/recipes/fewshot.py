@@ -31,7 +31,7 @@ from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import cache_home, digest_of, explain_disk_errors
 from trimtab.precision import tune_allocator
-from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split, right
+from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split, ahead, right
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.dual_encoder import DualEncoder
@@ -236,10 +236,9 @@ def run_once(recipe: PromptRecipe, method: str, pictures: Pictures, draw: Shots,
         held = right(fitted.logits(validation), validation.labels)
         labels = pictures.test.labels
         logits = fitted.logits(pictures.test)
-    taken = logits.argmax(1)
     return {
         "top1": right(logits, labels),
-        "mean_per_class": mean_per_class(taken, labels),
+        "mean_per_class": mean_per_class(logits, labels),
         "validation_top1": held,
         "n_classes": len(draw.train.classes),
         "n_train": len(train),
@@ -254,10 +253,10 @@ def run_once(recipe: PromptRecipe, method: str, pictures: Pictures, draw: Shots,
     }
 
 
-def mean_per_class(taken: torch.Tensor, labels: torch.Tensor) -> float:
+def mean_per_class(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean of the classes' own top-1, in percent; classes without pictures do not count."""
     count = torch.bincount(labels)
-    correct = torch.bincount(labels[taken == labels], minlength=len(count))
+    correct = torch.bincount(labels[ahead(logits, labels)], minlength=len(count))
     return 100 * float((correct[count > 0] / count[count > 0]).mean())
 
 

@@ -253,9 +253,14 @@ def clip_lora(episode: Episode) -> Fitted:
 
 def right(logits: Tensor, labels: Tensor) -> float:
     """Percent of the rows (N, C) whose own class is above all others."""
+    return 100 * float(ahead(logits, labels).float().mean())
+
+
+def ahead(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) whether a row's own class is above all others: a tie is wrong."""
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return 100 * float((own > others.max(1, keepdim=True).values).float().mean())
+    return (own > others.max(1, keepdim=True).values)[:, 0]
 
 
 def _by_text(text: Tensor, scale: float) -> Fitted:
