@@ -44,6 +44,15 @@ def test_weights_multiply() -> None:
     assert one["residual"] == pytest.approx(0.5 + 3)
 
 
+def test_terms_are_as_exact_where_training_is_in_bf16() -> None:
+    weights = {"template": 1, "separation": 1, "frozen": 1, "residual": 1}
+    exact = terms(**weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {name: term.item() for name, term in terms(**weights).items()} == pytest.approx(
+            {name: term.item() for name, term in exact.items()}, rel=1e-5
+        )
+
+
 def test_nothing_is_lost_at_the_templates() -> None:
     templates = unit(6, 8)
     assert template_distance(templates, templates) == pytest.approx(0, abs=1e-6)

@@ -15,6 +15,7 @@ from trimtab.config import (
     PromptConfig,
     PromptObjective,
 )
+from trimtab.tasks import prompt as module
 from trimtab.tasks.prompt import PromptTask
 from trimtab.towers.prompting import PromptTower
 
@@ -57,6 +58,15 @@ def test_coop_is_cross_entropy_over_cosines_with_prompted_names(base: Any) -> No
     terms = coop.step(BATCH)
     assert set(terms) == {"cross_entropy"}
     assert terms["cross_entropy"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_hand_templates_predict_the_same_where_training_is_in_bf16(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    coop = task(base, COOP, frozen=1)
+    monkeypatch.setattr(module, "prompt_terms", lambda *_, frozen, **__: given.append(frozen) or {})
+    with torch.autocast("cpu", torch.bfloat16):
+        coop.step(BATCH)
+    torch.testing.assert_close(given[0], 20 * coop.lookup(*BATCH).embeddings @ coop.templates.T)
 
 
 def test_with_few_fresh_classes_the_loss_is_the_same_at_first(base: Any) -> None:

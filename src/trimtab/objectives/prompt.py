@@ -22,7 +22,7 @@ def prompt_terms(
     vectors: Sequence[Tensor] = (),
     penalty: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Named loss terms, weighted, their mean over the batch; a term of weight 0 is not computed.
+    """Named loss terms, weighted, their mean over the batch, in float32; a term of weight 0 is not computed.
 
     Args:
         logits: (B, C).
@@ -37,7 +37,8 @@ def prompt_terms(
     if config.template:
         terms["template"] = config.template * template_distance(classes, templates)
     if config.separation:
-        terms["separation"] = config.separation * separation(classes, templates)
+        with torch.autocast(classes.device.type, enabled=False):  # cosines in bf16 would be too coarse
+            terms["separation"] = config.separation * separation(classes, templates)
     if config.frozen:
         terms["frozen"] = config.frozen * divergence(logits, frozen)
     if penalty and vectors:

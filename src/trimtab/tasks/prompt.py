@@ -69,13 +69,15 @@ class PromptTask(nn.Module):
         else:
             embeddings, templates = self.stale.index_copy(0, fresh, computed), self.templates[fresh]
         self.stale.copy_(embeddings.detach())
+        with torch.autocast(labels.device.type, enabled=False):  # cosines in bf16 would be too coarse
+            frozen = self.logit_scale * pictures.embeddings @ self.templates.T
         return prompt_terms(
             self.logit_scale * self.classes.scores(pictures, embeddings, labels),
             labels,
             self.objective,
             classes=computed,
             templates=templates,
-            frozen=self.logit_scale * pictures.embeddings @ self.templates.T,
+            frozen=frozen,
             vectors=self.classes.prompt.vectors(),
             penalty=self.penalty,
         )
