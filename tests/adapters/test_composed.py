@@ -16,7 +16,7 @@ from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_promp
 from trimtab.adapters.adapted import load, load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.errors import DataError, ModelError
-from trimtab.recipes.compose import compose
+from trimtab.recipes.compose import compose, read_aliases
 from trimtab.towers.text_encoder import TextEncoder
 
 ENGLISH, CHINESE = ["a cat", "a photo of a dog"], ["一只猫", "红色小汽车"]
@@ -341,13 +341,21 @@ def test_folders_of_other_things_are_left_alone(base: Any, folders: dict[str, Pa
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name,zh\ncat,猫\n", "needs a column 'class'"),
+        ("name,zh\ncat,猫\n", "needs one column 'class'"),
+        ("class,zh,class\ncat,猫,dog\n", "needs one column 'class'"),
         ("class\ncat\n", "and one with other names"),
         ("class,zh\ncat,猫\ndog,猫\n", "row 3: '猫' stands for 'cat' and for 'dog'"),
         ("class,zh\ncat\n", "row 2: has 1 fields"),
+        ('class,zh\n\ncat,"大\n猫"\n\ndog,"大\n猫"\n', "row 6: .* stands for 'cat' and for 'dog'"),
     ],
 )
 def test_tables_of_names_are_checked(folders: Any, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "names.csv").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=words):
         compose([folders["domain"], folders["domain prompt"]], tmp_path / "out", names=tmp_path / "names.csv")
+
+
+def test_every_column_but_the_class_gives_names(tmp_path: Path) -> None:
+    path = tmp_path / "names.csv"
+    path.write_text("zh,class,zh,\n猫,cat,猫咪,\n狗,dog,,cafe\u0301\n", encoding="utf-8")
+    assert read_aliases(path) == {"猫": "cat", "猫咪": "cat", "狗": "dog", "caf\u00e9": "dog"}

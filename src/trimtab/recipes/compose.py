@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,28 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     """Other names and the classes that they stand for.
 
     Raises:
-        DataError: no column ``class``, no other column, or a name of two classes.
+        DataError: no column ``class`` or two of them, no other column, or a name of two classes.
     """
     delimiter = "\t" if str(path).lower().endswith(".tsv") else ","
-    rows = [row for row in csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter) if row]
-    header = [name.strip() for name in rows[0]]
-    if "class" not in header or len(header) < 2:
-        raise DataError(f"{path}: needs a column 'class' and one with other names; columns found: {', '.join(header)}")
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    rows, start = [], 1  # with the line that each starts on
+    for row in reader:
+        if row:
+            rows.append((start, row))
+        start = reader.line_num + 1
+    header = [name.strip() for name in rows[0][1]]
+    if header.count("class") != 1 or len(header) < 2:
+        raise DataError(
+            f"{path}: needs one column 'class' and one with other names; columns found: {', '.join(header)}"
+        )
+    place = header.index("class")
     found: dict[str, str] = {}
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in rows[1:]:
         if len(row) != len(header):
             raise DataError(f"{path}, row {number}: has {len(row)} fields, the header has {len(header)}")
-        cells = {column: cell.strip() for column, cell in zip(header, row, strict=True)}
-        own = cells.pop("class")
-        for name in filter(None, cells.values()):
+        others = [unicodedata.normalize("NFC", cell.strip()) for cell in row]  # as classes are when trained
+        own = others.pop(place)
+        for name in filter(None, others):
             if found.setdefault(name, own) != own:
                 raise DataError(f"{path}, row {number}: {name!r} stands for {found[name]!r} and for {own!r}")
     return {name: own for name, own in found.items() if name != own}
