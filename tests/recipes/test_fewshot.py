@@ -18,7 +18,7 @@ import tiny_pairs
 from tiny_prompt import NAMES, toy_mapping, toy_recipe, write_labelled
 from trimtab.cli import app
 from trimtab.config import PromptRecipe, load_recipe
-from trimtab.errors import DataError, RecipeError
+from trimtab.errors import DataError, RecipeError, TrimtabError
 from trimtab.files import digest_of
 from trimtab.recipes import fewshot as module
 from trimtab.recipes import fewshot_methods as methods_module
@@ -231,6 +231,9 @@ def test_bad_data_is_refused_before_a_model_is_loaded(
     )
     refused("purple", test=str(wrong))
     refused("all 12 validation pictures are among those of test too", validation=str(tables["test"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    with pytest.raises(TrimtabError, match="few-shot methods run in one process"):
+        fewshot(recipe, Plan((1,), (1,), ("template",)), out)
     assert not out.exists()
 
 

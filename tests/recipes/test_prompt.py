@@ -25,7 +25,7 @@ from tiny_prompt import NAMES, picture, toy_mapping, toy_recipe, write_labelled
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.config import ContextConfig, recipe_from_mapping
-from trimtab.errors import DataError, ModelError, RecipeError
+from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.evaluation.blocks import Lines
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
@@ -296,6 +296,9 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
     (tmp_path / "taken" / "thesis.txt").touch()
     with pytest.raises(RecipeError, match="holds other files"):
         adapt(toy(out=str(tmp_path / "taken")))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    with pytest.raises(TrimtabError, match="prompts train in one process, but 2"):
+        adapt(toy())
 
 
 def test_prompts_are_not_trained_on_prompts(

@@ -16,7 +16,7 @@ import tiny_run
 from tiny_run import Problem
 from trimtab.errors import TrimtabError
 from trimtab.training.checkpoint import CheckpointFolder
-from trimtab.training.distributed import announce_world, check_world, rank_slice
+from trimtab.training.distributed import announce_world, check_alone, check_world, rank_slice
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -47,6 +47,13 @@ def test_agreeing_numbers_pass(actual, requested, environment):
 def test_fewer_or_more_than_asked_for_is_an_error(actual, requested, environment, message):
     with pytest.raises(TrimtabError, match=message):
         check_world(actual, requested, environment)
+
+
+def test_what_runs_in_one_process_takes_no_others():
+    for environment in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}):
+        check_alone("it runs", environment)
+    with pytest.raises(TrimtabError, match=r"it runs in one process, but 2 were started: start it without torchrun"):
+        check_alone("it runs", {"WORLD_SIZE": "2"})
 
 
 def test_accelerate_launch_on_the_cpu_leaves_the_traces_that_give_it_away():

@@ -35,6 +35,7 @@ from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_MET
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.training.distributed import check_alone
 from trimtab.training.trackers import progress_reporter
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
         TrimtabError: whatever the user can mend, before anything is computed.
     """
     tune_allocator()
+    check_alone("few-shot methods run", os.environ)
     out = Path(out)
     data = read_fewshot(recipe)
     allow_fewer = recipe.data.allow_fewer

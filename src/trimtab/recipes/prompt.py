@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import portable
 from trimtab.towers.prompting import PromptTower
+from trimtab.training.distributed import check_alone
 from trimtab.training.trackers import progress_reporter
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     started = time.monotonic()
     tune_allocator()
     # The user's mistakes first: no model is loaded before the data are known to be good.
+    check_alone("prompts train", os.environ)
     check_out(recipe.out)
     check_no_prompts(recipe.base)
     sets = read_sets(recipe)

@@ -92,6 +92,20 @@ def check_world(actual: int, requested: int | None, environment: Mapping[str, st
         )
 
 
+def check_alone(what: str, environment: Mapping[str, str]) -> None:
+    """Refuse a launcher's further processes where each would do, and write, the whole of the work.
+
+    Args:
+        what: runs in one process.
+
+    Raises:
+        TrimtabError: there are several.
+    """
+    size = environment.get("WORLD_SIZE", "")
+    if size.isdigit() and int(size) > 1:
+        raise TrimtabError(f"{what} in one process, but {size} were started: start it without torchrun")
+
+
 def rank_slice(batch: Any, rank: int, size: int) -> tuple[Any, float]:
     """This rank's part of a global batch and its weight in the mean over ranks.
 
