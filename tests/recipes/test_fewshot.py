@@ -18,7 +18,7 @@ import tiny_pairs
 from tiny_prompt import NAMES, toy_mapping, toy_recipe, write_labelled
 from trimtab.cli import app
 from trimtab.config import PromptRecipe, load_recipe
-from trimtab.errors import DataError, RecipeError, TrimtabError
+from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.files import digest_of
 from trimtab.recipes import fewshot as module
 from trimtab.recipes import fewshot_methods as methods_module
@@ -312,3 +312,17 @@ def test_clip_lora_starts_as_the_template_and_leaves_the_base_alone(
     assert any(one.grad is not None for one in lora.updates)
     assert base.model.state_dict().keys() == before.keys()
     assert all(torch.equal(one, before[name]) for name, one in base.model.state_dict().items())
+
+
+def test_clip_lora_takes_no_adapted_folder(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    import trimtab
+    from tiny_links import save_tiny_domain
+    from trimtab.config import ViewsConfig
+    from trimtab.recipes.fewshot_lora import LowRank
+
+    base = trimtab.load(tiny_folder(FAMILY), device="cpu")
+    save_tiny_domain(tmp_path / "domain", base)
+    adapted = trimtab.load(tmp_path / "domain", device="cpu")
+    with pytest.raises(ModelError, match="domain is one with adapters or prompts: leave clip_lora out"):
+        LowRank(adapted, ("cat", "dog"), "a photo of a {}", views=0, options=ViewsConfig())

@@ -50,7 +50,7 @@ class LowRank:
         parameters: trained numbers.
 
     Raises:
-        ModelError: peft is missing, or a tower has no attention layer that is known.
+        ModelError: peft is missing, a tower has no attention layer that is known, or the base is an adapted folder.
     """
 
     def __init__(
@@ -67,6 +67,11 @@ class LowRank:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise ModelError("the method clip_lora needs peft: pip install 'trimtab[peft]'") from error
+        if type(base) is not DualEncoder:  # what was trained beside the towers would not go into the copy
+            raise ModelError(
+                f"clip_lora trains inside the towers of a base, and {base.name} is one with adapters or prompts: leave "
+                "clip_lora out, or take the base below it"
+            )
         self.base, self.views, self.options, self.view_seed = base, views, options, view_seed
         self.model = copy.copy(base)
         self.model.model = copy.deepcopy(base.model)
