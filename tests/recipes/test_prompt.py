@@ -226,6 +226,23 @@ def test_training_that_only_harms_is_undone(places: tuple[Path, Path], tmp_path:
     assert torch.equal(fitted.prompt.general, untrained.general)
 
 
+def test_other_pictures_have_the_loss_of_the_scores_that_they_get(places: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = toy_recipe(*places, tmp_path / "out", steps=3)
+    base = trimtab.load(places[0])
+    sets = prompt_recipe.read_sets(recipe)
+    features = {name: part.fill() for name, part in prompt_recipe.frozen_features(recipe, base, sets).items()}
+    train, validation = (
+        LabelledFeatures(features[name], sets.as_dict()[name].labels) for name in ("train", "validation")
+    )
+    fitted = fit_prompt(base, recipe, train, validation, NAMES)
+    labels = validation.labels.copy()
+    labels[::2] = (labels[::2] + 1) % len(NAMES)  # pictures on which it is far too sure of itself
+    logarithms = torch.from_numpy(fitted.logits(features["validation"])).double().log_softmax(dim=1).numpy()
+    found = fitted.figures(LabelledFeatures(features["validation"], labels))
+    assert found["loss"] == pytest.approx(-logarithms[np.arange(len(labels)), labels].mean(), rel=1e-4)
+    assert found["loss"] > np.log(len(NAMES)) + 0.1  # at the scale that suits these labels it would not be above
+
+
 def test_a_context_of_nothing_is_refused() -> None:
     with pytest.raises(RecipeError, match="steps=0"):
         ContextConfig(steps=0)

@@ -87,8 +87,9 @@ class FittedPrompt:
         return softmax(self.logits(pictures))
 
     def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
-        """Top-1 in percent, and the loss of the calibrated scores."""
-        return figures(torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels))
+        """Top-1 in percent, and the loss of the scores as they were calibrated on validation."""
+        found, labels = torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels)
+        return {"top1": _top1(found, labels), "loss": float(F.cross_entropy(found, labels))}
 
     def top1(self, pictures: LabelledFeatures) -> float:
         """Percent of pictures whose class scores highest."""
@@ -292,11 +293,15 @@ def validate(task: PromptTask, pictures: LabelledFeatures) -> dict[str, float]:
 
 
 def figures(found: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 in percent, and the loss at the scale with the least."""
+    """Top-1 in percent, and the loss at the scale with the least: of pictures that choices are made by."""
     return {
-        "top1": 100 * float((found.argmax(dim=1) == labels).float().mean()),
+        "top1": _top1(found, labels),
         "loss": float(F.cross_entropy(best_factor(found, labels) * found, labels)),
     }
+
+
+def _top1(found: Tensor, labels: Tensor) -> float:
+    return 100 * float((found.argmax(dim=1) == labels).float().mean())
 
 
 def start_vectors(
