@@ -21,17 +21,19 @@ from safetensors.torch import load_file
 import trimtab
 from tiny_language import merged
 from tiny_links import save_tiny_domain, save_tiny_prompt
+from tiny_pictures import signal_at
 from tiny_prompt import NAMES, picture, toy_mapping, toy_recipe, write_labelled
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.config import ContextConfig, recipe_from_mapping
-from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
+from trimtab.errors import DataError, ModelError, RecipeError, TrainingStopped, TrimtabError
 from trimtab.evaluation.blocks import Lines
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.evaluate import evaluate_classification
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
 from trimtab.recipes.prompt_report import curves
+from trimtab.tasks.prompt import PromptTask
 from trimtab.towers.prompting import PromptTower, _no_patches
 
 FAMILY = "vision-text-dual-encoder"
@@ -209,6 +211,20 @@ def test_the_context_may_learn_first(places: tuple[Path, Path], tmp_path: Path) 
     # A class that training had scores as before, except where it is left out of the best that are refined.
     every = fitted.for_classes(NAMES[::-1]).logits(features["validation"])[:, ::-1]
     np.testing.assert_allclose(every, fitted.logits(features["validation"]), atol=1e-4)
+
+
+def test_a_request_to_stop_in_the_last_step_of_the_context_is_heeded(
+    toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy(context={"steps": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTask, "step", PromptTask.step)  # to be put back
+        signal_at(PromptTask, 5, signal.SIGTERM)
+        with pytest.raises(TrainingStopped, match="interrupted at step 5 of 5"):
+            adapt(path)
+    outcome = adapt(path)
+    assert outcome is not None
+    assert outcome["steps"] == 24
 
 
 def test_training_that_only_harms_is_undone(places: tuple[Path, Path], tmp_path: Path) -> None:

@@ -64,6 +64,21 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, average):
     assert equal(again.model, whole.model)
 
 
+def test_ctrl_c_in_the_last_step_is_heeded_where_more_is_to_be_trained(tmp_path):
+    problem = Problem()
+    problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 21 else None
+    with pytest.raises(TrainingStopped, match=r"interrupted at step 21 of 21.*same command"):
+        problem.train(tmp_path / "phase", last=False)
+    again = Problem()
+    again.train(tmp_path / "phase", last=False)
+    assert again.steps == 0
+
+    alone = Problem()
+    alone.before_step = problem.before_step
+    assert alone.train(tmp_path / "alone").steps == 21
+    assert equal(again.model, alone.model)
+
+
 def test_second_ctrl_c_stops_at_once(tmp_path):
     problem = Problem()
 

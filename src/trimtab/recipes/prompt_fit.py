@@ -129,6 +129,7 @@ def fit_prompt(
     digest: str = "fit",
     run_config: Mapping[str, Any] | None = None,
     show_progress: bool = False,
+    last: bool = True,
 ) -> FittedPrompt:
     """Train what `recipe.method` says on features, whatever the recipe's own data are.
 
@@ -138,6 +139,7 @@ def fit_prompt(
         seed: of starts, orders and views.
         checkpoints: folder to keep checkpoints in and to resume from; None keeps none.
         digest: names recipe and data in checkpoints.
+        last: see `trimtab.training.loop.train`.
 
     Raises:
         DataError: class names that cannot be used.
@@ -160,6 +162,7 @@ def fit_prompt(
             checkpoints=checkpoints and checkpoints / "context",
             digest=f"{digest} context",
             show_progress=show_progress,
+            last=False,
         )
         prompt.general.data.copy_(first.prompt.general.data)
     task, templates = new_task(recipe, tower, prompt, names, train_set.features.pictures, train_set.labels)
@@ -188,6 +191,7 @@ def fit_prompt(
             select=_SELECTIONS[recipe.select] if validation_set else None,
             run_config=run_config,
             show_progress=show_progress,
+            last=last,
         )
     task.eval()
     fitted = FittedPrompt(task, task.logit_scale, templates, history=result.history, steps=result.steps)

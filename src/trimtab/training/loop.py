@@ -65,6 +65,7 @@ def train(
     run_config: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
+    last: bool = True,
 ) -> TrainingResult:
     """Train `modules`, or go on from the newest checkpoint in `checkpoint_dir`.
 
@@ -85,6 +86,7 @@ def train(
         select: keeps the best weights by a number of `validate`; without it the last weights count.
         shard: (batch, rank, size) -> this rank's part and its weight; see `distributed.rank_slice`.
         run_config: the resolved recipe, for trackers.
+        last: nothing is trained after this. If something is, a request to stop in the last step stops here too.
 
     Raises:
         TrainingStopped: NaN or infinite loss, collapse, out of memory, or Ctrl-C (after a checkpoint).
@@ -158,7 +160,7 @@ def train(
                 terminal.say(f"epoch {epoch + 1}/{settings.epochs}  {_numbers(record)}")
             run.epochs_done = epoch + 1
             run.save()
-            if run.agree({}, 1.0, None, interrupt.asked)[1] and run.epochs_done < settings.epochs:
+            if run.agree({}, 1.0, None, interrupt.asked)[1] and (run.epochs_done < settings.epochs or not last):
                 _interrupted(run)
 
         run.adopt_best()
