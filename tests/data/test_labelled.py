@@ -89,6 +89,8 @@ def test_names_that_several_classes_could_mean_match_none(tmp_path: Path) -> Non
         load_labelled(table(tmp_path, ["T shirt"]), ["T-shirt", "t_shirt"])
     with pytest.raises(DataError, match=r"'-1' \(.*row 3; 1 pictures"):
         load_labelled(table(tmp_path, ["1", "-1"]), ["0", "1"])
+    with pytest.raises(DataError, match="not among the 2 classes of training: 'fig'"):  # not of the table itself
+        load_labelled(table(tmp_path, ["apple", "fig"]), ("apple", "pear"), every_class=False)
     assert load_labelled(table(tmp_path, ["red-apple", "red_apple"])).classes == ("red-apple", "red_apple")
 
 

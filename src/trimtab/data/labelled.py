@@ -146,7 +146,7 @@ def load_labelled(
     )
     if known is None:
         known = _found(entries, names)
-    origin = str(classes) if listed else where
+    origin = str(classes) if listed else where if classes is None else "training"
     if len(known) < 2:
         raise DataError(f"{origin}: there is only the class {known[0]!r}, and telling classes apart takes two")
     numbers = _numbers(entries, names, known, origin)
