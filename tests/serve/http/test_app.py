@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiny_server import Running, Site, StubIndex, data_uri, png, running
+from trimtab.serve.http import service as service_module
 from trimtab.serve.http.options import ServeOptions
 from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.service import Service
@@ -340,6 +342,68 @@ def test_a_text_that_is_refused_takes_its_pictures_with_it(tiny_base: Callable[[
         assert server.post("/v1/embeddings", {"input": sent}).status_code == 413
         assert service.batcher.waiting == 0
         hold.set()
+
+
+class Decoder:
+    """In place of `pixels_of`: notes what is decoded, and waits; a picture named "bad" is refused at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hold, self.entered, self.seen = threading.Event(), threading.Event(), []  # type: ignore[var-annotated]
+        self.real = service_module.pixels_of
+        monkeypatch.setattr(service_module, "pixels_of", self)
+
+    def __call__(self, picture: Any, **options: Any) -> Any:
+        if picture.sent == "bad":
+            raise Problem(422, "is bad")
+        self.seen.append(picture.sent)
+        self.entered.set()
+        self.hold.wait(20)
+        return self.real(picture, **options)
+
+
+def test_a_text_does_not_wait_for_pictures_of_others(
+    tiny_base: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(monkeypatch)
+    with running(Service(tiny_base("clip"), name="tiny")) as server:
+        large = asyncio.run_coroutine_threadsafe(
+            server.client.post("/v1/embeddings", json={"input": [{"image": data_uri(png())}] * 40}), server.loop
+        )
+        assert decoder.entered.wait(10)
+        assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
+        assert not large.done()
+        decoder.hold.set()
+        assert large.result(30).status_code == 200
+
+
+def test_a_request_with_many_pictures_takes_turns(
+    tiny_base: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(monkeypatch)
+    many, one = data_uri(png((200, 30, 30))), data_uri(png((30, 30, 200)))
+    with running(Service(tiny_base("clip"), name="tiny")) as server:
+        asked = []
+        for body in ({"input": [{"image": many}] * 100}, {"input": [{"image": one}]}):
+            asked.append(asyncio.run_coroutine_threadsafe(server.client.post("/v1/embeddings", json=body), server.loop))
+            assert decoder.entered.wait(10)
+        while server.service.batcher.reserved < 101:
+            time.sleep(0.01)
+        decoder.hold.set()
+        assert [one.result(30).status_code for one in asked] == [200, 200]
+    assert len(decoder.seen) == 101
+    assert decoder.seen.index(one) < 30
+
+
+def test_pictures_beside_one_that_is_refused_are_not_decoded(
+    tiny_base: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(monkeypatch)
+    with running(Service(tiny_base("clip"), name="tiny")) as server:
+        sent = [{"image": data_uri(png())}] * 100
+        assert server.post("/v1/embeddings", {"input": [{"image": "bad"}, *sent]}).status_code == 422
+        decoder.hold.set()
+        assert server.post("/v1/embeddings", {"input": {"image": data_uri(png((30, 30, 200)))}}).status_code == 200
+    assert len(decoder.seen) < 20
 
 
 def test_a_model_that_fails_costs_one_answer(tiny_base: Callable[[str], Any]) -> None:

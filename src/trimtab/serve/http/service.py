@@ -86,7 +86,11 @@ class Service:
         )
         self.metrics.gauge("trimtab_queue_items", "Items that wait for the model.", lambda: self.batcher.waiting)
         self.metrics.gauge("trimtab_items_in_work", "Items not yet answered.", lambda: self.batcher.reserved)
-        self._decoding = ThreadPoolExecutor(min(_DECODING_THREADS, os.cpu_count() or 1), "trimtab-decode")
+        threads = min(_DECODING_THREADS, os.cpu_count() or 1)
+        # Pools of their own, since a text shall not wait for pictures of others to be decoded.
+        self._decoding = ThreadPoolExecutor(threads, "trimtab-decode")
+        self._answering = ThreadPoolExecutor(threads, "trimtab-answer")
+        self._turn = 2 * threads  # of one request in the pool at a time: the others wait for these alone
         self._decoded = asyncio.Semaphore(2)
         self._classifiers: OrderedDict[tuple[Any, ...], Classifier] = OrderedDict()
         self._classifiers_lock = threading.Lock()
@@ -97,7 +101,8 @@ class Service:
     def stop(self, seconds: float = 30.0) -> bool:
         """Finish what is in the queue; False when it takes longer than `seconds`."""
         done = self.batcher.stop(seconds)
-        self._decoding.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoding, self._answering):
+            pool.shutdown(wait=False, cancel_futures=True)
         return done
 
     @property
@@ -179,7 +184,7 @@ class Service:
         """
         if self.thumbnails is None:
             raise Problem(404, "this server has no pictures to show")
-        return await self.in_pool(partial(self.thumbnails.jpeg, id))
+        return await self._decode(partial(self.thumbnails.jpeg, id))
 
     # Helpers
 
@@ -225,24 +230,34 @@ class Service:
     async def _read(
         self, pictures: Sequence[Picture | bytes], finish: Callable[[Any], Any], start: int = 0
     ) -> list[Any]:
-        jobs = [
-            self.in_pool(
-                partial(
-                    pixels_of,
-                    picture,
-                    where=f"images[{start + at}]",
-                    max_pixels=self.options.max_pixels,
-                    fetcher=self.fetcher,
-                    preprocess=finish,
+        turns = asyncio.Semaphore(self._turn)
+
+        async def read(at: int, picture: Picture | bytes) -> Any:
+            async with turns:
+                return await self._decode(
+                    partial(
+                        pixels_of,
+                        picture,
+                        where=f"images[{start + at}]",
+                        max_pixels=self.options.max_pixels,
+                        fetcher=self.fetcher,
+                        preprocess=finish,
+                    )
                 )
-            )
-            for at, picture in enumerate(pictures)
-        ]
-        return list(await asyncio.gather(*jobs))
+
+        jobs = [asyncio.ensure_future(read(at, picture)) for at, picture in enumerate(pictures)]
+        try:
+            return list(await asyncio.gather(*jobs))
+        finally:
+            for job in jobs:  # if one is refused, nobody waits for the others
+                job.cancel()
+
+    async def _decode(self, function: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, function)
 
     async def in_pool(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that takes a while and does not use the model."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, function)
+        """The result of a function that takes a while, decodes no picture and does not use the model."""
+        return await asyncio.get_running_loop().run_in_executor(self._answering, function)
 
     async def _classifier(self, classes: Sequence[str] | None, templates: Sequence[str] | None) -> Classifier:
         if classes is None:
