@@ -246,6 +246,13 @@ def test_files_are_read_alike(name: str, tmp_path: Path) -> None:
         assert read(path).size == (200, 320)
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_damaged_exif_does_not_matter(suffix: str, pictures: list[Image.Image], tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    pictures[0].save(path, exif=b"Exif\0\0MM\0\7\0\0\0\x08")  # no TIFF header
+    assert np.array_equal(read(path), read_image(path))
+
+
 def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         read(Image.fromarray(np.full((2, 2), np.nan, np.float32)))

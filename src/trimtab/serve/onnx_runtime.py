@@ -161,9 +161,16 @@ def read(image: str | Path | Image.Image) -> Image.Image:
         with Image.open(image) as opened:
             return read(opened)
     image.load()
-    orientation = image.getexif().get(_EXIF_ORIENTATION)  # after load(): PNG may carry it behind the pixels
+    orientation = _orientation(image)  # after load(): PNG may carry it behind the pixels
     rgb = _to_rgb(image)
     return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block does not make the pixels unusable
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
