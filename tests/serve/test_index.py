@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +286,19 @@ def test_recall_of_given_queries(embeddings: Path, tmp_path: Path) -> None:
     assert about["recall"]["queries"] == 60
     with pytest.raises(DataError, match="16"):
         build_index(embeddings, tmp_path / "i", queries=write_embeddings(tmp_path / "r", made(9, 8)))
+    taught_later = replace(MODEL, fingerprint="a" * 64)  # it differs in its texts alone
+    queries = write_embeddings(tmp_path / "t", made(60, seed=3), of="texts", model=taught_later)
+    assert build_index(embeddings, tmp_path / "i", queries=queries)["recall"]["queries"] == 60
+
+
+def test_queries_that_tell_nothing_are_refused(embeddings: Path, tmp_path: Path) -> None:
+    other = replace(MODEL, name="other", fingerprint="a" * 64, image_fingerprint="b" * 64)
+    queries = write_embeddings(tmp_path / "q", made(60, seed=3), model=other)
+    with pytest.raises(DataError, match=r"'other'.*'tiny'.*another model"):
+        build_index(embeddings, tmp_path / "i", queries=queries)
+    with pytest.raises(DataError, match="no embeddings"):
+        build_index(embeddings, tmp_path / "i", queries=write_embeddings(tmp_path / "none", made(0)))
+    assert not (tmp_path / "i").exists()
 
 
 @pytest.mark.parametrize(("options", "words"), [({"kind": "ivf"}, "flat, hnsw, ivfpq"), ({"recall": 0.0}, "above 0")])

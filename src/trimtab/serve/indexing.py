@@ -75,7 +75,8 @@ def build_index(
         the description.
 
     Raises:
-        DataError: the embeddings are not whole or too few for the kind, or `out` holds something else.
+        DataError: the embeddings are not whole or too few for the kind, the queries are none or of another model, or
+            `out` holds something else.
         TrimtabError: FAISS is not installed, another process writes `out`, or the disk is full.
     """
     if kind not in (*KINDS, "auto"):
@@ -88,11 +89,26 @@ def build_index(
     if not replaceable(out, DESCRIPTION_FILE):
         raise DataError(f"{out} holds something else than an index: choose another folder")
     kind = choose_kind(len(source)) if kind == "auto" else kind
-    typical = None if queries is None else _sample_of(Embeddings.open(queries), sample, seed)
-    if typical is not None and typical.shape[1] != source.about.dim:
-        raise DataError(f"{queries} has {typical.shape[1]} dimensions, and {embeddings} {source.about.dim}")
+    typical = None if queries is None else _sample_of(_queries_for(source, queries), sample, seed)
     with atomic_folder(out, DESCRIPTION_FILE) as built:
         return _build(faiss, source, built, kind, typical, recall, sample, seed, progress or (lambda *_: None))
+
+
+def _queries_for(source: Embeddings, folder: str | Path) -> Embeddings:
+    """Embedded queries, which must lie in the space of what is indexed: among others any recall could come out."""
+    queries = Embeddings.open(folder)
+    ours, theirs = source.about.model, queries.about.model
+    if queries.about.dim != source.about.dim:
+        raise DataError(f"{folder} has {queries.about.dim} dimensions, and {source.folder} {source.about.dim}")
+    if not ours.fits(theirs, source.about.of):
+        raise DataError(
+            f"{folder} was made with {theirs.name!r} (fingerprint {theirs.fingerprint[:16]}), and {source.folder} with "
+            f"{ours.name!r} (fingerprint {ours.fingerprint[:16]}), which is another model, or prepares "
+            f"{source.about.of} in another way: embed the queries with a model that the index can be searched with"
+        )
+    if not len(queries):
+        raise DataError(f"{folder} holds no embeddings: there is nothing to measure recall with")
+    return queries
 
 
 def _build(

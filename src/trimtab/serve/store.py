@@ -68,17 +68,17 @@ class ModelReference:
         digests = (model.text_input_digest, model.image_input_digest)
         return cls(model.name, *fingerprints, model.family, model.embedding_dim, *digests)
 
-    def fits(self, model: DualEncoder, kind: Kind) -> bool:
+    def fits(self, model: DualEncoder | ModelReference, kind: Kind) -> bool:
         """Whether vectors of `model` may be compared with embeddings that this one made of `kind`."""
-        prepared = self.image_input_digest if kind == "images" else self.text_input_digest
-        if prepared and prepared != input_digest(model, kind):
+        prepared = input_digest(self, kind)
+        if prepared and input_digest(model, kind) not in ("", prepared):
             return False
         if self.fingerprint == model.fingerprint:
             return True
         return kind == "images" and self.image_fingerprint == model.image_fingerprint
 
 
-def input_digest(model: DualEncoder, kind: Kind) -> str:
+def input_digest(model: DualEncoder | ModelReference, kind: Kind) -> str:
     """Names how a model prepares items of a kind."""
     return model.image_input_digest if kind == "images" else model.text_input_digest
 
