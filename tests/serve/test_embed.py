@@ -152,6 +152,12 @@ def test_texts_of_a_table_with_pictures(model: Any, photos: Path, tmp_path: Path
     assert read(tmp_path / "e")[0] == [{"id": "2", "text": "a cat"}]  # the line
 
 
+def test_the_column_of_texts_by_its_name(model: Any, photos: Path, tmp_path: Path) -> None:
+    path = write_csv(photos / "t.csv", ["image", "text"], [("图0.png", "a cat"), ("图1.png", "a dog")])
+    outcome = embed(path, model, tmp_path / "e", column="text")
+    assert (outcome["of"], outcome["count"], outcome["skipped"]) == ("texts", 2, 0)
+
+
 def pack(folder: Path, name: str, pictures: list[Image.Image], extra: dict[str, bytes] | None = None) -> Path:
     import io
 

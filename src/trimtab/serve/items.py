@@ -232,7 +232,7 @@ def open_input(
     Args:
         path: a table, a folder of pictures with all folders in it, or webdataset shards such as
             ``shard-{000..012}.tar``.
-        of: "images" or "texts"; "auto" takes the pictures where there are any.
+        of: "images" or "texts"; "auto" takes the pictures where there are any, and the column ``text`` for texts.
         column: of a table: where they stand, ``image`` or ``text`` by default.
         id_column: of a table; ``id`` where there is one. The column of the pictures itself takes each picture once.
 
@@ -266,7 +266,8 @@ def _open_table(
     path: str, of: str, column: str | None, id_column: str | None, keep: tuple[str, ...], root: str | Path | None
 ) -> Input:
     found = table_columns(Path(path))
-    kind: Kind = "texts" if of == "texts" or (of == "auto" and not column and "image" not in found) else "images"
+    by_default = column == "text" or (not column and "image" not in found)
+    kind: Kind = "texts" if of == "texts" or (of == "auto" and by_default) else "images"
     wanted = column or SOURCE_COLUMN[kind]
     if id_column is None and "id" in found:
         id_column = "id"
