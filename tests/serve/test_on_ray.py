@@ -15,6 +15,7 @@ from trimtab.errors import ModelError, TrimtabError
 from trimtab.serve.embed import Job, embed
 from trimtab.serve.items import Work, open_input
 from trimtab.serve.on_ray import Worker, run_on_ray
+from trimtab.serve.store import ShardNote
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -71,6 +72,15 @@ def test_a_killed_worker_loses_nothing(
 def job(model: Path, photos: Path, out: Path, fingerprint: str) -> tuple[Job, Iterator[Work]]:
     source = open_input(photos)
     return Job(str(model), fingerprint, str(out), "images", source.columns, device="cpu"), source.works(4)
+
+
+def test_more_workers_than_the_cluster_has_room_for(
+    tiny_folder: Callable[[str], Path], photos: Path, tmp_path: Path, tiny_base: Any
+) -> None:
+    made, works = job(tiny_folder("clip"), photos, tmp_path, tiny_base("clip").fingerprint)
+    notes: list[ShardNote] = []
+    run_on_ray(made, works, workers=3, done=notes.append, cpus_each=2)  # both of the cluster for one of them
+    assert sorted(note.rows + note.skipped for note in notes) == [1, 4, 4, 4, 4, 4]
 
 
 def test_a_shard_that_kills_every_worker_ends_the_job(

@@ -70,19 +70,28 @@ class _Pool:
         self.again: list[Work] = []
         self.attempts: dict[int, int] = {}
         self.running: dict[Any, tuple[Any, Work]] = {}
+        self.idle: list[Any] = []
 
     def run(self) -> None:
-        idle: list[Any] = []
-        while True:
-            while len(self.running) < self.workers and (work := self._next()) is not None:
-                worker = idle.pop() if idle else self.actor.remote(self.job)
-                self.running[worker.make.remote(work)] = (worker, work)
-            if not self.running:
-                return
+        while self._started():
             (ready, *_), _ = self.ray.wait(list(self.running), num_returns=1)
-            worker, work = self.running.pop(ready)
-            if self._collect(ready, work):
-                idle.append(worker)
+            self._ended(ready)
+
+    def _started(self) -> bool:
+        """Hand out shards until all workers have one; whether any is being done."""
+        while len(self.running) < self.workers and (work := self._next()) is not None:
+            worker = self.idle.pop() if self.idle else self.actor.remote(self.job)
+            self.running[worker.make.remote(work)] = (worker, work)
+        if len(self.running) < self.workers:
+            # Nothing is left to hand out, but shards may wait for workers that the cluster has no room for as long as
+            # the idle ones are there. Ray ends a worker that no variable names any more.
+            self.idle.clear()
+        return bool(self.running)
+
+    def _ended(self, ready: Any) -> None:
+        worker, work = self.running.pop(ready)
+        if self._collect(ready, work):
+            self.idle.append(worker)
 
     def _next(self) -> Work | None:
         return self.again.pop() if self.again else next(self.works, None)
