@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,14 @@ def test_answers_are_those_of_the_library(
         assert [one["label"] for one in row["labels"]] == [one.label for one in wanted]
         np.testing.assert_allclose([one["score"] for one in row["labels"]], [one.score for one in wanted], atol=1e-5)
     assert found["classes"] == len(classifier.classes)
+
+
+def test_texts_that_were_cut_are_counted_by_the_tower_that_cut_them(folders: dict[str, Path]) -> None:
+    model: Any = trimtab.load(folders["language"], device="cpu")
+    model.base.text_inputs = replace(model.base.text_inputs, limit=8)
+    english = "a cat " * 5  # which the base reads; the student could take more
+    assert model.text_inputs.token_ids([english])[1] == 0
+    service = Service(model, name="tiny")
+    with running(service) as server:
+        assert server.post("/v1/embeddings", {"input": [english, "a cat"]}).status_code == 200
+    assert service.metrics.truncated.value() == 1

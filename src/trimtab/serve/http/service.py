@@ -291,10 +291,10 @@ class Service:
     # Passes; the worker thread calls them
 
     def _forward_texts(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
-        ids, cut = self.model.text_inputs.token_ids(texts)
-        if cut:
-            self.metrics.truncated.add(by=cut)
+        ids, _ = self.model.text_inputs.token_ids(texts)
         vectors = self.model.encode_text(texts, batch_size=len(texts))
+        if cut := self.model.last_truncated:  # by the towers that they went through: English may have another one
+            self.metrics.truncated.add(by=cut)
         return [(vector, len(one)) for vector, one in zip(vectors, ids, strict=True)]
 
     def _forward_pixels(self, pixels: list[Mapping[str, torch.Tensor]]) -> list[np.ndarray]:
