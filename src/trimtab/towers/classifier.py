@@ -46,7 +46,12 @@ class Classifier:
         *,
         templates: Sequence[str] | None = None,
         logit_scale: float | None = None,
+        texts: np.ndarray | None = None,
     ) -> None:
+        """
+        Args:
+            texts: embeddings of all names in all templates, in the order of `fill_all`, where they are known already.
+        """
         names = check_class_names(classes)
         self.model = model
         self.templates = tuple(default_templates(names)[1] if templates is None else templates)
@@ -54,7 +59,8 @@ class Classifier:
             check_template(template)
         self.logit_scale = model.logit_scale if logit_scale is None else logit_scale
         # Replaced as one: a thread that predicts meanwhile sees the old classes or the new.
-        self._known: tuple[tuple[str, ...], Any] = (names, self._vectors(names))
+        vectors = self._vectors(names) if texts is None else mean_vectors(texts, len(names))
+        self._known: tuple[tuple[str, ...], Any] = (names, vectors)
         self._warn_of_equal()
 
     def __repr__(self) -> str:
@@ -213,10 +219,14 @@ def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[
     size = max(1, _TEXTS_AT_ONCE // len(templates))
     for start in range(0, len(names), size):
         some = names[start : start + size]
-        vectors = model.encode_text(fill_all(templates, some))
-        mean = vectors.reshape(len(some), len(templates), -1).mean(axis=1)
-        parts.append(mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12))
+        parts.append(mean_vectors(model.encode_text(fill_all(templates, some)), len(some)))
     return np.concatenate(parts)
+
+
+def mean_vectors(texts: np.ndarray, names: int) -> np.ndarray:
+    """Unit vectors (names, D) of embeddings (names * templates, D), those of one name side by side."""
+    mean = texts.reshape(names, -1, texts.shape[-1]).mean(axis=1)
+    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

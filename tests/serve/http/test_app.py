@@ -344,6 +344,35 @@ def test_a_text_that_is_refused_takes_its_pictures_with_it(tiny_base: Callable[[
         hold.set()
 
 
+def test_classes_take_turns_with_texts_of_others(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    passes: list[list[str]] = []
+    hold, entered = threading.Event(), threading.Event()
+    real = service.batcher.forwards["text"]
+
+    def slow(texts: list[Any]) -> Any:
+        passes.append(list(texts))
+        entered.set()
+        hold.wait(10)
+        return real(texts)
+
+    service.batcher.forwards["text"] = slow
+    body = {"image": data_uri(png()), "classes": [f"class {at}" for at in range(100)]}
+    with running(service) as server:
+        large = asyncio.run_coroutine_threadsafe(server.client.post("/v1/classify", json=body), server.loop)
+        assert entered.wait(10)
+        small = asyncio.run_coroutine_threadsafe(
+            server.client.post("/v1/embeddings", json={"input": "small"}), server.loop
+        )
+        while service.batcher.reserved < 2:
+            time.sleep(0.01)
+        hold.set()
+        assert small.result(30).status_code == 200
+        assert len(large.result(30).json()["data"][0]["labels"]) == 5
+    assert sum("small" in one for one in passes[:3]) == 1
+    assert len(passes) > 20
+
+
 class Decoder:
     """In place of `pixels_of`: notes what is decoded, and waits; a picture named "bad" is refused at once."""
 

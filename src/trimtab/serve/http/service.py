@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from trimtab.data.templates import check_template
+from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve.http.addresses import Fetcher
 from trimtab.serve.http.batching import Batcher
@@ -24,8 +25,9 @@ from trimtab.serve.http.metrics import Metrics
 from trimtab.serve.http.options import ServeOptions
 from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.thumbnails import Thumbnails
-from trimtab.towers.classifier import Classifier, Prediction
+from trimtab.towers.classifier import Classifier, Prediction, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.scripts import default_templates
 
 TEXT, IMAGE = "text", "image"
 _KEPT_CLASSIFIERS = 32
@@ -277,12 +279,24 @@ class Service:
             if key in self._classifiers:
                 self._classifiers.move_to_end(key)
                 return self._classifiers[key]
-        made = cast(Classifier, await self.batcher.call(partial(_make, self.model, classes, templates)))
+        if templates is None and _has_prompts(self.model):
+            made = cast(Classifier, await self.batcher.call(partial(_make, self.model, classes)))
+        else:
+            made = await self._by_templates(classes, templates)
         with self._classifiers_lock:
             self._classifiers[key] = made
             while len(self._classifiers) > _KEPT_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
         return made
+
+    async def _by_templates(self, classes: Sequence[str], templates: Sequence[str] | None) -> Classifier:
+        """As `DualEncoder.classifier`, by passes that take turns with those of others: it may be thousands of texts."""
+        with _as_problem():
+            names = check_class_names(classes)
+            templates = default_templates(names)[1] if templates is None else templates
+            texts = fill_all(templates, names)
+        vectors = np.stack([vector for vector, _ in await self.batcher.submit(TEXT, texts)])
+        return await self.in_pool(partial(Classifier, self.model, names, templates=templates, texts=vectors))
 
     def _cost(self, kind: str, item: Any) -> float:
         """Of a text by its length, up to where it is cut; a token has one to four characters."""
@@ -342,10 +356,19 @@ def _default_classifier(model: DualEncoder, classes: Sequence[str] | None) -> Cl
         return None
 
 
-def _make(model: DualEncoder, classes: Sequence[str], templates: Sequence[str] | None) -> Classifier:
+def _has_prompts(model: Any) -> bool:
+    """Whether names of classes stand in learned prompts rather than in templates."""
+    return hasattr(getattr(model, "prompt", None) if hasattr(model, "core") else model, "prompt_tower")
+
+
+def _make(model: DualEncoder, classes: Sequence[str]) -> Classifier:
+    with _as_problem():
+        return model.classifier(classes)
+
+
+@contextlib.contextmanager
+def _as_problem() -> Iterator[None]:
     try:
-        for template in templates or ():
-            check_template(template)
-        return model.classifier(classes, templates=templates)
+        yield
     except TrimtabError as error:
         raise Problem(422, str(error), param="classes") from error
