@@ -23,6 +23,7 @@ from PIL import Image
 
 from tiny_server import Running, Site, StubIndex, data_uri, png, running
 from trimtab.serve.http import service as service_module
+from trimtab.serve.http.addresses import FetchError
 from trimtab.serve.http.options import ServeOptions
 from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.service import Service
@@ -622,6 +623,29 @@ def test_a_fetched_picture_is_as_good_as_a_sent_one(tiny_base: Callable[[str], A
     with running(service) as server:
         vectors = embedded(server.post("/v1/embeddings", {"input": {"image": "https://pictures.example/a.png"}}))
     np.testing.assert_allclose(vectors, tiny_base("clip").encode_image([png()]), atol=1e-6)
+
+
+def test_pictures_that_are_sent_do_not_wait_for_slow_addresses(tiny_base: Callable[[str], Any]) -> None:
+    hold, entered = threading.Event(), threading.Event()
+
+    class Slow:
+        def fetch(self, url: str) -> bytes:
+            entered.set()
+            hold.wait(10)
+            raise FetchError("fetching from slow.example took too long")
+
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(allow_urls=True))
+    service.fetcher = Slow()  # type: ignore[assignment]
+    many = {"input": [{"image": "https://slow.example/a.png"}] * 50}
+    with running(service) as server:
+        slow = asyncio.run_coroutine_threadsafe(server.client.post("/v1/embeddings", json=many), server.loop)
+        assert entered.wait(10)
+        assert server.post("/v1/embeddings", {"input": {"image": data_uri(png())}}).status_code == 200
+        assert not slow.done()
+        hold.set()
+        answer = slow.result(30)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"].startswith("input[")
 
 
 # The rest

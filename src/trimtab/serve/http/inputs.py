@@ -157,6 +157,23 @@ def pixels_of(
         raise Problem(422, f"{where}: {error}", param=where) from error
 
 
+def is_web_address(sent: str) -> bool:
+    """Whether a field names a picture that must be fetched."""
+    return sent.lower().startswith(("http://", "https://"))
+
+
+def fetched(picture: Picture, fetcher: Fetcher) -> bytes:
+    """The file behind an address. It waits for the network, and runs in a thread of the fetching pool.
+
+    Raises:
+        Problem: 422, with what is wrong with it.
+    """
+    try:
+        return bytes_of(picture.sent, fetcher)
+    except DataError as error:
+        raise Problem(422, f"{picture.where}: {error}", param=picture.where) from error
+
+
 def bytes_of(sent: str, fetcher: Fetcher | None) -> bytes:
     """The file that a field stands for.
 
@@ -168,7 +185,7 @@ def bytes_of(sent: str, fetcher: Fetcher | None) -> bytes:
             raise DataError("a data URI must be in base64: data:image/png;base64,...")
         return _decoded(sent[found.end() :])
     if is_address(sent):
-        if not sent.lower().startswith(("http://", "https://")):
+        if not is_web_address(sent):
             raise DataError("is an address of a kind that is never opened: send the picture itself, in base64")
         if fetcher is None:
             raise DataError("is an address, and this server fetches none: send the picture itself, in base64")

@@ -20,7 +20,7 @@ from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve.http.addresses import Fetcher
 from trimtab.serve.http.batching import Batcher
-from trimtab.serve.http.inputs import Picture, Text, check_count, pixels_of
+from trimtab.serve.http.inputs import Picture, Text, check_count, fetched, is_web_address, pixels_of
 from trimtab.serve.http.metrics import Metrics
 from trimtab.serve.http.options import ServeOptions
 from trimtab.serve.http.problems import Problem
@@ -34,6 +34,7 @@ _KEPT_CLASSIFIERS = 32
 _TEMPLATES_AT_MOST = 16
 _LONGEST_NAME = 500  # characters of a class name or template
 _DECODING_THREADS = 4
+_FETCHING_THREADS = 8  # which wait, and hold a body of the largest size each
 _DECODED_AT_ONCE = 8
 _COMMON_LENGTH = 64  # characters of a text that costs as much as a common one
 
@@ -89,8 +90,9 @@ class Service:
         self.metrics.gauge("trimtab_queue_items", "Items that wait for the model.", lambda: self.batcher.waiting)
         self.metrics.gauge("trimtab_items_in_work", "Items not yet answered.", lambda: self.batcher.reserved)
         threads = min(_DECODING_THREADS, os.cpu_count() or 1)
-        # Pools of their own, since a text shall not wait for pictures of others to be decoded.
+        # Pools of their own: texts shall not wait for pictures of others, nor pictures for slow addresses.
         self._decoding = ThreadPoolExecutor(threads, "trimtab-decode")
+        self._fetching = ThreadPoolExecutor(_FETCHING_THREADS, "trimtab-fetch")
         self._answering = ThreadPoolExecutor(threads, "trimtab-answer")
         self._turn = 2 * threads  # of one request in the pool at a time: the others wait for these alone
         self._decoded = asyncio.Semaphore(2)
@@ -103,7 +105,7 @@ class Service:
     def stop(self, seconds: float = 30.0) -> bool:
         """Finish what is in the queue; False when it takes longer than `seconds`."""
         done = self.batcher.stop(seconds)
-        for pool in (self._decoding, self._answering):
+        for pool in (self._fetching, self._decoding, self._answering):
             pool.shutdown(wait=False, cancel_futures=True)
         return done
 
@@ -235,12 +237,16 @@ class Service:
         turns = asyncio.Semaphore(self._turn)
 
         async def read(at: int, picture: Picture | bytes) -> Any:
+            where = picture.where if isinstance(picture, Picture) else f"images[{start + at}]"
             async with turns:
+                if self.fetcher is not None and isinstance(picture, Picture) and is_web_address(picture.sent):
+                    fetch = partial(fetched, picture, self.fetcher)
+                    picture = await asyncio.get_running_loop().run_in_executor(self._fetching, fetch)
                 return await self._decode(
                     partial(
                         pixels_of,
                         picture,
-                        where=f"images[{start + at}]",
+                        where=where,
                         max_pixels=self.options.max_pixels,
                         fetcher=self.fetcher,
                         preprocess=finish,
