@@ -76,6 +76,8 @@ def test_a_plain_model_is_a_transformers_folder(
     [
         ({"format": "tflite"}, DataError, "onnx or merged"),
         ({"format": "merged", "int8": True}, TrimtabError, "belong to the format onnx"),
+        ({"format": "merged", "tolerance": 0.01}, TrimtabError, "belong to the format onnx"),
+        ({"root": "photos"}, TrimtabError, "--sample"),
         ({"sample": "gone.csv"}, DataError, "no such file"),
     ],
 )

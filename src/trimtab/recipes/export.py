@@ -46,6 +46,7 @@ def export(
         sample: table with the columns ``image`` and ``text``, your own pictures and texts to check parity and to
             measure int8 on; made ones otherwise, which tell nothing of accuracy.
         root: folder of its pictures; the table's own by default.
+        tolerance: of the format onnx, see `export_onnx`.
 
     Returns:
         what was written and measured.
@@ -56,8 +57,10 @@ def export(
     """
     if format not in FORMATS:
         raise DataError(f"format={format!r} is unknown; choose {' or '.join(FORMATS)}")
-    if format == "merged" and (int8 or sample):
-        raise TrimtabError("int8 and a sample belong to the format onnx, not to merged")
+    if format == "merged" and (int8 or sample or tolerance != TOLERANCE):
+        raise TrimtabError("int8, a sample and a tolerance belong to the format onnx, not to merged")
+    if root is not None and sample is None:
+        raise TrimtabError(f"--root {root} is the folder of a sample's pictures: give the table with --sample")
     pairs = None if sample is None else read_retrieval(sample, root)
     pictures, texts = _sampled(pairs, sample)
     loaded = load(model, device="cpu") if isinstance(model, (str, Path)) else model
