@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -316,6 +317,21 @@ def test_int8(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path) -> No
     cosines = (small.encode_image(pictures) * model.encode_image(pictures)).sum(axis=1)
     assert cosines.min() > 0.9
     assert cosines.max() < 1 - 1e-7
+
+
+def test_a_full_disk_leaves_no_part_of_a_quantised_tower(
+    tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(source: Path, target: Path, **_: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no space")
+
+    export_onnx(tiny_base("clip"), tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", cut_off)
+    with pytest.raises(TrimtabError, match="disk is full"):
+        quantise(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_made_pictures_have_several_shapes() -> None:

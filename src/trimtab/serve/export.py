@@ -23,7 +23,7 @@ from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.gate import mixed
 from trimtab.adapters.prompt import Pictures
 from trimtab.errors import ModelError, TrimtabError
-from trimtab.files import atomic_folder, explain_disk_errors, replaceable, write_json
+from trimtab.files import atomic_folder, atomic_path, replaceable, write_json
 from trimtab.serve import onnx_runtime
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, lowest_site
@@ -432,10 +432,10 @@ def quantise(folder: Path) -> list[str]:
     written = []
     for name in names:
         target = name.replace(".onnx", "-int8.onnx")
-        with explain_disk_errors(folder / target), _quiet_root():
+        with atomic_path(folder / target) as temporary, _quiet_root():
             quantize_dynamic(
                 folder / name,
-                folder / target,
+                temporary,
                 weight_type=QuantType.QInt8,
                 per_channel=True,
                 # And tables of embeddings. Convolutions in int8 are slower on CPUs without special kernels.
