@@ -23,6 +23,7 @@ def root(tmp_path: Path) -> Path:
     (folder / "damaged.png").write_bytes(png()[:50])
     (tmp_path / "secret.png").write_bytes(png())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "around").symlink_to(tmp_path)
     return folder
 
 
@@ -41,6 +42,7 @@ def test_a_small_copy(root: Path) -> None:
     "place",
     [
         *("../secret.png", "link.png", "inner", "missing.png", "", ".", "a\0b", "http://a.example/x.png"),
+        *("around/secret.png", "around\\secret.png", "..\\secret.png"),
         *("inner/../../secret.png", "x" * 5000, "damaged.png", "/etc/passwd", "file:///etc/passwd"),
     ],
 )
@@ -55,6 +57,12 @@ def test_an_absolute_path_inside_is_fine_and_outside_is_not(root: Path) -> None:
     assert shown(root, a=str(root / "large.png")).jpeg("a")
     with pytest.raises(Problem):
         shown(root, a=str(root.parent / "secret.png")).jpeg("a")
+
+
+@pytest.mark.parametrize("place", ["inner\\图.png", "inner/cafe\u0301.png"])
+def test_paths_as_another_system_writes_them(root: Path, place: str) -> None:
+    (root / "inner" / "caf\u00e9.png").write_bytes(png())
+    assert shown(root, a=place).jpeg("a")
 
 
 def test_items_that_the_index_does_not_have(root: Path) -> None:

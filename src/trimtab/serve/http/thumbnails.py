@@ -8,7 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trimtab.data.images import ImageError, is_address, read_image
+from trimtab.data.images import ImageError, read_image
+from trimtab.data.picture_folder import PictureFolder
+from trimtab.errors import DataError
 from trimtab.serve.http.problems import Problem
 
 SIDE = 320
@@ -58,16 +60,12 @@ class Thumbnails:
         return self._keep(id, stream.getvalue())
 
     def _path(self, known: Mapping[str, str]) -> Path | None:
-        """Its file, symlinks followed, if that is inside the root."""
-        value = known.get("image")
-        if not value or is_address(value):
-            return None
+        """Its file, symlinks followed, if that is inside the root; found as `trimtab embed` found it."""
         try:
-            path = (self.root / value).resolve()
-            inside = path.is_relative_to(self.root) and path.is_file()
-        except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
+            path = PictureFolder(self.root).find(known.get("image") or "", file="the index", row=0)
+            return path if path.is_file() else None
+        except (DataError, OSError, ValueError):  # no path, or one that leads out; a name too long
             return None
-        return path if inside else None
 
     def _keep(self, id: str, content: bytes) -> bytes:
         with self._lock:
