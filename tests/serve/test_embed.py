@@ -341,6 +341,19 @@ def test_a_replaced_webdataset_shard_is_embedded_again(
     assert made == [0]
 
 
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_shards_of_a_longer_input_are_removed(model: Any, photos: Path, tmp_path: Path, format: str) -> None:
+    rows = [(f"{'inner/' if at % 2 else ''}图{at}.png",) for at in range(5)]
+    path, out = write_csv(photos / "t.csv", ["image"], rows), tmp_path / "e"
+    embed(path, model, out, shard_size=2, format=format)
+    assert len(list(out.glob("shard-00002.*"))) > 1
+    write_csv(path, ["image"], rows[:2])
+    outcome = embed(path, model, out, shard_size=2, format=format)
+    assert (outcome["count"], outcome["shards"]) == (2, 1)
+    assert {path.stem for path in out.glob("shard-*")} == {"shard-00000"}
+    assert len(Embeddings.open(out)) == 2
+
+
 def test_a_killed_run_goes_on(tiny_folder: Callable[[str], Path], photos: Path, tmp_path: Path, model: Any) -> None:
     code = (
         "import os, signal\n"

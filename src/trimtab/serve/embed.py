@@ -28,6 +28,8 @@ from trimtab.serve.store import (
     input_digest,
     note_file,
     read_note,
+    shard_file,
+    shard_paths,
     write_description,
     write_shard,
 )
@@ -242,7 +244,10 @@ def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: lis
     counts = {"count": sum(note.rows for note in whole), "skipped": sum(note.skipped for note in whole)}
     if not missing:
         for number in _numbers_from(out, len(digests)):  # of an earlier, longer input
-            (out / note_file(number)).unlink()
+            (out / DESCRIPTION_FILE).unlink(missing_ok=True)
+            # The note goes last, as a kill before it leaves what the next run finds here.
+            for path in (*shard_paths(out / shard_file(number, job.format)), out / note_file(number)):
+                path.unlink(missing_ok=True)
         shards = tuple(note.described() for note in whole)
         about = Description(
             job.of, ModelReference.of(model), model.embedding_dim, job.dtype, job.format, counts["count"],
