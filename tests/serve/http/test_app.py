@@ -481,6 +481,14 @@ def test_a_form_may_hold_the_picture(server: Running) -> None:
     assert [len(one["labels"]) for one in answer.json()["data"]] == [1, 1]
 
 
+def test_a_field_of_a_form_may_be_a_picture_as_in_json(server: Running) -> None:
+    field = ("image", (None, data_uri(png((200, 30, 30)))))
+    alone = server.post("/v1/classify", files=[field, ("classes", (None, "cat"))])
+    assert len(alone.json()["data"]) == 1
+    both = server.post("/v1/classify", files=[("image", ("a.png", png())), field])
+    assert len(both.json()["data"]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "status"),
     [

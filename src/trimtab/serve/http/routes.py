@@ -90,8 +90,8 @@ def add_model_routes(app: FastAPI, service: Service) -> None:
         else:
             sent = await read_json(request, ClassifyRequest)
             pictures = [Picture(one, f"images[{at}]") for at, one in enumerate(sent.images or ())]
-            if sent.image is not None:
-                pictures.insert(0, Picture(sent.image, "image"))
+        if sent.image is not None:
+            pictures.append(Picture(sent.image, "image"))
         known_model(sent.model)
         if not pictures or (sent.image is not None and sent.images is not None):
             raise Problem(422, "send the picture as image, or several as images", param="images")
