@@ -157,6 +157,18 @@ def test_a_cut_shard_gives_what_comes_before(tmp_path: Path) -> None:
         assert (len(samples), damage in found) == (expected, True), found
 
 
+def test_a_sample_with_a_member_twice_is_not_guessed(tmp_path: Path) -> None:
+    # Two shards that count from 000, joined to one: the second's caption must not stand beside the first's picture.
+    joined = [*whole(0).items(), *whole(1).items(), ("./000.png", picture_bytes(5)), ("000.txt", "another caption")]
+    samples, damage = read_shard(write_shard(tmp_path / "s.tar", joined))
+    assert damage == ""
+    assert list(samples) == ["000", "001"]
+    assert "000.png stands in the shard more than once" in str(samples["000"].picture)
+    assert (samples["000"].text, samples["000"].problem) == ("", samples["000"].picture)
+    assert isinstance(samples["001"].picture, PictureFile)
+    assert samples["001"].text == "caption 1"
+
+
 def test_a_damaged_header_ends_the_shard(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", {**whole(0), **whole(1)})
     content = bytearray(shard.read_bytes())

@@ -176,20 +176,34 @@ def _expand(pattern: str, whole: str) -> Iterator[str]:
 def read_shard(path: Path) -> tuple[dict[str, ShardSample], str]:
     """Index one shard: samples by stem, in the order of the file, and what is wrong with the file, if anything.
 
-    Of a shard that is cut off or damaged come the samples before the damage.
+    Of a shard that is cut off or damaged come the samples before the damage. A sample of which a member stands there
+    twice has neither picture nor texts.
 
     Raises:
         DataError: the file cannot be opened, is compressed or no tar file, or has a member whose path is absolute
             or holds `..`.
     """
     samples: dict[str, ShardSample] = {}
+    repeated: dict[str, str] = {}
+    seen: set[str] = set()
     try:
         with path.open("rb") as stream:
             members, damage = _members(path, stream)
             for member in members:
-                _add(samples, path, member, stream)
+                if (stem := _add(samples, path, member, stream)) is None:
+                    continue
+                name = str(PurePosixPath(member.name))
+                if name in seen:
+                    repeated.setdefault(stem, name)
+                seen.add(name)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for stem, name in repeated.items():  # as where shards with the same numbers were joined to one
+        problem = (
+            f"{name} stands in the shard more than once, so that nobody knows which text belongs to which picture: "
+            "pack it again with a name of its own for each sample"
+        )
+        samples[stem] = ShardSample(problem, problem=problem)
     return samples, damage
 
 
@@ -222,7 +236,8 @@ def _members(path: Path, stream: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
     return members, ""
 
 
-def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, stream: BinaryIO) -> None:
+def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, stream: BinaryIO) -> str | None:
+    """Put a member into its sample, whose stem is returned; None if it is of no kind that is looked at."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         raise DataError(
@@ -230,18 +245,19 @@ def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, s
         )
     suffix = name.suffix.lower()
     if name.name.startswith(".") or member.isdir() or suffix not in (*PICTURE_SUFFIXES, ".txt", ".json"):
-        return
-    sample = samples.setdefault(str(name.with_suffix("")), ShardSample())
+        return None
+    stem = str(name.with_suffix(""))
+    sample = samples.setdefault(stem, ShardSample())
     plain = member.isreg() and not member.issparse()
     if suffix in PICTURE_SUFFIXES:
         if not plain:
             sample.picture = f"{name} is a link or a sparse file, and these are not followed: pack the file itself"
         elif isinstance(sample.picture, str):
             sample.picture = PictureFile(path, f"{path.name}/{name}", member.offset_data, member.size)
-        return
+        return stem
     if not plain or member.size > _MAX_TEXT:
         sample.problem = f"{name} is no plain file of at most {_MAX_TEXT >> 20} MB"
-        return
+        return stem
     stream.seek(member.offset_data)
     try:
         text = stream.read(member.size).decode("utf-8-sig")
@@ -255,6 +271,7 @@ def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, s
         sample.problem = f"{name} is not UTF-8"
     except (ValueError, RecursionError) as error:
         sample.problem = f"{name} is not JSON ({error})"
+    return stem
 
 
 def picture_names(names: Iterable[str], suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> list[str]:
