@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from tiny_pictures import tiff_of_12_bits
 from trimtab.data.images import ImageError, SkippedImages, read_image, read_images
@@ -110,6 +110,16 @@ def test_white_of_12_bits_is_white() -> None:
     ramp = np.linspace(0, 4095, 512).astype(np.uint16)[None].repeat(4, axis=0)
     found = np.asarray(read_image(tiff_of_12_bits(ramp))).astype(float)
     assert np.abs(found - ramp[..., None] * (255 / 4095)).max() <= 0.5
+
+
+def test_a_16_bit_tiff_with_white_at_zero_is_no_negative() -> None:
+    ramp = np.linspace(0, 65535, 512).astype(np.uint16)[None].repeat(4, axis=0)
+    white_at_zero = TiffImagePlugin.ImageFileDirectory_v2()
+    white_at_zero[0x0106] = 0
+    for compression in ("raw", "tiff_lzw"):
+        data = encoded(Image.fromarray(ramp), "TIFF", tiffinfo=white_at_zero, compression=compression)
+        found = np.asarray(read_image(data))[0, :, 0].astype(float)
+        assert np.abs(found - (255 - ramp[0] / 257)).max() <= 0.5
 
 
 def test_a_dark_16_bit_picture_stays_dark() -> None:

@@ -232,11 +232,14 @@ def test_pictures_are_read_alike(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["deep.png", "turned.jpg", "turned.png", "turned.tiff", "deep.tiff", "deep.pgm", "12.tiff"]
+    "name",
+    ["deep.png", "turned.jpg", "turned.png", "turned.tiff", "deep.tiff", "deep.pgm", "12.tiff", "white-at-0.tiff"],
 )
 def test_files_are_read_alike(name: str, tmp_path: Path) -> None:
     deep, turned = module.made_files(tmp_path)
     (tmp_path / "12.tiff").write_bytes(tiff_of_12_bits(np.linspace(0, 4095, 600).reshape(20, 30)))
+    with Image.open(deep) as image:
+        image.save(tmp_path / "white-at-0.tiff", tiffinfo={0x0106: 0})
     if not (path := tmp_path / name).exists():
         with Image.open(turned if "turned" in name else deep) as image:
             image.save(path, **({"exif": image.getexif()} if "turned" in name else {}))

@@ -43,6 +43,7 @@ FORMATS = {
 }
 
 _TIFF_BITS = 0x0102  # BitsPerSample
+_TIFF_PHOTOMETRIC = 0x0106  # PhotometricInterpretation: 0 has white at 0
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -253,7 +254,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float32) * (255 / _white(image)))
+        levels = np.asarray(image).astype(np.float32) * (255 / _white(image))
+        # Pillow turns such files of up to 8 bits itself, those of 16 it gives as negatives.
+        return _grey(255 - levels if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0 else levels)
     if image.mode == "I":
         values = np.asarray(image)
         # Pillow opens 16-bit PGM, and some versions 16-bit PNG, in this 32-bit mode.
