@@ -11,6 +11,7 @@ import pytest
 
 from tiny_adapted import save_tiny_adapted
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.report import render_html
 from trimtab.evaluation.side_by_side import RunResult, Score, differences, side_by_side, verdict
 from trimtab.recipes.side_by_side import read_runs, report_runs, short_names
 from trimtab.towers.text_encoder import TextEncoder
@@ -87,6 +88,29 @@ def test_results_of_evaluate_and_of_few_shot_runs(tmp_path: Path) -> None:
     first, second = read_runs([tmp_path / "a.json", tmp_path / "b.jsonl"])[0]
     assert first.headline == ("Top-1", 71.5, "model, on shop")
     assert second.scores == [Score("test", "coop, 4 shots", "top1", 61.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "`b` has the highest top-1, 80.0%, on test."),
+        ({"manifest_sha256": "f" * 64}, "different kinds"),
+        ({"classes_digest": "f" * 64}, "different kinds"),
+        ({"skipped": [{"source": "1.png", "reason": "no such file"}]}, "different kinds"),
+        ({"model": "runs/b", "fingerprint": "f" * 64, "seconds": 9.0}, "`b` has the highest"),
+    ],
+)
+def test_evaluations_compare_on_the_same_test_set_alone(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    found = {"task": "classification", "manifest": "x/test.csv", "manifest_sha256": "a" * 64, "skipped": []}
+    for name, own in (("a", {"top1": 70.0}), ("b", {"top1": 80.0, "manifest": "y/test.csv", **changes})):
+        content = json.dumps({**found, "classes_digest": "b" * 64, **own})
+        (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
+    runs, _ = read_runs([tmp_path / "a.json", tmp_path / "b.json"])
+    assert told in verdict(runs).replace(".json", "")
+    datasets = {score.dataset for run in runs for score in run.scores}
+    assert len(datasets) == (2 if "kinds" in told else 1)
+    page = render_html(side_by_side(runs))
+    assert ("the highest is marked" in page) == ("kinds" not in told)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +192,6 @@ def test_recipes_are_compared_key_by_key() -> None:
 
 
 def test_the_page_escapes_what_runs_hold() -> None:
-    from trimtab.evaluation.report import render_html
-
     evil = "<script>alert(1)</script>"
     runs = [run(evil, 50.0, recipe={evil: evil}, recipe_text=evil, history=HISTORY), run("b", 60.0, recipe={"x": 1})]
     page = render_html(side_by_side(runs, [(evil, evil)]))

@@ -71,6 +71,7 @@ class RunResult:
         recipe: as resolved.
         data_digest: of the training data; runs with the same one learnt from the same.
         facts: whatever else is worth knowing.
+        test_set: of an evaluation, what tells its test set from others of the same name.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RunResult:
     recipe_text: str = ""
     data_digest: str = ""
     facts: Sequence[tuple[str, Value]] = ()
+    test_set: tuple[str, ...] = ()
 
     @property
     def headline(self) -> tuple[str, float, str] | None:

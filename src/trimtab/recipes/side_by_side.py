@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,7 @@ from trimtab.evaluation.blocks import Value
 from trimtab.evaluation.report import render_html
 from trimtab.evaluation.side_by_side import FIGURES, RunResult, Score, side_by_side
 from trimtab.evaluation.summaries import five_row_labels
-from trimtab.files import write_text
+from trimtab.files import digest_of, write_text
 from trimtab.recipes.folders import training_folder
 
 TRAINING = ".training"
@@ -72,7 +73,23 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunResult], list[tuple[
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # Files of other programs, or of other versions: one must not cost the page.
             unreadable.append((str(path), f"is not what trimtab writes ({type(error).__name__}: {error})"))
-    return runs, unreadable
+    return _tell_test_sets_apart(runs), unreadable
+
+
+def _tell_test_sets_apart(runs: Sequence[RunResult]) -> list[RunResult]:
+    """Test sets of one name, as of two files ``test.csv``, with what they differ in behind it."""
+    found: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+    for run in runs:
+        if run.test_set:
+            found.setdefault((run.scores[0].dataset, run.scores[0].metric), set()).add(run.test_set)
+    named = []
+    for run in runs:
+        if run.test_set and len(others := found[run.scores[0].dataset, run.scores[0].metric]) > 1:
+            differing = [one for one, *rest in zip(run.test_set, *others, strict=True) if len(set(rest)) > 1]
+            name = f"{run.scores[0].dataset} ({'; '.join(differing)})"
+            run = replace(run, scores=[replace(score, dataset=name) for score in run.scores])
+        named.append(run)
+    return named
 
 
 def read_run(path: Path, name: str) -> RunResult:
@@ -184,7 +201,10 @@ def _results(found: Any, path: Path, name: str) -> RunResult:
         scores = [Score(dataset, "model", key, float(value)) for key, value in metrics.items()]
         facts = [(key, value) for key, value in found.items() if isinstance(value, (str, int, float))]
         base = str(found.get("base") or found.get("model") or "")
-        return RunResult(name, "evaluation", base=base, scores=scores, facts=[("file", str(path)), *facts])
+        test_set = _test_set(found) if scores else ()
+        return RunResult(
+            name, "evaluation", base=base, scores=scores, facts=[("file", str(path)), *facts], test_set=test_set
+        )
     rows = [row for part in _row_lists(found) for row in part]
     scores = [score for score in map(_score, rows) if score is not None]
     if not scores:
@@ -206,6 +226,17 @@ def _results(found: Any, path: Path, name: str) -> RunResult:
         recipe=recipe,
         recipe_text=_yaml(recipe),
         facts=facts,
+    )
+
+
+def _test_set(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the figures of an evaluation are of: others of the same set alone compare with them."""
+    left_out = sorted(str(item["source"]) for item in found.get("skipped") or ())
+    return (
+        f"file {str(found.get('manifest_sha256') or 'unknown')[:8]}",
+        f"classes {str(found.get('classes_digest') or 'unknown')[:8]}",
+        f"hubness {found.get('hubness') or 'none'}",
+        f"{len(left_out)} pictures left out" + (f", {digest_of(*left_out)[:8]}" if left_out else ""),
     )
 
 
