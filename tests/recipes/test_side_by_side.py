@@ -90,6 +90,34 @@ def test_results_of_evaluate_and_of_few_shot_runs(tmp_path: Path) -> None:
     assert second.scores == [Score("test", "coop, 4 shots", "top1", 61.0)]
 
 
+def test_few_shot_runs_of_other_settings_and_bases_are_not_averaged(tmp_path: Path) -> None:
+    common = {"dataset": "shop", "base": "starter"}
+    lines = [
+        {"method": "template", "shots": 1, "seed": 1, "top1": 20.0},
+        {"method": "structured", "shots": 4, "seed": 1, "top1": 40.0},
+        {"method": "structured", "shots": 4, "seed": 2, "top1": 60.0},
+        {"method": "coop", "shots": 4, "seed": 1, "top1": 45.0},
+        {"method": "coop", "shots": 4, "seed": 2, "top1": float("nan")},
+        {"method": "structured", "shots": 4, "seed": 1, "top1": 70.0},  # the same after its options were changed
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n".join(json.dumps({**common, **line}) for line in lines), encoding="utf-8")
+    [found], _ = read_runs([path])
+    assert {score.row: score.value for score in found.scores} == {
+        "template, 1 shot": 20.0,
+        "structured, 4 shots": 65.0,
+        "coop, 4 shots": 45.0,
+    }
+    assert found.headline == ("Top-1", 65.0, "structured, 4 shots, on shop")
+    assert (dict(found.facts)["runs"], dict(found.facts)["runs that were done again"]) == (4, 1)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("\n" + json.dumps({**common, **lines[1], "base": "runs/domain", "top1": 90.0}))
+    [found], _ = read_runs([path])
+    values = {score.row: score.value for score in found.scores}
+    assert values["structured, 4 shots, base starter"] == 65.0
+    assert values["structured, 4 shots, base runs/domain"] == 90.0
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -259,22 +259,33 @@ def _row_name(key: str) -> str:
 
 
 def _few_shot(path: Path, name: str) -> RunResult:
-    """Mean over seeds of each method and number of shots."""
-    groups: dict[tuple[str, str, int], list[float]] = {}
+    """Mean over seeds of each method and number of shots; of runs that were done again the last one counts."""
+    groups: dict[tuple[str, str, int, str], dict[Any, float]] = {}
     lines = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)  # a line that a kill cut off is none
-            key = (str(record.get("dataset", "test")), str(record["method"]), int(record["shots"]))
-            groups.setdefault(key, []).append(float(record["top1"]))
-            lines += 1
+            value = float(record["top1"])
+            if math.isfinite(value):
+                base = str(record.get("base", ""))
+                key = (str(record.get("dataset", "test")), str(record["method"]), int(record["shots"]), base)
+                groups.setdefault(key, {})[record.get("seed", f"line {lines}")] = value
+                lines += 1
     if not groups:
         raise DataError("holds no few-shot runs: lines with method, shots and top1")
-    scores = [
-        Score(dataset, f"{method.replace('_', ' ')}, {shots} shot{'s' if shots > 1 else ''}", "top1", fmean(values))
-        for (dataset, method, shots), values in sorted(groups.items(), key=lambda item: (item[0][0], item[0][2]))
-    ]
-    return RunResult(name, "few-shot", scores=scores, facts=[("file", str(path)), ("runs", lines)])
+    several = len({base for *_, base in groups}) > 1
+    scores, rows = [], {}
+    for (dataset, method, shots, base), values in sorted(groups.items(), key=lambda item: (item[0][0], item[0][2])):
+        row = f"{method.replace('_', ' ')}, {shots} shot{'s' if shots > 1 else ''}"
+        row += f", base {base or 'unknown'}" if several else ""
+        scores.append(Score(dataset, row, "top1", fmean(values.values())))
+        rows[row] = (method in _MAIN_ROWS, shots)
+    counted = sum(map(len, groups.values()))
+    facts: list[tuple[str, Value]] = [("file", str(path)), ("runs", counted)]
+    if counted < lines:
+        facts.append(("runs that were done again", lines - counted))
+    # The link's own method at the most shots stands for the file; without it the first method does.
+    return RunResult(name, "few-shot", scores=scores, main_row=max(rows, key=rows.__getitem__), facts=facts)
 
 
 def _known(metrics: Mapping[str, Any]) -> dict[str, float]:
