@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 from math import inf, nan
 from pathlib import Path
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from tiny_pairs import picture_bytes, save_pictures, write_shard, write_table
 from trimtab.config import PairSource
 from trimtab.data.captions import Entry, read_cells, read_entries, split_sentences
-from trimtab.data.shards import PictureFile
+from trimtab.data.pairs import PairCounts, load_pairs
+from trimtab.data.shards import NOT_UTF8, PictureFile
 from trimtab.errors import DataError, RecipeError
 
 ROWS = [("a.png", "a dog"), ("sub/b.png", "一只猫"), ("a.png", "the dog")]
@@ -174,6 +176,23 @@ def test_class_folders(tmp_path: Path) -> None:
         ("fire-truck/b.png", ("a photo of a fire truck", "fire truck"), 3),
         ("wild/Arctic_fox/c.webp", ("a photo of a Arctic fox", "Arctic fox"), 4),
     ]
+
+
+def test_names_that_are_not_utf8_cost_their_own_pictures(tmp_path: Path) -> None:
+    # As archives that were packed on other systems leave them.
+    save_pictures(tmp_path, ["dog/a.png", "dog/b.png", "odd/c.png", "cat/d.png"])
+    (tmp_path / "dog" / "b.png").rename(os.fsdecode(os.fsencode(tmp_path / "dog") + b"/\xb0\xc4.png"))
+    (tmp_path / "odd").rename(os.fsdecode(os.fsencode(tmp_path) + b"/o\xc8"))
+    entries = read_entries(PairSource(str(tmp_path), templates=("{}",)))
+    assert [entry.texts for entry in entries] == [["cat"], [], ["dog"], []]
+    assert [str(entry.picture).partition(": ")[2] for entry in entries if not entry.texts] == [NOT_UTF8] * 2
+    str(entries).encode()
+    sources = [PairSource(str(tmp_path), templates=("{}",))]
+    assert load_pairs(sources).counts == PairCounts(kept=2, missing=2)
+    for name in ("cat", "dog"):
+        (tmp_path / name).rename(os.fsdecode(os.fsencode(tmp_path / name) + b"\xc8"))
+    with pytest.raises(DataError, match=r"4 of 4 pairs cannot be used .* the name is not UTF-8: rename it"):
+        load_pairs(sources)
 
 
 def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

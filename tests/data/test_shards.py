@@ -169,6 +169,16 @@ def test_a_sample_with_a_member_twice_is_not_guessed(tmp_path: Path) -> None:
     assert samples["001"].text == "caption 1"
 
 
+def test_members_whose_names_are_not_utf8_are_read(tmp_path: Path) -> None:
+    name = b"\xb0\xc4".decode("utf-8", "surrogateescape")
+    members = {f"{name}.png": picture_bytes(1), f"{name}.txt": "a caption"}
+    [(stem, sample)] = read_shard(write_shard(tmp_path / "s.tar", members))[0].items()
+    assert isinstance(sample.picture, PictureFile)
+    assert sample.picture.read().size == (6, 5)
+    assert sample.text == "a caption"
+    assert (stem + sample.picture.name + str(sample.picture)).encode()
+
+
 def test_a_damaged_header_ends_the_shard(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", {**whole(0), **whole(1)})
     content = bytearray(shard.read_bytes())

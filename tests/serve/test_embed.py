@@ -79,10 +79,12 @@ def test_what_a_folder_has_besides_is_listed(model: Any, photos: Path, tmp_path:
     (photos / "inner/here").symlink_to(photos)
     (photos / "there").symlink_to(tmp_path / "elsewhere")
     (photos / "notes.txt").write_text("")
+    (photos / b"\xb0\xc4.png".decode("utf-8", "surrogateescape")).write_bytes(b"")
     outcome = embed(photos, model, tmp_path / "e")
     assert outcome["count"] == 10
     listed = {one["source"]: one["reason"] for one in outcome["skipped_items"]}
-    assert set(listed) == {"a.heic", "inner/b.svg", "inner/here", "there"}
+    assert set(listed) == {"a.heic", "inner/b.svg", "inner/here", "there", r"\udcb0\udcc4.png"}
+    assert "not UTF-8" in listed[r"\udcb0\udcc4.png"]
     assert "HEIC" in listed["a.heic"]
     assert "SVG" in listed["inner/b.svg"]
     assert listed["inner/here"] == listed["there"] == "is a link to a folder, which is not followed: copy the folder"

@@ -18,7 +18,7 @@ from trimtab.data.images import is_address
 from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
 from trimtab.data.picture_folder import PictureFolder
-from trimtab.data.shards import PictureFile, expand_shards, picture_names, read_shard
+from trimtab.data.shards import NOT_UTF8, PictureFile, expand_shards, picture_names, read_shard, readable_name
 from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, RecipeError
 
@@ -211,12 +211,13 @@ def _texts(value: Any, where: str) -> list[str]:
 def _from_folder(folder: Path) -> list[Entry]:
     """Pictures of every folder below, named for the class by the folder that holds them.
 
-    Those that lie in `folder` itself are entries without a picture.
+    Those that lie in `folder` itself are entries without a picture, and so are those whose names are not UTF-8.
     """
     root = folder.resolve()
     inside = PictureFolder(root)
     entries: list[Entry] = []
     places: dict[str, str] = {}
+    misnamed = False
 
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -228,13 +229,20 @@ def _from_folder(folder: Path) -> list[Entry]:
                 raise DataError(f"{Path(where) / name}: is a link to a folder, which is not followed: copy the folder")
         names = picture_names(files)
         if Path(where) == root:
-            for name in names:
+            for name in map(readable_name, names):
                 problem = f"{Path(where) / name}: lies in no class folder"
                 entries.append(Entry(problem, [], str(folder), len(entries) + 1))
             continue
         if not names:
             continue
         below = Path(where).relative_to(root)
+        for name in list(names):
+            if (shown := readable_name((below / name).as_posix())) != (below / name).as_posix():
+                names.remove(name)
+                entries.append(Entry(f"{root}/{shown}: {NOT_UTF8}", [], str(folder), len(entries) + 1))
+        if not names:
+            misnamed = True
+            continue
         label = clean_text(re.sub(_BETWEEN_WORDS, " ", below.name))
         if (other := places.setdefault(label, str(below))) != str(below):
             raise DataError(
@@ -245,7 +253,7 @@ def _from_folder(folder: Path) -> list[Entry]:
             row = len(entries) + 1
             picture = _picture((below / name).as_posix(), inside, folder, row)
             entries.append(Entry(picture, [label], str(folder), row))
-    if not places:
+    if not places and not misnamed:
         shards = next(iter(sorted(folder.glob("*.tar"))), None)
         hint = f"; it holds shards: give a pattern such as {shards}" if shards else ""
         raise DataError(f"{folder}: holds no class folders with pictures{hint}")

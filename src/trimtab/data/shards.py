@@ -26,6 +26,8 @@ from trimtab.files import digest_of, write_json
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 """What a file in a folder of pictures, or a member of a shard, is named when it is a picture."""
+NOT_UTF8 = "the name is not UTF-8: rename it, for example with convmv"
+"""Why a file whose `readable_name` is another one is left out."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 100_000
@@ -238,7 +240,7 @@ def _members(path: Path, stream: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
 
 def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, stream: BinaryIO) -> str | None:
     """Put a member into its sample, whose stem is returned; None if it is of no kind that is looked at."""
-    name = PurePosixPath(member.name)
+    name = PurePosixPath(readable_name(member.name))
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         raise DataError(
             f"{path}: member {member.name!r} leads out of the shard: pack it again with plain relative names"
@@ -277,6 +279,11 @@ def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, s
 def picture_names(names: Iterable[str], suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> list[str]:
     """Those that name pictures, sorted; hidden files, such as a Mac's `._a.jpg`, are none."""
     return sorted(name for name in names if not name.startswith(".") and name.lower().endswith(suffixes))
+
+
+def readable_name(name: str) -> str:
+    """The name of a file; bytes that are no UTF-8, which no table, JSON or digest could take, are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def find_damaged(pictures: Sequence[PictureFile], notes: Path | None = None) -> dict[PictureFile, str]:

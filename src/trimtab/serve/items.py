@@ -19,12 +19,14 @@ from trimtab.data.images import ImageError, is_address
 from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text
 from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import (
+    NOT_UTF8,
     PICTURE_SUFFIXES,
     PictureFile,
     ShardSample,
     expand_shards,
     picture_names,
     read_shard,
+    readable_name,
 )
 from trimtab.errors import DataError
 from trimtab.files import digest_of
@@ -157,10 +159,14 @@ class Input:
             below = Path(where).relative_to(root)
             for name in subfolders:
                 if (Path(where) / name).is_symlink():
-                    linked = (below / name).as_posix()
+                    linked = readable_name((below / name).as_posix())
                     yield Item(linked, linked, (), "is a link to a folder, which is not followed: copy the folder")
             for name in picture_names(files, (*PICTURE_SUFFIXES, *_UNREADABLE)):
-                yield _picture_item((below / name).as_posix(), inside, self.path, 0)
+                picture = (below / name).as_posix()
+                if (shown := readable_name(picture)) != picture:
+                    yield Item(shown, shown, (), NOT_UTF8)
+                else:
+                    yield _picture_item(picture, inside, self.path, 0)
 
     def _table_items(self) -> Iterator[Item]:
         optional = (*self.keep, *((self.id_column,) if self.id_column else ()))
