@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from table_model import TableModel
 from trimtab.evaluation import Report, classify, render_html, render_markdown, retrieve
 from trimtab.evaluation.blocks import Details, Text, as_cell
+from trimtab.evaluation.classification import classify_embeddings
 from trimtab.evaluation.summaries import (
     class_errors,
     cleaning_counts,
@@ -98,6 +100,17 @@ def test_hardest_classes() -> None:
     assert [as_cell(cell).value for cell in table.rows[0].cells] == ["狗", 1, 0.0, "猫"]
     assert as_cell(table.rows[0].cells[3]).note == "once"
     assert "1 of 3 classes" in table.note
+
+
+def test_rare_confusions_of_hard_classes_are_told_too() -> None:
+    classes = np.eye(61, dtype=np.float32)
+    labels = np.array([*range(60), *range(60), 60])
+    looks_like = np.array([*range(1, 60), 0, *range(1, 60), 0, 7])
+    result = classify_embeddings(classes[looks_like], classes, labels)
+    found = result.as_json()
+    assert len(found["confusions"]) == 50
+    [row] = [row for row in class_errors(found, result.confusions(), limit=61).rows if row.cells[0] == "60"]
+    assert (as_cell(row.cells[3]).value, as_cell(row.cells[3]).note) == ("7", "once")
 
 
 def test_skipped_images_and_notes_are_absent_when_there_are_none() -> None:

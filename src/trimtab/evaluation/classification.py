@@ -107,10 +107,16 @@ class ClassificationResult:
         """Mean of the classes' top-1, in percent: every class counts the same, however many items it has."""
         return float(np.mean([item.top1 for item in self.per_class]))
 
+    def confusions(self) -> list[dict[str, Any]]:
+        """All of them, by name, the most frequent first."""
+        wrong = [(pair, count) for pair, count in self.confusion.items() if pair[0] != pair[1]]
+        return [
+            {"class": self.classes[true], "taken_for": self.classes[taken], "count": count}
+            for (true, taken), count in sorted(wrong, key=lambda item: (-item[1], item[0]))
+        ]
+
     def as_json(self) -> dict[str, Any]:
         """Percent; classes by name; the 50 most frequent confusions."""
-        wrong = Counter({pair: count for pair, count in self.confusion.items() if pair[0] != pair[1]})
-        most = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:MISTAKES_KEPT]
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -119,10 +125,7 @@ class ClassificationResult:
             "mean_per_class": self.mean_per_class,
             "templates": list(self.templates),
             "per_class": [{"class": item.name, "n": item.n, "top1": item.top1} for item in self.per_class],
-            "confusions": [
-                {"class": self.classes[true], "taken_for": self.classes[taken], "count": count}
-                for (true, taken), count in most
-            ],
+            "confusions": self.confusions()[:MISTAKES_KEPT],
             "mistakes": [
                 {
                     "image": _describe(item.source),

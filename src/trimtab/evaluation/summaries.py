@@ -147,10 +147,23 @@ def recall_bars(rows: Iterable[ScoreRow], dataset: str, *, language: str, title:
     )
 
 
-def class_errors(result: Mapping[str, Any], *, limit: int = 20, title: str = "Hardest classes") -> Table:
-    """The classes with the lowest top-1 and what each was taken for most; from a classification's JSON."""
+def class_errors(
+    result: Mapping[str, Any],
+    confusions: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    limit: int = 20,
+    title: str = "Hardest classes",
+) -> Table:
+    """The classes with the lowest top-1 and what each was taken for most; from a classification's JSON.
+
+    Args:
+        result: that JSON.
+        confusions: all of them, most frequent first; those of the JSON, the 50 most frequent, may lack a class's.
+        limit: classes shown.
+        title: heading.
+    """
     taken: dict[str, tuple[str, int]] = {}
-    for cell in result["confusions"]:
+    for cell in result["confusions"] if confusions is None else confusions:
         taken.setdefault(cell["class"], (cell["taken_for"], cell["count"]))
     worst = sorted(result["per_class"], key=lambda item: (item["top1"], -item["n"], item["class"]))
     rows = []

@@ -290,7 +290,7 @@ def _classification_report(result: ClassificationResult, outcome: Mapping[str, A
         title="Confident mistakes",
         note=f"Below each picture, how far the wrong class lies above the right one in {measure}.",
     )
-    sections: list[Block] = [class_errors(outcome)]
+    sections: list[Block] = [class_errors(outcome, result.confusions())]
     if outcome["confusions"]:
         sections += [confusions, grid]
     if not prompted:
