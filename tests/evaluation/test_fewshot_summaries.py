@@ -10,6 +10,7 @@ from trimtab.evaluation.blocks import Cell, LinePanel, Series
 from trimtab.evaluation.charts import lines_svg
 from trimtab.evaluation.fewshot_summaries import (
     MEAN,
+    METHODS,
     fewshot_curves,
     fewshot_table,
     mean_over_sets,
@@ -79,6 +80,19 @@ def test_curves_have_a_panel_per_set_and_whiskers() -> None:
     (mine,) = [one for one in lines.panels[0].series if one.name == "Structured prompt"]
     assert next(iter(mine.spread)) == pytest.approx(2.828, abs=1e-3)
     assert "spread 2.83 at most" in lines_svg(lines.panels[0])
+
+
+def test_methods_without_a_colour_of_their_own_are_drawn_or_named() -> None:
+    few = [run(method, "a", shots, 1, 50.0) for method in ("cocoop", "clip_lora", "structured") for shots in (1, 4)]
+    lines = fewshot_curves(few)
+    assert {one.name for one in lines.panels[0].series} == {"CoCoOp", "CLIP-LoRA", "Structured prompt"}
+    assert len({one.color for one in lines.panels[0].series}) == 3
+    assert lines.note == ""
+    many = [run(method, "a", 1, 1, 50.0) for method in METHODS]
+    lines = fewshot_curves(many, note="Means.")
+    drawn = {one.name for one in lines.panels[0].series}
+    assert all(name in drawn or name in lines.note for name, _ in METHODS.values())
+    assert lines.note.startswith("Means.\n\nNot drawn")
 
 
 def test_whiskers_are_within_the_axes_and_must_fit_their_points() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from trimtab.evaluation.blocks import Cell, Column, LinePanel, Lines, Series, Table, TableRow
+from trimtab.evaluation.blocks import PALETTE_SIZE, Cell, Column, LinePanel, Lines, Series, Table, TableRow
 from trimtab.evaluation.domain_summaries import Spread, spread
 
 Run = Mapping[str, Any]
@@ -77,21 +77,31 @@ def names_of(runs: Iterable[Run], key: str) -> list[Any]:
 
 
 def fewshot_curves(runs: Sequence[Run], *, title: str = "Few-shot curves", note: str = "") -> Lines:
-    """Top-1 over shots, a panel per data set, whiskers of one standard deviation over seeds."""
+    """Top-1 over shots, a panel per data set, whiskers of one standard deviation over seeds.
+
+    Other methods than those that have a colour of their own take the colours that are left; a note names the rest.
+    """
     datasets = names_of(runs, "dataset")
+    colors = {name: _COLORS[name] for name in names_of(runs, "method") if name in _COLORS}
+    left = [color for color in range(1, PALETTE_SIZE) if color not in colors.values()]
+    others = [name for name in names_of(runs, "method") if name not in _COLORS]
+    colors |= dict(zip(others, left, strict=False))
+    if hidden := [METHODS.get(name, (name,))[0] for name in others if name not in colors]:
+        told = f"Not drawn, as more lines could not be told apart: {', '.join(hidden)}. See the tables."
+        note = f"{note}\n\n{told}".strip()
     panels = []
     for dataset in [*datasets, *([MEAN] if len(datasets) > 1 else [])]:
         series = []
-        for method in [name for name in names_of(runs, "method") if name in _COLORS]:
+        for method in [name for name in names_of(runs, "method") if name in colors]:
             points = [(shots, spread_of(runs, dataset, method, shots)) for shots in names_of(runs, "shots")]
             known = [(shots, found) for shots, found in points if found is not None]
             if known:
                 series.append(
                     Series(
-                        METHODS[method][0],
+                        METHODS.get(method, (method,))[0],
                         [float(shots) for shots, _ in known],
                         [found.mean for _, found in known],
-                        color=_COLORS[method],
+                        color=colors[method],
                         spread=[found.deviation or 0.0 for _, found in known],
                     )
                 )
