@@ -68,3 +68,13 @@ def tiff_of_12_bits(levels: np.ndarray) -> bytes:
     ]  # fmt: skip
     directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in fields)
     return struct.pack("<4sI", b"II*\0", 8 + len(packed)) + packed + struct.pack("<H", 9) + directory + bytes(4)
+
+
+def bmp_with_alpha(pixels: np.ndarray) -> bytes:
+    """A BMP file of 32 bits with a mask for alpha; `pixels` (H, W, 4) uint8."""
+    height, width, _ = pixels.shape
+    data = np.ascontiguousarray(pixels[::-1, :, [2, 1, 0, 3]]).tobytes()
+    head = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 32, 3, len(data), 2835, 2835, 0, 0)
+    head += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs"
+    start = 14 + 124
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + head.ljust(124, b"\0") + data

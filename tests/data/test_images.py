@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
-from tiny_pictures import tiff_of_12_bits
+from tiny_pictures import bmp_with_alpha, tiff_of_12_bits
 from trimtab.data.images import ImageError, SkippedImages, read_image, read_images
 from trimtab.errors import DataError
 
@@ -120,6 +120,15 @@ def test_a_16_bit_tiff_with_white_at_zero_is_no_negative() -> None:
         data = encoded(Image.fromarray(ramp), "TIFF", tiffinfo=white_at_zero, compression=compression)
         found = np.asarray(read_image(data))[0, :, 0].astype(float)
         assert np.abs(found - (255 - ramp[0] / 257)).max() <= 0.5
+
+
+def test_a_bmp_whose_alpha_was_never_written_is_no_blank() -> None:
+    pixels = np.dstack([np.asarray(noise()), np.zeros((30, 40), np.uint8)])
+    assert np.array_equal(np.asarray(read_image(bmp_with_alpha(pixels))), pixels[..., :3])
+    pixels[0, 0, 3] = 255
+    found = np.asarray(read_image(bmp_with_alpha(pixels)))
+    assert np.array_equal(found[0, 0], pixels[0, 0, :3])
+    assert (found[1:] == 255).all()
 
 
 def test_a_dark_16_bit_picture_stays_dark() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
 from tiny_models import randomised
-from tiny_pictures import tiff_of_12_bits
+from tiny_pictures import bmp_with_alpha, tiff_of_12_bits
 from tiny_starter import build_starter
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
@@ -233,13 +233,19 @@ def test_pictures_are_read_alike(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["deep.png", "turned.jpg", "turned.png", "turned.tiff", "deep.tiff", "deep.pgm", "12.tiff", "white-at-0.tiff"],
+    [
+        *("deep.png", "deep.tiff", "deep.pgm", "turned.jpg", "turned.png", "turned.tiff"),
+        *("12.tiff", "white-at-0.tiff", "alpha-0.bmp"),
+    ],
 )
 def test_files_are_read_alike(name: str, tmp_path: Path) -> None:
     deep, turned = module.made_files(tmp_path)
     (tmp_path / "12.tiff").write_bytes(tiff_of_12_bits(np.linspace(0, 4095, 600).reshape(20, 30)))
     with Image.open(deep) as image:
         image.save(tmp_path / "white-at-0.tiff", tiffinfo={0x0106: 0})
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    pixels[..., 3] = 0
+    (tmp_path / "alpha-0.bmp").write_bytes(bmp_with_alpha(pixels))
     if not (path := tmp_path / name).exists():
         with Image.open(turned if "turned" in name else deep) as image:
             image.save(path, **({"exif": image.getexif()} if "turned" in name else {}))

@@ -269,6 +269,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _grey(values * (255 / _full_scale(values)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        if image.format == "BMP" and not rgba.getchannel("A").getbbox():
+            return rgba.convert("RGB")  # programs that know no transparency leave its byte 0 in all pixels
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")  # a copy even if it is RGB already
