@@ -334,6 +334,13 @@ def test_a_caption_in_two_forms_of_unicode_is_one_text(root: Path) -> None:
     assert pairs.positives == [(0, 0), (1, 0)]
 
 
+def test_a_caption_with_other_blanks_is_one_text(root: Path) -> None:
+    rows = [("b.jpg", "a dog\non the  beach"), ("c.jpg", "a dog on the beach"), ("c.jpg", "adog")]
+    pairs = read_retrieval(write_table(root / "m.csv", rows, ("image", "text")))
+    assert pairs.texts == ["a dog\non the  beach", "adog"]
+    assert pairs.positives == [(0, 0), (1, 0), (1, 1)]
+
+
 def test_a_class_without_a_name_is_refused() -> None:
     with pytest.raises(DataError, match="the name of class 2 of 2 is empty"):
         index_classes(["cat", " "])

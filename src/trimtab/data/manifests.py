@@ -53,7 +53,7 @@ class RetrievalPairs:
 
     Attributes:
         images: unique paths.
-        texts: unique texts.
+        texts: unique texts, blanks aside.
         positives: (image index, text index); several texts per image and several images per text.
     """
 
@@ -226,7 +226,8 @@ def read_retrieval(path: str | Path, root: str | Path | None = None) -> Retrieva
     """
     folder = _picture_folder(path, root)
     images: dict[Path, int] = {}
-    texts: dict[str, int] = {}
+    texts: list[str] = []
+    text_places: dict[str, int] = {}
     positives: dict[tuple[int, int], None] = {}
     for record in read_rows(path, ("image", "text")):
         # Else one caption in two forms of Unicode would be two texts, each wrong for the other's picture.
@@ -234,9 +235,12 @@ def read_retrieval(path: str | Path, root: str | Path | None = None) -> Retrieva
         if not text:
             raise DataError(f"{path}, row {record.row}: the text is empty: write one or remove the row")
         image = folder.find(record.values["image"].strip(), file=path, row=record.row)
-        pair = (images.setdefault(image, len(images)), texts.setdefault(text, len(texts)))
-        positives[pair] = None
-    return RetrievalPairs(list(images), list(texts), list(positives))
+        # So it would be with one that has a line break or two blanks in some rows. The first form stays as it is.
+        place = text_places.setdefault(" ".join(text.split()), len(texts))
+        if place == len(texts):
+            texts.append(text)
+        positives[images.setdefault(image, len(images)), place] = None
+    return RetrievalPairs(list(images), texts, list(positives))
 
 
 def _picture_folder(path: str | Path, root: str | Path | None) -> PictureFolder:
