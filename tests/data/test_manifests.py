@@ -203,6 +203,19 @@ def test_bad_tables_are_refused(name: str, content: bytes, message: str, tmp_pat
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_an_optional_column_that_is_there_twice_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".csv":
+        path.write_text("image,weight,weight\na,1,2\n", encoding="utf-8")
+    else:
+        columns = [pa.array(["a"]), pa.array([1]), pa.array([2])]
+        pq.write_table(pa.Table.from_arrays(columns, names=["image", "weight", "weight"]), path)
+    with pytest.raises(DataError, match="column 'weight' stands in the header 2 times: rename one"):
+        read_rows(path, ("image",), optional=("weight",))
+    assert len(read_rows(path, ("image",))) == 1
+
+
 def test_missing_columns_of_parquet(tmp_path: Path) -> None:
     path = write_table(tmp_path / "t.parquet", [("a", "b")], ("zh", "en"))
     with pytest.raises(DataError, match="columns found: zh, en"):

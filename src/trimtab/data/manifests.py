@@ -284,7 +284,7 @@ def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iter
             continue
         if header is None:
             header = [name.strip() for name in fields]
-            check_columns(path, header, columns, hint=_separator_hint(fields, tab))
+            check_columns(path, header, columns, _separator_hint(fields, tab), optional)
             continue
         if len(fields) != len(header):
             raise DataError(
@@ -304,8 +304,10 @@ def _separator_hint(header: list[str], tab: bool) -> str:
     return ""
 
 
-def check_columns(path: Path, found: Sequence[str], columns: Sequence[str], hint: str = "") -> None:
-    """Refuse a table that lacks a column, or has it twice.
+def check_columns(
+    path: Path, found: Sequence[str], columns: Sequence[str], hint: str = "", optional: Sequence[str] = ()
+) -> None:
+    """Refuse a table that lacks a column, or has it or an optional one twice.
 
     Raises:
         DataError: names the columns found, and ends with `hint` where one is missing.
@@ -313,7 +315,7 @@ def check_columns(path: Path, found: Sequence[str], columns: Sequence[str], hint
     if missing := [name for name in columns if name not in found]:
         listed = ", ".join(found) or "none"
         raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{hint}")
-    for name in columns:
+    for name in (*columns, *optional):
         if found.count(name) > 1:
             raise DataError(f"{path}: column {name!r} stands in the header {found.count(name)} times: rename one")
 
@@ -351,7 +353,7 @@ def _read_parquet(path: Path, columns: list[str], optional: list[str]) -> Iterat
         try:
             table_file = pq.ParquetFile(stream)
             found = list(table_file.schema_arrow.names)
-            check_columns(path, found, columns)
+            check_columns(path, found, columns, optional=optional)
             names = [*columns, *(name for name in optional if name in found)]
             number = 0
             for batch in table_file.iter_batches(columns=names):
