@@ -118,6 +118,16 @@ def test_few_shot_runs_of_other_settings_and_bases_are_not_averaged(tmp_path: Pa
     assert values["structured, 4 shots, base runs/domain"] == 90.0
 
 
+def test_transductive_figures_are_named(tmp_path: Path) -> None:
+    found = {"task": "retrieval", "manifest": "shop.csv", "mR": 50.0, "hubness": "none"}
+    (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({**found, "hubness": "csls"}), encoding="utf-8")
+    runs, _ = read_runs([tmp_path / "a.json", tmp_path / "b.json"])
+    assert [run.scores[0].dataset for run in runs] == ["shop", "shop (transductive: csls)"]
+    assert "different kinds" in verdict(runs)
+    assert verdict(runs[1:]) == "mR 50.0%, model, on shop (transductive: csls)."
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

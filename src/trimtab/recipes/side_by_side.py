@@ -198,6 +198,8 @@ def _results(found: Any, path: Path, name: str) -> RunResult:
     if found.get("task") in ("classification", "retrieval"):
         metrics = {key: found[key] for key in FIGURES if key in found}
         dataset = Path(str(found.get("manifest") or found.get("dataset") or "test set")).stem
+        if (hubness := str(found.get("hubness") or "none")) != "none":
+            dataset = f"{dataset} (transductive: {hubness})"
         scores = [Score(dataset, "model", key, float(value)) for key, value in metrics.items()]
         facts = [(key, value) for key, value in found.items() if isinstance(value, (str, int, float))]
         base = str(found.get("base") or found.get("model") or "")
@@ -235,7 +237,6 @@ def _test_set(found: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"file {str(found.get('manifest_sha256') or 'unknown')[:8]}",
         f"classes {str(found.get('classes_digest') or 'unknown')[:8]}",
-        f"hubness {found.get('hubness') or 'none'}",
         f"{len(left_out)} pictures left out" + (f", {digest_of(*left_out)[:8]}" if left_out else ""),
     )
 
