@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import trimtab
@@ -32,7 +33,7 @@ from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.evaluate import evaluate_classification
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
-from trimtab.recipes.prompt_report import curves
+from trimtab.recipes.prompt_report import as_seen, curves
 from trimtab.tasks.prompt import PromptTask
 from trimtab.towers.prompting import PromptTower, _no_patches
 
@@ -130,6 +131,18 @@ def test_losses_of_training_and_validation_are_lines_of_their_own() -> None:
         "Top-1, %, validation": ([0, 20], [50.0, 75.0]),
     }
     assert curves([]) == []
+
+
+def test_maps_of_attention_lie_over_what_the_tower_sees(tiny_base: Callable[[str], Any]) -> None:
+    pixels = np.zeros((60, 180, 3), np.uint8)
+    pixels[:, :60, 0], pixels[:, 60:120, 1], pixels[:, 120:, 2] = 250, 200, 250
+    wide = Image.fromarray(pixels)
+    cropped = np.asarray(as_seen(tiny_base("clip"), wide))  # its processor takes the middle
+    side = len(cropped)
+    assert cropped.shape == (side, side, 3)
+    assert np.abs(cropped[:, 3:-3].astype(int) - (0, 200, 0)).max() <= 2
+    whole = np.asarray(as_seen(tiny_base("chinese_clip"), wide)).astype(int)
+    assert np.abs(whole[side // 2, [0, side // 2, -1]] - [(250, 0, 0), (0, 200, 0), (0, 0, 250)]).max() <= 2
 
 
 def test_the_folder_classifies_as_it_was_measured(finished: dict[str, Any]) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import trimtab
 from trimtab.adapters.prompt import VisualAttention
 from trimtab.config import PromptRecipe, to_yaml
+from trimtab.data.images import read_image
 from trimtab.evaluation.blocks import Block, LinePanel, Lines, Series, Tile
 from trimtab.evaluation.prompt_blocks import (
     Looked,
@@ -26,6 +28,7 @@ from trimtab.evaluation.report import Report, write_report
 from trimtab.evaluation.summaries import reproducibility
 from trimtab.recipes.folders import training_folder
 from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures
+from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
 
 _WORDS = 6
@@ -144,9 +147,24 @@ def _attention(
     for at, one in zip(chosen, weights, strict=True):
         right = taken[at] == pictures.labels[at]
         said = names[pictures.labels[at]] if right else f"{names[pictures.labels[at]]}, taken for {names[taken[at]]}"
-        looked.append(Looked(files[at], one, said, bool(right)))
+        looked.append(Looked(as_seen(fitted.task.classes.tower.base, files[at]), one, said, bool(right)))
     note = "Each query makes one learned token of the picture's own prompt. Bright patches are looked at most."
     return attention_maps(looked, note=note)
+
+
+def as_seen(base: DualEncoder, picture: Any) -> Image.Image:
+    """What of a picture the image tower gets, resized and perhaps cropped: patches are parts of this."""
+    processor: Any = base.image_processor
+    image = read_image(picture)
+    pixels = base.preprocess(image)["pixel_values"][0].float()  # (3, H, W)
+    if pixels.ndim != 3:  # patches in a row, of the whole picture
+        return image
+    if getattr(processor, "do_normalize", False):
+        mean, deviation = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        pixels = pixels * deviation[:, None, None] + mean[:, None, None]
+    if getattr(processor, "do_rescale", True):
+        pixels = pixels * 255
+    return Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> list[Block]:
