@@ -119,7 +119,7 @@ def test_skipped_images_and_notes_are_absent_when_there_are_none() -> None:
     many = skipped_images([{"source": f"{at}.jpg", "reason": "cut off"} for at in range(300)], limit=200)
     assert isinstance(many, Details)
     assert many.title == "Pictures left out: 300"
-    assert many.blocks[0].note == "and 100 more, in results.json"  # type: ignore[union-attr]
+    assert many.blocks[0].note == "and 100 more; the JSON of the evaluation has all"  # type: ignore[union-attr]
     one, two = notes(["only\none"]), notes(["first", "second"])
     assert isinstance(one, Text)
     assert isinstance(two, Text)

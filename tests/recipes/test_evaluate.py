@@ -215,6 +215,17 @@ def test_reports_show_the_hard_parts(model: Any, data: Path, tmp_path: Path) -> 
         assert part in text
 
 
+def test_texts_that_the_report_has_no_room_for_are_counted(model: Any, data: Path, tmp_path: Path) -> None:
+    lost = "".join(f"pictures/missing.png,text {at}\n" for at in range(203))
+    write_text(data / "many.csv", f"image,text\npictures/red.png,a red one\n{lost}")
+    evaluate_retrieval(model, data / "many.csv", report=tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "Texts left out with their pictures: 203" in text
+    assert "text 199" in text
+    assert "text 200" not in text
+    assert "and 3 more" in text
+
+
 def test_a_perfect_result_has_a_report_too(model: Any, data: Path, tmp_path: Path) -> None:
     write_text(data / "items.csv", "image,label\npictures/red.png,red\n")
     evaluate_classification(model, data / "items.csv", data / "classes.txt", report=tmp_path)

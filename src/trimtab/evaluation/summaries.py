@@ -187,7 +187,7 @@ def skipped_images(skipped: Sequence[Mapping[str, str]], *, limit: int = 200) ->
     if not skipped:
         return None
     rows = [TableRow([item["source"], item["reason"]]) for item in skipped[:limit]]
-    more = f"and {len(skipped) - limit} more, in results.json" if len(skipped) > limit else ""
+    more = f"and {len(skipped) - limit} more; the JSON of the evaluation has all" if len(skipped) > limit else ""
     table = Table([Column("Picture", numeric=False), Column("Why", numeric=False)], rows, note=more)
     return Details(f"Pictures left out: {len(skipped)}", [table])
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 Model: TypeAlias = "str | Path | DualEncoder"
 
 _LISTED = 20
+_MOST_ROWS = 200
 _GRID_ROWS, _GRID_IMAGES = 8, 6
 
 
@@ -327,7 +328,9 @@ def _retrieval_report(result: RetrievalResult, outcome: Mapping[str, Any], pairs
         ),
     ]
     if result.lost_texts:
-        lost = Table([Column("Text", numeric=False)], _rows(result.lost_texts))
+        beyond = len(result.lost_texts) - _MOST_ROWS
+        note = f"and {beyond:,} more" if beyond > 0 else ""
+        lost = Table([Column("Text", numeric=False)], _rows(result.lost_texts), note=note)
         sections.append(Details(f"Texts left out with their pictures: {len(result.lost_texts)}", [lost]))
     corrected = "" if result.hubness == "none" else f" (transductive: corrected by {result.hubness})"
     return _report(
@@ -355,4 +358,4 @@ def _report(
 
 
 def _rows(texts: Sequence[str]) -> list[TableRow]:
-    return [TableRow([text]) for text in texts[:200]]
+    return [TableRow([text]) for text in texts[:_MOST_ROWS]]
