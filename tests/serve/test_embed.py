@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -210,6 +210,7 @@ def test_a_shard_that_is_cut_off_gives_what_it_has(model: Any, pictures: list[Im
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=4))
 def test_texts_of_every_plane_come_back(model: Any, tmp_path: Path, texts: list[str]) -> None:
+    assume(any(text.strip() for text in texts))
     for name in ("e", "t.jsonl"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -234,6 +235,14 @@ def test_unreadable_pictures_are_listed(model: Any, photos: Path, tmp_path: Path
     assert "empty" in listed[0]["reason"]
     assert "web page" in listed[1]["reason"]
     assert "no such file" in listed[2]["reason"]
+
+
+def test_an_input_without_anything_usable_is_refused(model: Any, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", ["caption"], [("a red car",), ("a blue car",)])
+    with pytest.raises(DataError, match=r"t\.csv: none of the 2 images .*a red car.*--of texts"):
+        embed(table, model, tmp_path / "out", column="caption")
+    assert not (tmp_path / "out" / "embeddings.json").exists()
+    assert embed(table, model, tmp_path / "texts", of="texts", column="caption")["count"] == 2
 
 
 def test_bad_rows_show_before_the_model_is_loaded(photos: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def embed(
         what happened: folder, counts, and the first skipped items.
 
     Raises:
-        DataError: the input or the options cannot be used, or `out` holds another job's embeddings.
+        DataError: the input or the options cannot be used, nothing of it could be embedded, or `out` holds another
+            job's embeddings.
         ModelError: unknown or damaged model.
         TrimtabError: the disk is full; shards that were finished are kept.
     """
@@ -243,6 +244,8 @@ def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: lis
     skipped = [one for note in whole for one in note.listed]
     counts = {"count": sum(note.rows for note in whole), "skipped": sum(note.skipped for note in whole)}
     if not missing:
+        if skipped and not counts["count"]:
+            _refuse_nothing(source, counts["skipped"], skipped[0])
         for number in _numbers_from(out, len(digests)):  # of an earlier, longer input
             (out / DESCRIPTION_FILE).unlink(missing_ok=True)
             # The note goes last, as a kill before it leaves what the next run finds here.
@@ -263,6 +266,16 @@ def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: lis
         "unfinished_shards": len(missing),
         "skipped_items": [asdict(one) for one in skipped],
     }
+
+
+def _refuse_nothing(source: Input, count: int, example: Skipped) -> None:
+    hint = ""
+    if source.place == "table" and source.of == "images":
+        hint = f". If the column {source.column!r} holds texts, say --of texts, with a folder of its own"
+    raise DataError(
+        f"{source.path}: none of the {count:,} {source.of} can be used, for example {example.source or example.id!r}: "
+        f"{example.reason}{hint}"
+    )
 
 
 def _numbers_from(out: Path, first: int) -> Iterator[int]:
