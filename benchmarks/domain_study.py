@@ -27,8 +27,9 @@ from trimtab.errors import TrimtabError
 from trimtab.files import write_text
 
 AS_IT_IS = "recipe as it is"
+CROPPED = "cached maps mirrored, and cropped to 60%"
+CROP = "data.map_augmentation={crop_min: 0.6, flip: true}"
 DESCRIBED = "captions: names and descriptions"
-HARDER_MAPS = "data.map_augmentation={crop_min: 0.4, flip: true, erase: 0.5}"
 TEXT = ", {tower: text, kind: bottleneck, first: -2, width: 64}"
 
 
@@ -60,47 +61,56 @@ def adapters(*changes: str, share: float = 1.0) -> Variant:
     return Variant("adapter_hard", changes, share)
 
 
-VARIANTS: dict[str, Variant] = {
-    AS_IT_IS: adapters(),
+def cropped(variants: dict[str, Variant]) -> dict[str, Variant]:
+    """The same on maps that are cropped, as in an earlier recipe: most was tried before that was changed."""
+    return {f"{CROPPED}: {name}": Variant(one.row, (CROP, *one.changes), one.share) for name, one in variants.items()}
+
+
+BANK = {
     "no bank: pairs alike, no hard negatives": Variant("adapter"),
     "hard negatives alone: pairs alike": Variant("adapter_negatives"),
     "bank: gamma 2": adapters("bank.gamma=2"),
-    "bank: eps 0.01": adapters("bank.eps=0.01"),
     "bank: eps 0.001, gamma 0.5": adapters("bank.eps=0.001", "bank.gamma=0.5"),
     "bank: difficulty by rank": adapters("bank.difficulty=rank"),
     "bank: difficulty by loss": adapters("bank.difficulty=loss"),
     "bank: learnability": adapters("bank.difficulty=learnability"),
     "bank: the hardest 5% count no more than the next": adapters("bank.tail=0.05"),
-    "bank: importance correction 0.5": adapters("bank.importance=0.5"),
-    DESCRIBED: adapters("bank.epoch_share=0.25"),  # twice the pairs, so as many are drawn
+}
+PLACES = {
     "adapters from block 5": adapters(conv(5)),
     "adapters from block 11": adapters(conv(11)),
-    "adapters from block 14": adapters(conv(14)),
     # A gate wants texts to stay where they are.
     "adapters in the text tower too, no gate": adapters(conv(8, more=TEXT), "gate=none"),
     "adapters half as wide": adapters(conv(8, 64)),
     "adapters twice as wide": adapters(conv(8, 256)),
+}
+STEPS = {
     "logit_scale 20": adapters("objective.logit_scale=20"),
-    "logit_scale 100": adapters("objective.logit_scale=100"),
-    "no label smoothing": adapters("objective.label_smoothing=0"),
     "label smoothing 0.1": adapters("objective.label_smoothing=0.1"),
-    "label smoothing 0.3": adapters("objective.label_smoothing=0.3"),
     "weights at the end, no mean of those on the way": adapters("training.bell=null"),
     "AdamW, rate 5e-3": adapters("training.optimizer=adamw", "training.learning_rate=5e-3"),
-    "rate 5e-3": adapters("training.learning_rate=5e-3"),
-    "rate 2e-2": adapters("training.learning_rate=2e-2"),
     "batches of 16, rate 7e-3": adapters("training.batch_size=16", "training.learning_rate=7e-3"),
-    "10 epochs": adapters("training.epochs=10"),
     "20 epochs": adapters("training.epochs=20"),
-    "30 epochs": adapters("training.epochs=30"),
+}
+SHARES = {
+    "half of the pairs": adapters(share=0.5),
+    "a quarter of the pairs": adapters(share=0.25),
+    "a quarter, half the steps": adapters("training.epochs=30", share=0.25),
+    "a quarter, twice the steps": adapters("training.epochs=120", share=0.25),
+    "a quarter, adapters half as wide": adapters(conv(8, 64), share=0.25),
+}
+VARIANTS: dict[str, Variant] = {
+    AS_IT_IS: adapters(),
     "cached maps as they are": adapters("data.map_augmentation={}"),
-    "cached maps mirrored alone": adapters("data.map_augmentation={flip: true}"),
-    "cached maps cropped less": adapters("data.map_augmentation={crop_min: 0.8, flip: true}"),
-    "cached maps cropped further, and erased": adapters(
+    "cached maps mirrored, and cropped to 80%": adapters("data.map_augmentation={crop_min: 0.8, flip: true}"),
+    CROPPED: adapters(CROP),
+    "cached maps mirrored, cropped to 40% and erased": adapters(
         "data.map_augmentation={crop_min: 0.4, flip: true, erase: 0.5}"
     ),
-    "one augmented view": adapters("data.views=1"),
-    "LoRA by peft, pairs alike": Variant("lora"),
+    **BANK,
+    **PLACES,
+    **STEPS,
+    **SHARES,
     "continual fine-tuning, pairs alike": Variant("full"),
     "continual fine-tuning, pictures mirrored alone": Variant(
         "full", ("data.augmentation={crop_min: 1, flip: true, colour: 0}",)
@@ -108,18 +118,8 @@ VARIANTS: dict[str, Variant] = {
     "continual fine-tuning, with smoothing and the mean of weights": Variant(
         "full", ("objective.label_smoothing=0.2", "training.bell=[0.8, 0.2]")
     ),
-    "a quarter of the pairs": adapters(share=0.25),
-    "a quarter, no bank": Variant("adapter", share=0.25),
-    "a quarter, half the steps": adapters("training.epochs=30", share=0.25),
-    "a quarter, twice the steps": adapters("training.epochs=120", share=0.25),
-    "a quarter, adapters from block 11": adapters(conv(11), share=0.25),
-    "a quarter, adapters half as wide": adapters(conv(8, 64), share=0.25),
-    "a quarter, label smoothing 0.3": adapters("objective.label_smoothing=0.3", share=0.25),
-    "a quarter, rate 5e-3": adapters("training.learning_rate=5e-3", share=0.25),
-    "a quarter, one augmented view": adapters("data.views=1", share=0.25),
-    "a quarter, cached maps cropped further, and erased": adapters(HARDER_MAPS, share=0.25),
-    "half of the pairs": adapters(share=0.5),
     "continual fine-tuning with a quarter": Variant("full", share=0.25),
+    **cropped({**BANK, DESCRIBED: adapters("bank.epoch_share=0.25"), **PLACES, **STEPS, **SHARES}),
 }
 
 
@@ -155,7 +155,7 @@ def as_domain_asks(arguments: argparse.Namespace, name: str) -> argparse.Namespa
     return argparse.Namespace(
         recipe=RECIPE,
         share=variant.share,
-        described=name == DESCRIBED,
+        described=name.endswith(DESCRIBED),
         out=arguments.out,
         work=arguments.work,
         set=[],
@@ -168,30 +168,40 @@ def as_domain_asks(arguments: argparse.Namespace, name: str) -> argparse.Namespa
 
 
 def as_table(runs: Sequence[Run]) -> str:
-    """Rows in the study's order: each the mean over its seeds, and what it gains over the recipe with these seeds.
+    """Rows in the study's order, each the mean over its seeds, and what it gains over its reference with these seeds.
 
-    Of each row the setting that was run last: older recipes are left out.
+    The reference is the recipe, or what it was when maps were still cropped. Of each row the setting that was run last:
+    older recipes are left out.
     """
     found: dict[str, dict[int, Run]] = {}
     for one in of_last_setting(runs, lambda run: run["change"]):
         found.setdefault(one["change"], {})[one["seed"]] = one
-    known = found.get(AS_IT_IS, {})
+    names = [name for name in VARIANTS if name in found]
+    before = [name for name in names if name.startswith(f"{CROPPED}: ")]
+    tables = [_rows(found, [name for name in names if name not in before], AS_IT_IS)]
+    if before:
+        tables.append(f"On {CROPPED}:\n\n{_rows(found, [CROPPED, *before], CROPPED)}")
+    return "\n".join(tables)
+
+
+def _rows(found: dict[str, dict[int, Run]], names: Sequence[str], reference: str) -> str:
+    known = found.get(reference, {})
     lines = [
-        "| change | held-out scenes | validation | mean of both, against the recipe | trained, % of base | seeds |",
+        "| change | held-out scenes | validation | mean of both, against the first row | trained, % of base | seeds |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for name in (name for name in VARIANTS if name in found):
+    for name in (name for name in names if name in found):
         mine = found[name]
         gains = [both(mine[seed]) - both(known[seed]) for seed in sorted(mine.keys() & known.keys())]
         one = next(iter(mine.values()))
         cells = (
             f"{fmean(run['scenes']['fine'] for run in mine.values()):.1f}",
             f"{fmean(run['val']['fine'] for run in mine.values()):.1f}",
-            "" if name == AS_IT_IS or not gains else f"{fmean(gains):+.1f}",
+            "" if name == reference or not gains else f"{fmean(gains):+.1f}",
             f"{100 * one['trained_parameters'] / one['base_parameters']:.2f}",
             ", ".join(map(str, sorted(mine))),
         )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name.removeprefix(f'{CROPPED}: ')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -288,11 +288,19 @@ def test_the_study_compares_with_the_recipe_of_the_same_seeds() -> None:
 
     older = run(domain_study.AS_IT_IS, 3, 10.0, 10.0, "before")
     known = [older, run(domain_study.AS_IT_IS, 1, 80.0, 70.0), run(domain_study.AS_IT_IS, 2, 90.0, 80.0)]
-    table = domain_study.as_table([run("20 epochs", 2, 91.0, 82.0), run("10 epochs", 3, 50.0, 60.0), *known])
+    table = domain_study.as_table([run("20 epochs", 2, 91.0, 82.0), run("logit_scale 20", 3, 50.0, 60.0), *known])
     assert table.splitlines()[2:] == [
         "| recipe as it is | 85.0 | 75.0 |  | 2.00 | 1, 2 |",
-        "| 10 epochs | 50.0 | 60.0 |  | 2.00 | 3 |",
+        "| logit_scale 20 | 50.0 | 60.0 |  | 2.00 | 3 |",
         "| 20 epochs | 91.0 | 82.0 | +1.5 | 2.00 | 2 |",
+    ]
+    cropped = domain_study.CROPPED
+    with_crops = [run(cropped, 1, 60.0, 50.0), run(f"{cropped}: 20 epochs", 1, 61.0, 52.0)]
+    first, second = domain_study.as_table([*known, *with_crops]).split(f"\nOn {cropped}:\n\n")
+    assert first.splitlines()[3:] == [f"| {cropped} | 60.0 | 50.0 | -20.0 | 2.00 | 1 |"]
+    assert second.splitlines()[2:] == [
+        f"| {cropped} | 60.0 | 50.0 |  | 2.00 | 1 |",
+        "| 20 epochs | 61.0 | 52.0 | +1.5 | 2.00 | 1 |",
     ]
 
 
