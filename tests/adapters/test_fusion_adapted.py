@@ -200,7 +200,7 @@ def test_base_and_student_are_found_from_anywhere(
     monkeypatch.chdir(tmp_path / "models")
     assert np.isfinite(load(folder, device="cpu").encode_text(CHINESE)).all()
     shutil.rmtree(tmp_path / "models" / "flava")
-    with pytest.raises(ModelError, match=r"names the base .*flava'.*, base=...\)"):
+    with pytest.raises(ModelError, match=r"names the base .*flava'.*--base .*base=\.\.\. of trimtab\.load"):
         load_fusion_adapted(folder)
 
 
