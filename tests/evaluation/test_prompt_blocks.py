@@ -51,6 +51,13 @@ def test_maps_have_the_picture_and_one_image_per_query() -> None:
     assert "data:image/" in block_html(grid, {})
 
 
+def test_maps_without_any_difference_say_so() -> None:
+    even = Looked(WHITE, np.full((2, 16), 1 / 16), "a cat", True)
+    uneven = Looked(WHITE, np.eye(2, 16), "a dog", True)
+    assert attention_maps([even], note="Bright is near.").note.startswith("Bright is near. Here all patches")
+    assert "alike" not in attention_maps([even, uneven], note="Bright is near.").note
+
+
 def test_words_tell_where_a_token_started() -> None:
     table = nearest_words([NearWords("photo", 0.5, [("photo", 0.9), ("<b>", 0.1)]), NearWords("", 1.0, [])])
     text = block_markdown(table)

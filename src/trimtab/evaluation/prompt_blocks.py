@@ -46,6 +46,9 @@ def attention_maps(
         for number, weights in enumerate(one.attention, start=1):
             images.append(GridImage(lit(picture, weights), f"query {number}"))
         queries.append(GridQuery(one.caption, images))
+    if looked and all(np.ptp(one.attention, axis=-1).max() == 0 for one in looked):
+        # As at the start of training, whose weights are kept where validation was never better.
+        note = f"{note} Here all patches are looked at alike: nothing was learned of where to look.".strip()
     return ImageGrid(queries, title=title, note=note)
 
 
