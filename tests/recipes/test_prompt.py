@@ -288,6 +288,17 @@ def test_a_dry_run_says_what_it_would_do(
     assert not (tmp_path / "out").exists()
 
 
+def test_prompts_that_add_nothing_are_named(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert prompt_recipe.adds_nothing({"top1": 87.66666, "zero_shot": 87.66667})
+    assert not prompt_recipe.adds_nothing({"top1": 90.0, "zero_shot": 87.0})
+    assert not prompt_recipe.adds_nothing({"top1": 100.0, "zero_shot": 100.0})
+    monkeypatch.setattr(prompt_recipe, "adds_nothing", lambda _: True)
+    adapt(toy(training={"epochs": 1}))
+    assert "no more of the validation pictures right than hand templates" in caplog.text
+
+
 def test_a_prompt_may_stand_on_an_adapted_domain(
     toy: Callable[..., Path],
     places: Any,

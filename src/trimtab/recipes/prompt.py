@@ -95,6 +95,14 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
             recipe.base,
             outcome["validation"]["zero_shot"],
         )
+    elif adds_nothing(outcome["validation"]):
+        logger.warning(
+            "prompts name no more of the validation pictures right than hand templates do (%.1f%%, templates %.1f%%): "
+            "give more pictures per class, or stay with templates on %s",
+            outcome["validation"]["top1"],
+            outcome["validation"]["zero_shot"],
+            recipe.base,
+        )
     if sets.test is not None:  # opened once, when all is chosen
         test = labelled["test"]
         outcome["test"] = fitted.figures(test) | {"zero_shot": zero_shot(base, fitted, test)}
@@ -183,6 +191,11 @@ def frozen_features(recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets)
         )
         for name, pictures in sets.as_dict().items()
     }
+
+
+def adds_nothing(validation: dict[str, float]) -> bool:
+    """Whether hand templates name as many pictures right, and not all of them, where nothing could be added."""
+    return validation["top1"] - 1e-3 < validation["zero_shot"] < _TOO_GOOD
 
 
 def zero_shot(base: DualEncoder, fitted: FittedPrompt, pictures: LabelledFeatures) -> float:
