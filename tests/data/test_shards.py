@@ -169,6 +169,14 @@ def test_a_sample_with_a_member_twice_is_not_guessed(tmp_path: Path) -> None:
     assert samples["001"].text == "caption 1"
 
 
+def test_a_repeated_member_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    name = b"\xb0\xc4.png".decode("utf-8", "surrogateescape")
+    samples, _ = read_shard(write_shard(tmp_path / "s.tar", [(name, picture_bytes(0)), (name, picture_bytes(1))]))
+    (sample,) = samples.values()
+    assert "stands in the shard more than once" in sample.problem
+    assert sample.problem.encode("utf-8")  # as digests and JSON do
+
+
 def test_members_whose_names_are_not_utf8_are_read(tmp_path: Path) -> None:
     name = b"\xb0\xc4".decode("utf-8", "surrogateescape")
     members = {f"{name}.png": picture_bytes(1), f"{name}.txt": "a caption"}

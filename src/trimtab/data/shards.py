@@ -111,8 +111,11 @@ class PictureFile(StoredPicture):
 
 
 @contextlib.contextmanager
-def explain_vanished() -> Iterator[None]:
+def explain_vanished(picture: PictureFile | None = None) -> Iterator[None]:
     """Turn the error of a picture that is gone, or cannot be read any more, into a message with file and remedy.
+
+    Args:
+        picture: that is read, if only one is; some errors name no file.
 
     Raises:
         DataError: in place of the OSError.
@@ -120,7 +123,9 @@ def explain_vanished() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read any more ({error.strerror}): start again") from error
+        raise DataError(
+            f"{picture or error.filename}: cannot be read any more ({error.strerror}): start again"
+        ) from error
 
 
 @dataclass
@@ -186,17 +191,16 @@ def read_shard(path: Path) -> tuple[dict[str, ShardSample], str]:
             or holds `..`.
     """
     samples: dict[str, ShardSample] = {}
-    repeated: dict[str, str] = {}
-    seen: set[str] = set()
+    repeated: dict[str, PurePosixPath] = {}
+    seen: set[PurePosixPath] = set()
     try:
         with path.open("rb") as stream:
             members, damage = _members(path, stream)
             for member in members:
-                if (stem := _add(samples, path, member, stream)) is None:
+                if (name := _add(samples, path, member, stream)) is None:
                     continue
-                name = str(PurePosixPath(member.name))
                 if name in seen:
-                    repeated.setdefault(stem, name)
+                    repeated.setdefault(_stem(name), name)
                 seen.add(name)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -238,8 +242,10 @@ def _members(path: Path, stream: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
     return members, ""
 
 
-def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, stream: BinaryIO) -> str | None:
-    """Put a member into its sample, whose stem is returned; None if it is of no kind that is looked at."""
+def _add(
+    samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, stream: BinaryIO
+) -> PurePosixPath | None:
+    """Put a member into its sample and return its readable name; None if it is of no kind that is looked at."""
     name = PurePosixPath(readable_name(member.name))
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         raise DataError(
@@ -248,18 +254,17 @@ def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, s
     suffix = name.suffix.lower()
     if name.name.startswith(".") or member.isdir() or suffix not in (*PICTURE_SUFFIXES, ".txt", ".json"):
         return None
-    stem = str(name.with_suffix(""))
-    sample = samples.setdefault(stem, ShardSample())
+    sample = samples.setdefault(_stem(name), ShardSample())
     plain = member.isreg() and not member.issparse()
     if suffix in PICTURE_SUFFIXES:
         if not plain:
             sample.picture = f"{name} is a link or a sparse file, and these are not followed: pack the file itself"
         elif isinstance(sample.picture, str):
             sample.picture = PictureFile(path, f"{path.name}/{name}", member.offset_data, member.size)
-        return stem
+        return name
     if not plain or member.size > _MAX_TEXT:
         sample.problem = f"{name} is no plain file of at most {_MAX_TEXT >> 20} MB"
-        return stem
+        return name
     stream.seek(member.offset_data)
     try:
         text = stream.read(member.size).decode("utf-8-sig")
@@ -273,7 +278,12 @@ def _add(samples: dict[str, ShardSample], path: Path, member: tarfile.TarInfo, s
         sample.problem = f"{name} is not UTF-8"
     except (ValueError, RecursionError) as error:
         sample.problem = f"{name} is not JSON ({error})"
-    return stem
+    return name
+
+
+def _stem(name: PurePosixPath) -> str:
+    """What the members of a sample have in common."""
+    return str(name.with_suffix(""))
 
 
 def picture_names(names: Iterable[str], suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> list[str]:
@@ -310,10 +320,8 @@ def find_damaged(pictures: Sequence[PictureFile], notes: Path | None = None) -> 
 
 def _state(picture: PictureFile) -> str:
     """What changes when the file does."""
-    try:
+    with explain_vanished():
         status = picture.path.stat()
-    except OSError as error:
-        raise DataError(f"{picture.path}: cannot be read any more ({error.strerror}): start again") from error
     return f"{picture.path}\0{picture.offset}\0{status.st_size}\0{status.st_mtime_ns}"
 
 

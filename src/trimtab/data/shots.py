@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimtab.data.labelled import LabelledPictures
-from trimtab.data.shards import PictureFile
+from trimtab.data.shards import PictureFile, explain_vanished
 from trimtab.errors import DataError
 from trimtab.files import digest_of
 
@@ -132,11 +132,9 @@ def _ranked(part: LabelledPictures, seed: int, stream: str) -> list[np.ndarray]:
 
 def _content(image: PictureFile) -> str:
     """What changes with a picture's bytes."""
-    try:
+    with explain_vanished(image):
         status = image.path.stat()
         return _digest(image, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise DataError(f"{image}: cannot be read any more ({error.strerror}): start again") from error
 
 
 @functools.lru_cache(maxsize=1 << 17)
