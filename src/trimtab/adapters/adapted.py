@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -201,9 +201,7 @@ def load_language(described: AdapterFile, base: DualEncoder, student: TextEncode
     assert described.student is not None
     adapter = build_language_adapter(described)
     load_into(adapter, described)
-    english = described.config.get("english")
-    if english not in ("route", "adapter"):
-        raise ModelError(f"{described.folder}/adapter.json has english={english!r} rather than 'route' or 'adapter'")
+    english = where_english_goes(described)
     return LanguageAdapted(
         base,
         student,
@@ -213,6 +211,18 @@ def load_language(described: AdapterFile, base: DualEncoder, student: TextEncode
         name=str(described.folder),
         folder=described.folder,
     )
+
+
+def where_english_goes(described: AdapterFile) -> Literal["route", "adapter"]:
+    """Which way an adapted folder sends English texts; see `LanguageAdapted`.
+
+    Raises:
+        ModelError: the folder does not say, or names another way.
+    """
+    english = described.config.get("english")
+    if english not in ("route", "adapter"):
+        raise ModelError(f"{described.folder}/adapter.json has english={english!r} rather than 'route' or 'adapter'")
+    return cast(Literal["route", "adapter"], english)
 
 
 def build_language_adapter(described: AdapterFile) -> LanguageAdapter:

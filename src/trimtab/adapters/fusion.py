@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.adapters.adapted import LanguageAdapted, load_student
+from trimtab.adapters.adapted import LanguageAdapted, load_student, where_english_goes
 from trimtab.adapters.files import (
     DESCRIPTION_FILE,
     BaseReference,
@@ -245,16 +245,13 @@ def load_fusion_adapted(
             input_dim=int(described.config["input_dim"]),
             output_dim=int(described.config["output_dim"]),
         )
-        english = described.config["english"]
-        if english not in ("route", "adapter"):
-            raise ValueError(f"english={english!r} rather than 'route' or 'adapter'")
     load_into(adapter, described)
     return FusionAdapted(
         base,
         student,
         adapter,
         layers=described.student.layers,
-        english=english,
+        english=where_english_goes(described),
         name=str(folder),
         folder=Path(folder),
     )
