@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,29 @@ from trimtab.towers.classifier import Classifier
 
 CLASSES = ["cat", "dog", "狗"]
 COLORS = {"red.png": (200, 30, 30), "green.png": (30, 200, 30), "blue.png": (30, 30, 200)}
+
+
+@dataclass
+class Held:
+    """Passes of a service that wait for `hold`: what each was given, and whether one was entered."""
+
+    hold: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+    passes: list[list[Any]] = field(default_factory=list)
+
+
+def hold_passes(service: Service, kind: str = "text") -> Held:
+    """From now on the service's passes of a kind wait, ten seconds at most."""
+    held, real = Held(), service.batcher.forwards[kind]
+
+    def slow(items: list[Any]) -> Any:
+        held.passes.append(list(items))
+        held.entered.set()
+        held.hold.wait(10)
+        return real(items)
+
+    service.batcher.forwards[kind] = slow
+    return held
 
 
 @pytest.fixture(scope="module")
@@ -259,17 +283,9 @@ def test_a_body_above_the_limit_is_refused_before_it_is_read(server: Running) ->
 
 def test_a_full_queue_says_so(tiny_base: Callable[[str], Any]) -> None:
     service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(queue=3))
-    hold, entered = threading.Event(), threading.Event()
-    real = service.batcher.forwards["text"]
-
-    def slow(texts: list[Any]) -> Any:
-        entered.set()
-        hold.wait(10)
-        return real(texts)
-
-    service.batcher.forwards["text"] = slow
+    held = hold_passes(service)
     with running(service) as server:
-        threading.Timer(0.3, hold.set).start()
+        threading.Timer(0.3, held.hold.set).start()
         answers = server.post_all([("/v1/embeddings", {"input": ["a", "b"]})] * 4)
     assert sorted(one.status_code for one in answers) == [200, 429, 429, 429]
     refused = next(one for one in answers if one.status_code == 429)
@@ -285,51 +301,38 @@ def test_what_could_never_fit_into_the_queue_is_not_told_to_come_again(tiny_base
 
 def test_a_pass_that_takes_too_long_gives_504(tiny_base: Callable[[str], Any]) -> None:
     service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(timeout=0.2))
-    hold = threading.Event()
-    real = service.batcher.forwards["text"]
-    service.batcher.forwards["text"] = lambda texts: (hold.wait(10), real(texts))[1]
+    held = hold_passes(service)
     with running(service) as server:
         answer = server.post("/v1/embeddings", {"input": "a"})
         assert answer.status_code == 504
-        hold.set()
+        held.hold.set()
         assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
         assert service.batcher.reserved == 0
 
 
 def test_what_a_client_that_left_had_asked_for_is_not_computed(tiny_base: Callable[[str], Any]) -> None:
     service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(max_batch=2))
-    hold, entered, passes = threading.Event(), threading.Event(), []
-    real = service.batcher.forwards["text"]
-
-    def slow(texts: list[Any]) -> Any:
-        passes.append(list(texts))
-        entered.set()
-        hold.wait(10)
-        return real(texts)
-
-    service.batcher.forwards["text"] = slow
+    held = hold_passes(service)
     site = Site(service)
     try:
         with contextlib.suppress(httpx.ReadTimeout):
             httpx.post(f"{site.address}v1/embeddings", json={"input": ["left"] * 100}, timeout=0.5, trust_env=False)
-        assert entered.wait(10)
+        assert held.entered.wait(10)
         while service.batcher.reserved:
             time.sleep(0.01)
         assert service.batcher.waiting == 0
-        hold.set()
+        held.hold.set()
         answer = httpx.post(f"{site.address}v1/embeddings", json={"input": ["a"]}, timeout=30, trust_env=False)
         assert answer.status_code == 200
     finally:
         site.close()
-    assert passes == [["left", "left"], ["a"]]
+    assert held.passes == [["left", "left"], ["a"]]
     assert service.metrics.requests.value("/v1/embeddings", "499") == 1
 
 
 def test_a_text_that_is_refused_takes_its_pictures_with_it(tiny_base: Callable[[str], Any]) -> None:
     service = Service(tiny_base("clip"), name="tiny")
-    hold = threading.Event()
-    real = service.batcher.forwards["image"]
-    service.batcher.forwards["image"] = lambda pixels: (hold.wait(10), real(pixels))[1]
+    held = hold_passes(service, "image")
     submit = service.batcher.submit
 
     async def refuse_texts(kind: str, items: Any) -> Any:
@@ -342,36 +345,26 @@ def test_a_text_that_is_refused_takes_its_pictures_with_it(tiny_base: Callable[[
         sent = ["a", *[{"image": data_uri(png())}] * 40]
         assert server.post("/v1/embeddings", {"input": sent}).status_code == 413
         assert service.batcher.waiting == 0
-        hold.set()
+        held.hold.set()
 
 
 def test_classes_take_turns_with_texts_of_others(tiny_base: Callable[[str], Any]) -> None:
     service = Service(tiny_base("clip"), name="tiny")
-    passes: list[list[str]] = []
-    hold, entered = threading.Event(), threading.Event()
-    real = service.batcher.forwards["text"]
-
-    def slow(texts: list[Any]) -> Any:
-        passes.append(list(texts))
-        entered.set()
-        hold.wait(10)
-        return real(texts)
-
-    service.batcher.forwards["text"] = slow
+    held = hold_passes(service)
     body = {"image": data_uri(png()), "classes": [f"class {at}" for at in range(100)]}
     with running(service) as server:
         large = asyncio.run_coroutine_threadsafe(server.client.post("/v1/classify", json=body), server.loop)
-        assert entered.wait(10)
+        assert held.entered.wait(10)
         small = asyncio.run_coroutine_threadsafe(
             server.client.post("/v1/embeddings", json={"input": "small"}), server.loop
         )
         while service.batcher.reserved < 2:
             time.sleep(0.01)
-        hold.set()
+        held.hold.set()
         assert small.result(30).status_code == 200
         assert len(large.result(30).json()["data"][0]["labels"]) == 5
-    assert sum("small" in one for one in passes[:3]) == 1
-    assert len(passes) > 20
+    assert sum("small" in one for one in held.passes[:3]) == 1
+    assert len(held.passes) > 20
 
 
 class Decoder:
