@@ -178,6 +178,12 @@ def test_class_folders(tmp_path: Path) -> None:
     ]
 
 
+def test_pictures_of_a_phone_are_counted(tmp_path: Path) -> None:
+    save_pictures(tmp_path, ["dog/a.png", "dog/b.avif", "cat/c.png", "cat/d.png"])
+    (tmp_path / "cat" / "e.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert load_pairs([PairSource(str(tmp_path), templates=("{}",))]).counts == PairCounts(kept=4, unreadable=1)
+
+
 def test_names_that_are_not_utf8_cost_their_own_pictures(tmp_path: Path) -> None:
     # As archives that were packed on other systems leave them.
     save_pictures(tmp_path, ["dog/a.png", "dog/b.png", "odd/c.png", "cat/d.png"])

@@ -51,7 +51,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM"])
 def test_formats_on_the_list_decode_to_rgb(format: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.bin"  # the content tells the format, not the name
     path.write_bytes(encoded(halves(), format))
@@ -61,7 +61,7 @@ def test_formats_on_the_list_decode_to_rgb(format: str, tmp_path: Path) -> None:
         assert np.abs(np.asarray(image)[4, 2].astype(int) - RED).max() < 60
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_truncated_files_are_refused(format: str, share: float) -> None:
     data = encoded(noise((64, 48)), format)
@@ -174,16 +174,16 @@ def test_rgb_with_a_transparent_colour_is_composited() -> None:
     assert tuple(pixels[0, 15]) == BLUE
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "AVIF", "PNG", "TIFF"])
 def test_animations_give_their_first_frame(format: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE, (0, 255, 0))]
-    options = {"lossless": True} if format == "WEBP" else {}
+    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(format, {})
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert np.abs(np.asarray(read_image(data))[4, 4].astype(int) - RED).max() < 6
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
 def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     from PIL import ImageOps
 
@@ -217,7 +217,7 @@ def test_pillow_warns_about_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
     animated = encoded(Image.new("L", (16, 8)), "GIF", save_all=True, append_images=[Image.new("L", (16, 8), 9)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for data in (*(encoded(halves(), name) for name in ("JPEG", "PNG", "WEBP", "BMP", "TIFF")), animated):
+        for data in (*(encoded(halves(), name) for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF")), animated):
             assert read_image(data).size == (16, 8)
     assert Image.MAX_IMAGE_PIXELS == 100
 
@@ -238,7 +238,8 @@ def test_own_cap_counts_for_every_source() -> None:
         (b"\n <html><body>403", "web page"),
         (b'<?xml version="1.0"?><svg xmlns="x"/>', "SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported format HEIC"),
-        (b"\0\0\0\x18ftypavif\0\0\0\0mif1", "unsupported format AVIF"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "unsupported format HEIC"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1miaf", "AVIF"),
         (b"%PDF-1.7", "PDF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported format EPS"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
@@ -375,7 +376,7 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
         read_image(data, max_pixels=1000)
 
 
-GOOD = [encoded(noise((24, 18)), name) for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]
+GOOD = [encoded(noise((24, 18)), name) for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")]
 
 
 @settings(max_examples=300, deadline=None)

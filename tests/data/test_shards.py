@@ -51,6 +51,19 @@ def test_samples_join_members_of_a_stem(tmp_path: Path) -> None:
     assert pictures[1].name == "s.tar/a/002.webp"
 
 
+def test_a_picture_of_a_phone_is_told_and_not_passed_over(tmp_path: Path) -> None:
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    members = [("1.heic", heic), ("1.txt", "alone"), ("2.heic", heic), ("2.jpg", picture_bytes(2)), ("3.svg", "<svg/>")]
+    samples, _ = read_shard(write_shard(tmp_path / "s.tar", members))
+    found = {stem: sample.picture for stem, sample in samples.items()}
+    assert all(isinstance(one, PictureFile) for one in found.values())
+    damaged = find_damaged([one for one in found.values() if isinstance(one, PictureFile)])
+    assert {one.name: reason.split(":")[0] for one, reason in damaged.items()} == {
+        "s.tar/1.heic": "unsupported format HEIC",  # beside a JPEG it is not needed
+        "s.tar/3.svg": "unsupported format SVG",
+    }
+
+
 def test_patterns_of_shards(tmp_path: Path) -> None:
     for name in ("s-008.tar", "s-009.tar", "s-010.tar", "t-1-1.tar", "t-1-2.tar", "t-2-1.tar", "t-2-2.tar"):
         (tmp_path / name).touch()
@@ -319,4 +332,4 @@ def test_damaged_pictures_are_found_and_noted(tmp_path: Path, monkeypatch: pytes
 
 def test_picture_names() -> None:
     assert picture_names(["b.JPG", "a.png", ".a.png", "a.txt", "png", "c.jpeg"]) == ["a.png", "b.JPG", "c.jpeg"]
-    assert picture_names(["a.jfif", "b.JPE", "c.heic"]) == ["a.jfif", "b.JPE"]
+    assert picture_names(["a.jfif", "b.JPE", "c.avif", "d.pdf", "._e.png"]) == ["a.jfif", "b.JPE", "c.avif"]

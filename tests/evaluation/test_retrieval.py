@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +53,19 @@ def test_skipped_images_take_the_texts_with_them_that_have_no_other() -> None:
     told = result.as_json()
     assert (told["n_skipped"], told["n_lost_texts"]) == (1, 1)
     assert told["skipped"] == [{"source": "bad", "reason": "truncated"}]
+
+
+def test_texts_that_the_model_reads_alike_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = TableModel({"x": X, "y": Y, "z": Z}, {"an x": X, "An x": X, "a y": Y, "A y": Y, "a z": Z})
+    # Both texts of y belong to one picture, so that their tie takes nothing.
+    texts = ["an x", "a y", "A y", "a z"]
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        assert retrieve(model, Pairs(["x", "y", "z"], texts, [(0, 0), (1, 1), (1, 2), (2, 3)])).mR == 100.0
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        found = retrieve(model, Pairs(["x", "y", "z"], ["an x", "a y", "An x"], [(0, 0), (1, 1), (2, 2)]))
+    assert found.mR < 100
+    assert ["'an x' and 'An x' alike:" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_images_embedded_once_serve_several_texts() -> None:

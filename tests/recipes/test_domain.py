@@ -207,6 +207,7 @@ def test_the_folder_says_what_it_is(finished: dict[str, Any]) -> None:
     card = (out / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "trimtab"
     assert "96 pairs of 96 pictures and 12\ncaptions" in card
+    assert str(out.parent) not in card
 
 
 def test_info_describes_it(finished: dict[str, Any]) -> None:

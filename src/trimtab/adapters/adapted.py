@@ -153,6 +153,8 @@ def load_adapted(
     described = read_adapter(folder)
     if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
+    if student is not None and described.student is None:
+        raise ModelError(no_student(folder))
     if base is None:
         base = find_place(folder, "base", described.base.name)
     if not isinstance(base, DualEncoder):
@@ -162,8 +164,6 @@ def load_adapted(
         )
     check_base(described, base)
     if described.student is None:
-        if student is not None:
-            raise ModelError(f"{folder} is a {described.link} adapter without a student: student has no meaning for it")
         return _WITHOUT_STUDENT[described.link](described, base, str(folder), Path(folder))
     student = load_student(described, student=student, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if described.link == "fusion":
@@ -171,6 +171,11 @@ def load_adapted(
 
         return load_fusion_adapted(folder, base=base, student=student)
     return load_language(described, base, student)
+
+
+def no_student(*folders: object) -> str:
+    """What to say where a student is given to adapted folders that have none."""
+    return f"{' and '.join(map(str, folders))}: no language link, so there is no student to be found elsewhere"
 
 
 def load_student(described: AdapterFile, *, student: str | Path | TextEncoder | None, **options: Any) -> TextEncoder:

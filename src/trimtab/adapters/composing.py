@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
-from trimtab.adapters.adapted import LanguageAdapted, load_language, load_student
+from trimtab.adapters.adapted import LanguageAdapted, load_language, load_student, no_student
+from trimtab.adapters.cards import card_head, shown_name
 from trimtab.adapters.composed import LINKS, Composed
 from trimtab.adapters.domain import DomainAdapted, load_domain
 from trimtab.adapters.files import (
@@ -56,6 +57,8 @@ def load_composed(
         ModelError: links that do not go together; the message says why.
     """
     names, found, known = _sort(parts)
+    if student is not None and "language" not in found:
+        raise ModelError(no_student(*parts))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     root = _root_name(names, found)
     if base is None and not names:
@@ -239,7 +242,9 @@ def _check_fingerprint(model: Composed, folder: Path) -> None:
 def _card(model: Composed) -> str:
     lines = [f"- `{name}/`, from `{Path(link.folder).name}`" for name, link in model.links.items()]
     aliases = f"\n{len(model.aliases)} other names of classes are in `{COMPOSED_FILE}`.\n" if model.aliases else ""
+    student = [model.links["language"].student.name] if "language" in model.links else []
+    head = card_head(["clip", *model.links], models=[model.base.name, *student])
     return (
-        f"# {' and '.join(model.links)} on {Path(model.base.name).name}\n\nA model of Trimtab: adapters, without the "
-        "base. `trimtab.load` on this folder gives it.\n\n" + "\n".join(lines) + f"\n{aliases}"
+        f"{head}\n# {' and '.join(model.links)} on {shown_name(model.base.name)}\n\nA model of Trimtab: adapters, "
+        "without the base. `trimtab.load` on this folder gives it.\n\n" + "\n".join(lines) + f"\n{aliases}"
     )

@@ -1,4 +1,4 @@
-"""Names of classes that a model cannot tell apart."""
+"""Names of classes, and other texts, that a model cannot tell apart."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ def warn_of_equal(names: Sequence[str], vectors: np.ndarray, *, tie: float = 1e-
         vectors: (C, F), one per name.
         tie: numbers closer than this are equal.
     """
-    # Equal vectors are neighbours along any direction, so that not all pairs need comparing.
-    order = np.argsort(vectors @ np.random.default_rng(0).standard_normal(vectors.shape[1]), kind="stable")
-    differences = np.abs(np.diff(vectors[order], axis=0)).max(axis=1)
-    pairs = [sorted(order[at : at + 2].tolist()) for at in np.flatnonzero(differences <= tie)]
+    pairs = equal_rows(vectors, tie=tie)
     if pairs:
         one, other = min(pairs)
         more = f" (and {len(pairs) - 1:,} more such pairs)" if len(pairs) > 1 else ""
@@ -33,3 +30,14 @@ def warn_of_equal(names: Sequence[str], vectors: np.ndarray, *, tie: float = 1e-
             names[other],
             more,
         )
+
+
+def equal_rows(vectors: np.ndarray, *, tie: float = 1e-6) -> list[list[int]]:
+    """Pairs of rows of (N, F) that are equal, the lower number first; of K equal ones K - 1 pairs."""
+    # Equal vectors are neighbours along any direction, so that not all pairs need comparing.
+    direction = np.random.default_rng(0).standard_normal(vectors.shape[1])
+    along = vectors @ direction
+    order = np.argsort(along, kind="stable")
+    near = np.flatnonzero(np.diff(along[order]) <= tie * np.abs(direction).sum())
+    differences = np.abs(vectors[order[near]] - vectors[order[near + 1]]).max(axis=1, initial=0)
+    return [sorted(order[at : at + 2].tolist()) for at in near[differences <= tie]]

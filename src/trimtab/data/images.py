@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -40,6 +41,7 @@ FORMATS = {
     "BMP": BmpImagePlugin,
     "TIFF": TiffImagePlugin,
     "PPM": PpmImagePlugin,
+    "AVIF": AvifImagePlugin,
 }
 
 _TIFF_BITS = 0x0102  # BitsPerSample
@@ -54,6 +56,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_AVIF_BRANDS = {b"avif", b"avis"}
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]+://|(?:data|file|pipe):)")
 
 
@@ -199,7 +203,8 @@ def _read_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(name, "the file is empty")
     for format_name in FORMATS:
         factory, accept = Image.OPEN[format_name]
-        if accept is None or accept(prefix.ljust(16, b"\0")) is True:  # shorter ones make some of them fail
+        # Shorter prefixes make some of them fail; one that was built without its codec answers with a text.
+        if (accept is None or accept(prefix.ljust(16, b"\0")) is True) and _is_rightly(format_name, prefix):
             break
     else:
         raise ImageError(name, _what_it_is_instead(prefix))
@@ -214,6 +219,19 @@ def _read_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         except Exception as error:  # decoders fail in every way on arbitrary bytes
             raise ImageError(name, _explain(error, format_name, max_pixels)) from error
         return _decode(image, name, max_pixels)
+
+
+def _is_rightly(format_name: str, prefix: bytes) -> bool:
+    """Whether a plugin may have what it accepts: AVIF's takes all containers of its kind, of which phones' are HEIC."""
+    return format_name != "AVIF" or bool(_AVIF_BRANDS & _brands(prefix))
+
+
+def _brands(prefix: bytes) -> set[bytes]:
+    """What a file of the ISO base media format says it is, the first word and those it is compatible with."""
+    if prefix[4:8] != b"ftyp":
+        return set()
+    end = min(len(prefix), int.from_bytes(prefix[:4], "big"))
+    return {prefix[8:12], *(prefix[at : at + 4] for at in range(16, end - 3, 4))}
 
 
 @contextlib.contextmanager
@@ -335,11 +353,11 @@ def _what_it_is_instead(prefix: bytes) -> str:
         return "is a web page, not an image (a download that failed?): fetch it again"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not an image: run 'git lfs pull'"
-    if prefix[4:8] == b"ftyp":
-        brand = prefix[8:12].decode("ascii", "replace")
-        kind = {"avif": "AVIF", "avis": "AVIF"}.get(brand, "HEIC")
-        if brand in ("avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"):
-            return f"unsupported format {kind}: convert it to JPEG or PNG"
+    if brands := _brands(prefix):
+        if brands & _AVIF_BRANDS:  # this Pillow was built without it
+            return "unsupported format AVIF: convert it to JPEG or PNG, or install Pillow from PyPI"
+        if brands & _HEIC_BRANDS:
+            return "unsupported format HEIC: convert it to JPEG or PNG"
     for magic, kind in ((b"%pdf", "PDF"), (b"%!ps", "EPS"), (b"8bps", "PSD"), (b"\x00\x00\x01\x00", "ICO")):
         if start.startswith(magic):
             return f"unsupported format {kind}: convert it to JPEG or PNG"

@@ -24,7 +24,12 @@ from trimtab.data.images import DEFAULT_MAX_PIXELS, ImageError, StoredPicture, i
 from trimtab.errors import DataError
 from trimtab.files import digest_of, write_json
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+UNREADABLE_SUFFIXES = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".svg")
+"""Of pictures in formats that are not read: they are counted and listed, not passed over."""
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
+    *UNREADABLE_SUFFIXES,
+)
 """What a file in a folder of pictures, or a member of a shard, is named when it is a picture."""
 NOT_UTF8 = "the name is not UTF-8: rename it, for example with convmv"
 """Why a file whose `readable_name` is another one is left out."""
@@ -259,7 +264,7 @@ def _add(
     if suffix in PICTURE_SUFFIXES:
         if not plain:
             sample.picture = f"{name} is a link or a sparse file, and these are not followed: pack the file itself"
-        elif isinstance(sample.picture, str):
+        elif isinstance(sample.picture, str) or sample.picture.name.lower().endswith(UNREADABLE_SUFFIXES):
             sample.picture = PictureFile(path, f"{path.name}/{name}", member.offset_data, member.size)
         return name
     if not plain or member.size > _MAX_TEXT:
@@ -286,9 +291,9 @@ def _stem(name: PurePosixPath) -> str:
     return str(name.with_suffix(""))
 
 
-def picture_names(names: Iterable[str], suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> list[str]:
+def picture_names(names: Iterable[str]) -> list[str]:
     """Those that name pictures, sorted; hidden files, such as a Mac's `._a.jpg`, are none."""
-    return sorted(name for name in names if not name.startswith(".") and name.lower().endswith(suffixes))
+    return sorted(name for name in names if not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES))
 
 
 def readable_name(name: str) -> str:

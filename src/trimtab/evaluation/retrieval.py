@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from trimtab.data.classes import equal_rows
 from trimtab.errors import DataError
 from trimtab.evaluation.embedding import EmbeddedImages, Encoder, Skipped, embed_images, embed_texts
 from trimtab.evaluation.ranking import CHUNK, Hubness, Ranks, rank_embeddings, rank_similarity
 
 DEFAULT_KS = (1, 5, 10)
+_SHOWN = 80  # letters of a text in a message
+logger = logging.getLogger(__name__)
 
 
 class Pairs(Protocol):
@@ -140,7 +144,8 @@ def retrieve(
 ) -> RetrievalResult:
     """Evaluate retrieval.
 
-    Images that cannot be read are left out together with the texts that have no other image, and counted.
+    Images that cannot be read are left out together with the texts that have no other image, and counted. Where the
+    model reads texts of different images alike, a warning names them.
 
     Args:
         model: encodes both sides.
@@ -176,10 +181,12 @@ def retrieve(
     text_place[kept] = np.arange(len(kept))
 
     texts = embed_texts(model, [pairs.texts[at] for at in kept.tolist()], progress=progress)
+    matches = np.stack([new_place[positives[:, 0]], text_place[positives[:, 1]]], axis=1)
+    _warn_of_equal([pairs.texts[at] for at in kept.tolist()], texts, matches)
     ranks = rank_embeddings(
         embedded.embeddings,
         texts,
-        np.stack([new_place[positives[:, 0]], text_place[positives[:, 1]]], axis=1),
+        matches,
         hubness=hubness,
         logit_scale=float(getattr(model, "logit_scale", 100.0)),
         chunk=chunk,
@@ -196,6 +203,31 @@ def retrieve(
         image_positions=embedded.positions,
         text_positions=kept,
     )
+
+
+def _warn_of_equal(texts: Sequence[str], embeddings: np.ndarray, matches: np.ndarray) -> None:
+    """Log a warning that names texts of equal embeddings that belong to different images."""
+    alike = equal_rows(embeddings)
+    if not alike:
+        return
+    images: dict[int, set[int]] = {}
+    for image, text in matches.tolist():
+        images.setdefault(text, set()).add(image)
+    alike = [(one, other) for one, other in alike if images.get(one, set()) != images.get(other, set())]
+    if alike:
+        one, other = min(alike)
+        more = f" (and {len(alike) - 1:,} more such pairs)" if len(alike) > 1 else ""
+        logger.warning(
+            "the model reads the texts %r and %r alike%s: pictures of one find the other as well, and a tie counts as "
+            "wrong. They differ in what its tokenizer drops, or after its last token: write them otherwise, or as one",
+            _shortened(texts[one]),
+            _shortened(texts[other]),
+            more,
+        )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _recall(ranks: Ranks, ks: Sequence[int]) -> Recall:

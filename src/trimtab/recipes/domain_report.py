@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import trimtab
+from trimtab.adapters.cards import card_head, shown_name
 from trimtab.config import DomainRecipe, to_yaml
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.evaluation.blocks import Block, Facts, Tile
@@ -178,9 +179,11 @@ def model_card(recipe: DomainRecipe, metrics: dict[str, float], outcome: dict[st
         f"| {key} | {f'{before[key]:.3g}' if key in before else '–'} | {value:.3g} |" for key, value in metrics.items()
     )
     share = 100 * outcome["trained_parameters"] / outcome["base_parameters"]
+    base = shown_name(recipe.base)
+    relation = "adapter" if recipe.method == "adapter" else "finetune"
     if recipe.method == "adapter":
         what = (
-            f"Adapters for a business domain, beside layers of the frozen base `{recipe.base}`. This folder holds the "
+            f"Adapters for a business domain, beside layers of the frozen base `{base}`. This folder holds the "
             "adapters alone; the base is\nloaded from its own place and checked by its fingerprint. `model.alpha` is a "
             "dial: 0 is the base, 1 the model as trained."
         )
@@ -195,11 +198,8 @@ def model_card(recipe: DomainRecipe, metrics: dict[str, float], outcome: dict[st
                 "captions."
             )
     else:
-        what = f"The base `{recipe.base}`, adapted to a business domain by {METHODS[recipe.method].label}."
-    return f"""---
-library_name: trimtab
-tags: [clip, domain, {"adapter" if recipe.method == "adapter" else recipe.method}]
----
+        what = f"The base `{base}`, adapted to a business domain by {METHODS[recipe.method].label}."
+    return f"""{card_head(["clip", "domain", recipe.method], models=[recipe.base], relation=relation)}
 # {name}
 
 {what} It was trained on {outcome["pairs"]:,} pairs of {outcome["images"]:,} pictures and {outcome["captions"]:,}

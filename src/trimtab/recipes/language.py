@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.adapters.cards import card_head, shown_name
 from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
 from trimtab.adapters.language import LanguageAdapter, masked_mean
 from trimtab.adapters.ridge import RidgeSums
@@ -405,16 +405,18 @@ def model_card(recipe: LanguageRecipe, languages: list[str], metrics: dict[str, 
     """What a reader of the folder wants to know first."""
     name = Path(recipe.out).name
     figures = "\n".join(f"| {key} | {value:.3g} |" for key, value in metrics.items())
-    return f"""---
-library_name: trimtab
-language: {json.dumps([*languages, "en"])}
-tags: [clip, multilingual, adapter]
----
+    head = card_head(
+        ["clip", "multilingual", "adapter"],
+        models=[recipe.base, recipe.student.name],
+        languages=[*languages, "en"],
+    )
+    return f"""{head}
 # {name}
 
-A language adapter: it lets the frozen base `{recipe.base}` read {", ".join(languages)} through the frozen text encoder
-`{recipe.student.name}`. It was trained on {outcome["pairs"]:,} pairs of parallel text and saw no image. This folder
-holds the adapter alone; base and student are loaded from their own places and checked by fingerprint.
+A language adapter: it lets the frozen base `{shown_name(recipe.base)}` read {", ".join(languages)} through the frozen
+text encoder `{shown_name(recipe.student.name)}`. It was trained on {outcome["pairs"]:,} pairs of parallel text and
+saw no image. This folder holds the adapter alone; base and student are loaded from their own places and checked by
+fingerprint.
 
 ```python
 import trimtab

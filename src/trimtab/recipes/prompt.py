@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trimtab.adapters.adapted import load
+from trimtab.adapters.cards import card_head, shown_name
 from trimtab.adapters.composing import read_composed
 from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.files import is_adapted_folder, is_composed_folder, read_adapter
@@ -290,15 +291,12 @@ def model_card(
     some = ", ".join(fitted.classes[:10]) + (
         f" and {len(fitted.classes) - 10} more" if len(fitted.classes) > 10 else ""
     )
-    return f"""---
-library_name: trimtab
-tags: [clip, prompt, {recipe.method}]
----
+    return f"""{card_head(["clip", "prompt", recipe.method], models=[recipe.base])}
 # {name}
 
-Prompts for the frozen base `{recipe.base}`, learned from {outcome["pictures"]["train"]:,} labelled pictures of
-{len(fitted.classes):,} classes: {some}. This folder holds what was learned alone ({outcome["trained_parameters"]:,}
-numbers); the base is loaded from its own place and checked by its fingerprint.
+Prompts for the frozen base `{shown_name(recipe.base)}`, learned from {outcome["pictures"]["train"]:,} labelled
+pictures of {len(fitted.classes):,} classes: {some}. This folder holds what was learned alone
+({outcome["trained_parameters"]:,} numbers); the base is loaded from its own place and checked by its fingerprint.
 
 ```python
 import trimtab

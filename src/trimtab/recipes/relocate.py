@@ -40,8 +40,6 @@ def relocate(
     if not places:
         raise ModelError(f"say where the models of {folder} are now: the base, the student or both")
     described = {path: _read(path) for path in _descriptions(folder)}
-    if student is not None and not any(one.get("student") for one in described.values()):
-        raise ModelError(f"{folder} has no language link, and so no student")
     where: dict[str, Any] = dict(places)
     load(folder, device="cpu", **where)
     # Prompts of a composed folder may name another link's folder as their base: that stays.

@@ -20,7 +20,6 @@ from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text
 from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import (
     NOT_UTF8,
-    PICTURE_SUFFIXES,
     PictureFile,
     ShardSample,
     expand_shards,
@@ -31,9 +30,6 @@ from trimtab.data.shards import (
 from trimtab.errors import DataError
 from trimtab.files import digest_of
 from trimtab.serve.store import SCORE, SOURCE_COLUMN, VECTOR, Kind
-
-# Pictures that no decoder is there for: they are listed with the reason, rather than passed over.
-_UNREADABLE = (".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +157,7 @@ class Input:
                 if (Path(where) / name).is_symlink():
                     linked = readable_name((below / name).as_posix())
                     yield Item(linked, linked, (), "is a link to a folder, which is not followed: copy the folder")
-            for name in picture_names(files, (*PICTURE_SUFFIXES, *_UNREADABLE)):
+            for name in picture_names(files):
                 picture = (below / name).as_posix()
                 if (shown := readable_name(picture)) != picture:
                     yield Item(shown, shown, (), NOT_UTF8)
