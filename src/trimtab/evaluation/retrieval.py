@@ -213,7 +213,7 @@ def _warn_of_equal(texts: Sequence[str], embeddings: np.ndarray, matches: np.nda
     images: dict[int, set[int]] = {}
     for image, text in matches.tolist():
         images.setdefault(text, set()).add(image)
-    alike = [(one, other) for one, other in alike if images.get(one, set()) != images.get(other, set())]
+    alike = [pair for pair in alike if images.get(pair[0], set()) != images.get(pair[1], set())]
     if alike:
         one, other = min(alike)
         more = f" (and {len(alike) - 1:,} more such pairs)" if len(alike) > 1 else ""
