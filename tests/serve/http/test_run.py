@@ -23,7 +23,7 @@ from tiny_server import data_uri, png
 from trimtab.errors import TrimtabError
 from trimtab.serve.embed import embed
 from trimtab.serve.http.options import ServeOptions
-from trimtab.serve.http.run import bind, serve, served_name
+from trimtab.serve.http.run import bind, called, serve, served_name
 from trimtab.serve.indexing import build_index
 
 
@@ -46,6 +46,19 @@ def test_a_port_in_use_is_told() -> None:
 def test_addresses_that_cannot_be_had(host: str, port: int, words: str) -> None:
     with pytest.raises(TrimtabError, match=words):
         bind(host, port)
+
+
+_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems have to be told of the address first")
+
+
+@pytest.mark.parametrize(
+    ("host", "named"), [("127.0.0.1", True), pytest.param("127.0.0.2", True, marks=_LINUX), ("0.0.0.0", False)]
+)
+def test_a_server_of_this_machine_alone_has_its_own_names(host: str, named: bool) -> None:
+    with contextlib.closing(bind(host, 0)) as listener:
+        names = called(listener)
+    assert (names is not None) == named
+    assert names is None or {host, "localhost"} <= names
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "schlüssel"])

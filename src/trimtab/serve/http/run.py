@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
 import signal
@@ -60,7 +61,7 @@ def serve(
         raise TrimtabError("--pictures needs --index: pictures are shown as what a search finds")
     listener = bind(host, port)  # before minutes are spent on loading
     try:
-        app, service = _build(model, index, pictures, names, options, device, key, _is_loopback(listener))
+        app, service = _build(model, index, pictures, names, options, device, key, called(listener))
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -75,7 +76,7 @@ def serve(
         _log_to_stderr()
         address = _address(listener)
         tell(f"{service.name} on {address} (Ctrl-C stops it)")
-        if key is None and not _is_loopback(listener):
+        if key is None and called(listener) is None:
             logger.warning("whoever reaches this machine may use the server: set --api-key-env to ask for a key")
         _run(uvicorn.Server(config), listener)
         tell("stopped")
@@ -121,7 +122,7 @@ def _build(
     options: ServeOptions,
     device: str,
     key: str | None,
-    loopback: bool,
+    host_names: frozenset[str] | None,
 ) -> tuple[Any, Any]:
     from trimtab.serve.http.app import create_app
     from trimtab.serve.http.service import Service, check_index
@@ -140,9 +141,7 @@ def _build(
     service = Service(
         model, name=served_name(model_name), options=options, classes=classes, index=index, thumbnails=thumbnails
     )
-    # On this machine alone, no web page elsewhere shall reach it by a name of its own.
-    names = LOOPBACK_NAMES if loopback else None
-    return create_app(service, api_key=key, host_names=names), service
+    return create_app(service, api_key=key, host_names=host_names), service
 
 
 def served_name(model: str) -> str:
@@ -188,8 +187,11 @@ def _key(variable: str | None) -> str | None:
     return value
 
 
-def _is_loopback(listener: socket.socket) -> bool:
-    return listener.getsockname()[0] in ("127.0.0.1", "::1")
+def called(listener: socket.socket) -> frozenset[str] | None:
+    """The only names that a server which this machine alone can reach answers to, so that no web page elsewhere reaches
+    it by a name of its own; None for one that others can reach."""
+    host = listener.getsockname()[0]
+    return LOOPBACK_NAMES | {host} if ipaddress.ip_address(host).is_loopback else None
 
 
 def _address(listener: socket.socket) -> str:
