@@ -172,14 +172,14 @@ def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
         found = client.post("/v1/search", json={"image": data_uri(png((0, 0, 200))), "k": 1}).json()
         assert found["data"][0]["id"] == "blue.png"
         assert client.get("/v1/thumbnail", params={"id": "blue.png"}).headers["content-type"] == "image/jpeg"
-        # One item a pass: a second or more of work.
+        # One item a pass: a second of work on an idle machine, and well below the time-out on a busy one.
         answers: list[httpx.Response] = []
-        texts = [f"text {number}" for number in range(1000)]
+        texts = [f"text {number}" for number in range(300)]
         asking = threading.Thread(target=lambda: answers.append(client.post("/v1/embeddings", json={"input": texts})))
         asking.start()
         with contextlib.closing(server.client()) as other:
             other.headers["authorization"] = "Bearer key"
-            while "trimtab_items_in_work 1000" not in other.get("/metrics").text:
+            while not re.search(r"^trimtab_items_in_work [1-9]", other.get("/metrics").text, re.MULTILINE):
                 assert asking.is_alive()
         server.popen.send_signal(signal.SIGTERM)
         asking.join(60)
