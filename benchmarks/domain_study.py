@@ -87,6 +87,8 @@ PLACES = {
 STEPS = {
     "logit_scale 20": adapters("objective.logit_scale=20"),
     "label smoothing 0.1": adapters("objective.label_smoothing=0.1"),
+    "label smoothing 0.3": adapters("objective.label_smoothing=0.3"),
+    "weight decay 0.5": adapters("training.weight_decay=0.5"),
     "weights at the end, no mean of those on the way": adapters("training.bell=null"),
     "AdamW, rate 5e-3": adapters("training.optimizer=adamw", "training.learning_rate=5e-3"),
     "batches of 16, rate 7e-3": adapters("training.batch_size=16", "training.learning_rate=7e-3"),

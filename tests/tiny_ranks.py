@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.config import ContrastiveConfig, MemoryBankConfig, TrainingConfig
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch
+from trimtab.errors import TrimtabError
 from trimtab.objectives.contrastive import contrastive_terms, positive_pairs, unique_rows
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
 from trimtab.training import train
@@ -28,6 +29,7 @@ from trimtab.training.distributed import (
     World,
     announce_world,
     average_gradients,
+    check_alike,
     gather_rows,
     make_accelerator,
     rank_slice,
@@ -188,6 +190,16 @@ def trained(world: World, folder: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def unlike(world: World, folder: Path) -> dict[str, Tensor]:
+    """What a rank with other data hears, and the others."""
+    check_alike("the same", world)
+    try:
+        check_alike(f"data of {world.rank}", world)
+    except TrimtabError as error:
+        return {"message": torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
+    raise AssertionError("ranks with different data went on")
+
+
 # -- the memory bank
 
 
@@ -218,6 +230,7 @@ JOBS: dict[str, Callable[[World, Path], dict[str, Tensor]]] = {
     "gradients": gradients,
     "trained": trained,
     "bank": bank,
+    "unlike": unlike,
 }
 
 

@@ -14,7 +14,7 @@ Results = dict[str, list[dict[str, torch.Tensor]]]
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return tiny_ranks.run_ranks("gather,gradients,trained", tmp_path_factory.mktemp("ranks"))
+    return tiny_ranks.run_ranks("gather,gradients,trained,unlike", tmp_path_factory.mktemp("ranks"))
 
 
 def test_one_process_gets_its_own_tensor():
@@ -38,6 +38,11 @@ def test_gradients_of_all_ranks_losses_are_added_up(two_ranks: Results):
     assert second["gradient"].tolist() == [[12, 12]]
     assert first["half_gradient"].dtype == torch.bfloat16
     assert first["half_gradient"].tolist() == [[2, 2]] * 3
+
+
+def test_ranks_with_different_data_are_refused(two_ranks: Results):
+    for result in two_ranks["unlike"]:
+        assert bytes(result["message"].tolist()).decode().startswith("process 1 reads another recipe, other data")
 
 
 def test_ranks_that_disagree_are_told_and_not_left_waiting(two_ranks: Results):

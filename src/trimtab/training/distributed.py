@@ -7,6 +7,7 @@ are means over rows, N processes with B / N rows each take the same steps as one
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,24 @@ def check_world(actual: int, requested: int | None, environment: Mapping[str, st
         raise TrimtabError(
             "accelerate launch was asked for several processes but started one (it does so with --cpu); "
             f"start it with: {_TORCHRUN.format(n=2)}"
+        )
+
+
+def check_alike(digest: str, world: World) -> None:
+    """Refuse ranks that would train on different things, such as copies of the data on several machines.
+
+    Args:
+        digest: of recipe, data and models.
+
+    Raises:
+        TrimtabError: it differs; on all ranks.
+    """
+    number = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:7], "big")
+    numbers = stack_over_ranks(torch.tensor(number), world).tolist()
+    if others := [rank for rank, one in enumerate(numbers) if one != numbers[0]]:
+        raise TrimtabError(
+            f"process {others[0]} reads another recipe, other data or other models than process 0: give every machine "
+            "the same files, or one place that all of them see"
         )
 
 

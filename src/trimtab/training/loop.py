@@ -80,7 +80,8 @@ def train(
             ``skip(n)`` that returns an iterable without the first n batches; a resumed run uses it.
         steps_per_epoch: number of batches in every epoch.
         checkpoint_dir: one run's own folder.
-        digest: names the recipe and data; a checkpoint of another digest is refused.
+        digest: names the recipe and data; a checkpoint of another digest is refused, and so are ranks with different
+            ones.
         validate: epoch -> named numbers, called in eval mode without gradients after every epoch, or as many as
             ``settings.validate_every``. The key ``collapse`` is compared with ``settings.collapse_at``.
         select: keeps the best weights by a number of `validate`; without it the last weights count.
@@ -91,12 +92,13 @@ def train(
     Raises:
         TrainingStopped: NaN or infinite loss, collapse, out of memory, or Ctrl-C (after a checkpoint).
         RecipeError: the checkpoints are of another recipe.
-        TrimtabError: the folder is in use, the disk is full, a tracker is missing.
+        TrimtabError: the folder is in use, the disk is full, a tracker is missing, ranks read different things.
     """
     accelerator = accelerator or distributed.make_accelerator()
     world = distributed.announce_world(settings.processes, accelerator)
     if settings.batch_size < world.size:
         raise RecipeError(f"batch_size={settings.batch_size} must be at least the {world.size} processes")
+    distributed.check_alike(digest, world)
     folder = CheckpointFolder(checkpoint_dir)
     modules.to(world.device)
     run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder)
