@@ -378,6 +378,11 @@ def test_help_and_version_import_nothing_heavy() -> None:
     assert result.stdout.decode().split("\n")[:2] == [f"trimtab {trimtab.__version__}", "heavy: []"]
 
 
+def test_python_finds_the_command_too() -> None:
+    found = subprocess.run([sys.executable, "-m", "trimtab", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == f"trimtab {trimtab.__version__}"
+
+
 def test_errors_go_to_stderr_alone(tmp_path: Path) -> None:
     result = process("adapt", tmp_path / "没有.yaml", LC_ALL="C")
     assert (result.returncode, result.stdout) == (2, b"")
