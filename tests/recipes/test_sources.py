@@ -170,6 +170,14 @@ def test_a_column_for_each_language_of_one_file(recipe: Any, tmp_path: Path) -> 
     assert not sides(text.train)[1] & sides(text.validation)[1]
 
 
+def test_a_language_is_one_however_its_tag_is_written(tmp_path: Path) -> None:
+    tags = ["zh", "ZH", "zh_cn", "zh-CN", "ZH-hans-cn", "en-US", "EN"]
+    rows = "".join(f"目标{number},target {number},{tag}\n" for number, tag in enumerate(tags))
+    (tmp_path / "pairs.csv").write_text(f"target,english,language\n{rows}", encoding="utf-8")
+    read = read_source(TextSource(str(tmp_path / "pairs.csv")))
+    assert read.languages == ["zh", "zh", "zh-CN", "zh-CN", "zh-Hans-CN", "en", "en"]
+
+
 def test_only_english_is_refused(recipe: Any, packages: Callable[..., None]) -> None:
     packages(imagenet21k=[(english, english, 1.0) for _, english in toy_pairs(100)])
     with pytest.raises(DataError, match="all 100 training pairs are English-English"):

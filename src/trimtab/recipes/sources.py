@@ -99,7 +99,8 @@ def read_source(source: TextSource) -> ParallelText:
         heaviest = shuffled[np.argsort(-text.weights[shuffled], kind="stable")]
         text = text.take(np.sort(heaviest[: source.limit]))
     # English is told by its tag, which files write as "EN" or "en-US" too.
-    languages = ["en" if _language_of(tag) == "en" else tag for tag in text.languages]
+    spelt = {tag: "en" if _language_of(tag) == "en" else _canonical(tag) for tag in set(text.languages)}
+    languages = [spelt[tag] for tag in text.languages]
     return ParallelText(text.targets, text.english, languages, text.weights * source.weight)
 
 
@@ -319,6 +320,14 @@ def _english_pairs(train: ParallelText, share: float, seed: int) -> ParallelText
     rng = np.random.default_rng(seed)
     chosen = [known[i] for i in np.sort(rng.permutation(len(known))[: max(0, wanted)])]
     return ParallelText.from_pairs([(text, text) for text in chosen], "en")
+
+
+def _canonical(tag: str) -> str:
+    """A language tag as RFC 5646 recommends to write it, so that ZH and zh are one language."""
+    first, *rest = tag.strip().replace("_", "-").split("-")
+    return "-".join(
+        [first.lower(), *({2: part.upper(), 4: part.title()}.get(len(part), part.lower()) for part in rest)]
+    )
 
 
 def _language_of(locale: str) -> str:
