@@ -325,9 +325,8 @@ def _english_pairs(train: ParallelText, share: float, seed: int) -> ParallelText
 def _canonical(tag: str) -> str:
     """A language tag as RFC 5646 recommends to write it, so that ZH and zh are one language."""
     first, *rest = tag.strip().replace("_", "-").split("-")
-    return "-".join(
-        [first.lower(), *({2: part.upper(), 4: part.title()}.get(len(part), part.lower()) for part in rest)]
-    )
+    spelt = {2: str.upper, 4: str.title}  # a country, a script
+    return "-".join([first.lower(), *(spelt.get(len(part), str.lower)(part) for part in rest)])
 
 
 def _language_of(locale: str) -> str:
