@@ -141,11 +141,11 @@ def retrieve(
     hubness: Hubness = "none",
     progress: bool = False,
     chunk: int = CHUNK,
+    warn: bool = False,
 ) -> RetrievalResult:
     """Evaluate retrieval.
 
-    Images that cannot be read are left out together with the texts that have no other image, and counted. Where the
-    model reads texts of different images alike, a warning names them.
+    Images that cannot be read are left out together with the texts that have no other image, and counted.
 
     Args:
         model: encodes both sides.
@@ -154,6 +154,7 @@ def retrieve(
         hubness: "none" (default), or a transductive correction that is named in the result.
         progress: show bars.
         chunk: see `recall_at_k`.
+        warn: name texts of different images that the model reads alike.
 
     Raises:
         DataError: when there is nothing to evaluate or no image can be read.
@@ -182,7 +183,8 @@ def retrieve(
 
     texts = embed_texts(model, [pairs.texts[at] for at in kept.tolist()], progress=progress)
     matches = np.stack([new_place[positives[:, 0]], text_place[positives[:, 1]]], axis=1)
-    _warn_of_equal([pairs.texts[at] for at in kept.tolist()], texts, matches)
+    if warn:
+        _warn_of_equal([pairs.texts[at] for at in kept.tolist()], texts, matches)
     ranks = rank_embeddings(
         embedded.embeddings,
         texts,
@@ -219,7 +221,8 @@ def _warn_of_equal(texts: Sequence[str], embeddings: np.ndarray, matches: np.nda
         more = f" (and {len(alike) - 1:,} more such pairs)" if len(alike) > 1 else ""
         logger.warning(
             "the model reads the texts %r and %r alike%s: pictures of one find the other as well, and a tie counts as "
-            "wrong. They differ in what its tokenizer drops, or after its last token: write them otherwise, or as one",
+            "wrong. They differ in what its tokenizer drops or does not know, such as another language, or after its "
+            "last token: write them otherwise, or give their pictures one text",
             _shortened(texts[one]),
             _shortened(texts[other]),
             more,

@@ -154,7 +154,7 @@ def evaluate_retrieval(
     read = read_retrieval(pairs, root)
     encoder = _InBatches.of(model, device, batch_size)
     start = time.perf_counter()
-    result = retrieve(encoder, read, hubness=hubness, progress=progress)
+    result = retrieve(encoder, read, hubness=hubness, progress=progress, warn=True)
     figures = _relative(result.as_json(), pairs, root)
     outcome = {
         "task": "retrieval",
