@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimtab.towers.hf import BUILT_IN, is_hub_id
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+from trimtab.towers.hf import BUILT_IN, could_be_hub_id, is_hub_id
 
 
 def card_head(
@@ -25,7 +22,7 @@ def card_head(
     lines = ["library_name: trimtab"]
     if languages:
         lines.append(f"language: {json.dumps(list(languages))}")
-    if on_hub := [name for name in models if is_hub_id(name) and _HUB_ID.fullmatch(name)]:
+    if on_hub := [name for name in models if is_hub_id(name) and could_be_hub_id(name)]:
         lines += [f"base_model: {json.dumps(on_hub)}", f"base_model_relation: {relation}"]
     return "\n".join(["---", *lines, f"tags: [{', '.join(tags)}]", "---"])
 

@@ -21,14 +21,10 @@ def warn_of_equal(names: Sequence[str], vectors: np.ndarray, *, tie: float = 1e-
     """
     pairs = equal_rows(vectors, tie=tie)
     if pairs:
-        one, other = min(pairs)
-        more = f" (and {len(pairs) - 1:,} more such pairs)" if len(pairs) > 1 else ""
         logger.warning(
             "the model reads the class names %r and %r alike%s, so it can tell no picture of one from the other, and "
             "in an evaluation both count as wrong: rename one, or make them one class",
-            names[one],
-            names[other],
-            more,
+            *told_alike(pairs, names),
         )
 
 
@@ -41,3 +37,9 @@ def equal_rows(vectors: np.ndarray, *, tie: float = 1e-6) -> list[list[int]]:
     near = np.flatnonzero(np.diff(along[order]) <= tie * np.abs(direction).sum())
     differences = np.abs(vectors[order[near]] - vectors[order[near + 1]]).max(axis=1, initial=0)
     return [sorted(order[at : at + 2].tolist()) for at in near[differences <= tie]]
+
+
+def told_alike(pairs: Sequence[list[int]], names: Sequence[str]) -> tuple[str, str, str]:
+    """Of pairs from `equal_rows`, for "%r and %r alike%s": the names of the first, and how many more there are."""
+    one, other = min(pairs)
+    return names[one], names[other], f" (and {len(pairs) - 1:,} more such pairs)" if len(pairs) > 1 else ""

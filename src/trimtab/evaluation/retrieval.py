@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trimtab.data.classes import equal_rows
+from trimtab.data.classes import equal_rows, told_alike
 from trimtab.errors import DataError
 from trimtab.evaluation.embedding import EmbeddedImages, Encoder, Skipped, embed_images, embed_texts
 from trimtab.evaluation.ranking import CHUNK, Hubness, Ranks, rank_embeddings, rank_similarity
@@ -181,10 +181,11 @@ def retrieve(
     text_place = np.full(len(pairs.texts), -1, np.int64)
     text_place[kept] = np.arange(len(kept))
 
-    texts = embed_texts(model, [pairs.texts[at] for at in kept.tolist()], progress=progress)
+    kept_texts = [pairs.texts[at] for at in kept.tolist()]
+    texts = embed_texts(model, kept_texts, progress=progress)
     matches = np.stack([new_place[positives[:, 0]], text_place[positives[:, 1]]], axis=1)
     if warn:
-        _warn_of_equal([pairs.texts[at] for at in kept.tolist()], texts, matches)
+        _warn_of_equal(kept_texts, texts, matches)
     ranks = rank_embeddings(
         embedded.embeddings,
         texts,
@@ -217,15 +218,11 @@ def _warn_of_equal(texts: Sequence[str], embeddings: np.ndarray, matches: np.nda
         images.setdefault(text, set()).add(image)
     alike = [pair for pair in alike if images.get(pair[0], set()) != images.get(pair[1], set())]
     if alike:
-        one, other = min(alike)
-        more = f" (and {len(alike) - 1:,} more such pairs)" if len(alike) > 1 else ""
         logger.warning(
             "the model reads the texts %r and %r alike%s: pictures of one find the other as well, and a tie counts as "
             "wrong. They differ in what its tokenizer drops or does not know, such as another language, or after its "
             "last token: write them otherwise, or give their pictures one text",
-            _shortened(texts[one]),
-            _shortened(texts[other]),
-            more,
+            *told_alike(alike, [_shortened(text) for text in texts]),
         )
 
 

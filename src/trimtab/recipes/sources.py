@@ -330,4 +330,4 @@ def _canonical(tag: str) -> str:
 
 
 def _language_of(locale: str) -> str:
-    return locale.replace("_", "-").split("-")[0].lower()
+    return _canonical(locale).split("-")[0]

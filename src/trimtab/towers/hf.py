@@ -137,7 +137,7 @@ def resolve_folder(name: str | Path, *, trust_remote_code: bool = False) -> Path
             f"{name} is a file; give the folder of a transformers model. "
             "An OpenCLIP checkpoint becomes one by `trimtab convert`"
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
+    if not could_be_hub_id(str(name)):
         raise ModelError(f"unknown model {str(name)!r}: there is no such folder; {_CHOICES}")
 
     patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
@@ -151,6 +151,11 @@ def fetch_links(name: str | Path) -> Path:
         ModelError: as for `resolve_folder`.
     """
     return _fetched(str(name), _LINK_FILES, ["*/*/*"])
+
+
+def could_be_hub_id(name: str) -> bool:
+    """Whether a name is written as ids of the model hub are."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
 
 
 def is_hub_id(name: str | Path) -> bool:

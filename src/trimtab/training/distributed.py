@@ -7,7 +7,6 @@ are means over rows, N processes with B / N rows each take the same steps as one
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
+from trimtab.files import digest_of
 
 _TORCHRUN = "torchrun --nproc_per_node {n} --no-python trimtab adapt RECIPE.yaml"
 _LONGEST_WAIT = timedelta(days=7)
@@ -102,7 +102,7 @@ def check_alike(digest: str, world: World) -> None:
     Raises:
         TrimtabError: it differs; on all ranks.
     """
-    number = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:7], "big")
+    number = int(digest_of(digest)[:15], 16)  # what fits into a tensor of 64 bits with a sign
     numbers = stack_over_ranks(torch.tensor(number), world).tolist()
     if others := [rank for rank, one in enumerate(numbers) if one != numbers[0]]:
         raise TrimtabError(

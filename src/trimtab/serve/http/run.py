@@ -60,8 +60,9 @@ def serve(
     if pictures is not None and index is None:
         raise TrimtabError("--pictures needs --index: pictures are shown as what a search finds")
     listener = bind(host, port)  # before minutes are spent on loading
+    host_names = called(listener)
     try:
-        app, service = _build(model, index, pictures, names, options, device, key, called(listener))
+        app, service = _build(model, index, pictures, names, options, device, key, host_names)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -76,7 +77,7 @@ def serve(
         _log_to_stderr()
         address = _address(listener)
         tell(f"{service.name} on {address} (Ctrl-C stops it)")
-        if key is None and called(listener) is None:
+        if key is None and host_names is None:
             logger.warning("whoever reaches this machine may use the server: set --api-key-env to ask for a key")
         _run(uvicorn.Server(config), listener)
         tell("stopped")
