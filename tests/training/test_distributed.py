@@ -67,6 +67,18 @@ def test_accelerate_launch_on_the_cpu_leaves_the_traces_that_give_it_away():
         check_world(1, None, environment)
 
 
+def test_a_launchers_half_environment_is_told():
+    code = "from trimtab.training.distributed import make_accelerator; make_accelerator()"
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "WORLD_SIZE": "2"}, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert "TrimtabError: WORLD_SIZE asks for 2 processes, but MASTER_ADDR is not set" in last
+    assert "torchrun --nproc_per_node 2" in last
+
+
 def test_world_is_announced(capsys):
     world = announce_world()
     assert world.size == 1

@@ -40,10 +40,24 @@ class World:
 
 
 def make_accelerator() -> Accelerator:
-    """Accelerate on the GPU of this process, or on the CPU (gloo between processes) when there is none."""
+    """Accelerate on the GPU of this process, or on the CPU (gloo between processes) when there is none.
+
+    Raises:
+        TrimtabError: the environment speaks of several processes and does not say where they meet.
+    """
     # The first process measures alone, for as long as that takes; of a process that dies the others hear at once.
     patient = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
-    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+    try:
+        return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+    except ValueError as error:
+        size = os.environ.get("WORLD_SIZE", "")
+        if not size.isdigit() or "MASTER_ADDR" in os.environ:
+            raise
+        # As a cluster's scheduler leaves it to a program that was started without the launcher.
+        raise TrimtabError(
+            f"WORLD_SIZE asks for {size} processes, but MASTER_ADDR is not set, so they cannot meet; start it with: "
+            f"{_TORCHRUN.format(n=size)}, or unset WORLD_SIZE"
+        ) from error
 
 
 def world_of(accelerator: Accelerator) -> World:
