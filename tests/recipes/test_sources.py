@@ -353,6 +353,20 @@ def test_templates_need_a_language_that_has_some(recipe: Any, tmp_path: Path, pa
         prepare(recipe([*toy_pairs(100), *NOUNS], train=[source], templates=10))
 
 
+@pytest.mark.parametrize("option", ["phrases", "templates"])
+def test_a_tag_with_a_country_has_the_sentences_of_its_language(
+    option: str, recipe: Any, tmp_path: Path, packages: Callable[..., None]
+) -> None:
+    packages()
+    source = {"path": str(tmp_path / "pairs.csv"), "language": "zh-CN"}
+    rows = [*toy_pairs(100), *NOUNS]
+    of_country = prepare(recipe(rows, train=[source], **{option: 30}))
+    of_language = prepare(recipe(rows, **{option: 30}))
+    assert of_country.train.targets == of_language.train.targets
+    assert len(of_country.train) > 100
+    assert set(of_country.train.languages) == {"zh-CN"}
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_english_share_is_what_is_drawn(share: float, recipe: Any) -> None:
     made = recipe(english_share=share)

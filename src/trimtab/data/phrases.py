@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from trimtab.data.templates import known_language
 from trimtab.errors import RecipeError
 
 
@@ -163,13 +164,15 @@ def phrases(nouns: Sequence[tuple[str, str]], language: str, count: int, seed: i
 
     Args:
         nouns: names of things as (target, English without article).
+        language: its tag; "zh-CN" has the patterns of "zh".
 
     Raises:
         RecipeError: no grammar is known for the language.
     """
-    if language not in GRAMMARS:
+    known = known_language(language, GRAMMARS)
+    if known is None:
         raise RecipeError(f"no phrase patterns for language {language!r}; there are some for {sorted(GRAMMARS)}")
-    grammar = GRAMMARS[language]
+    grammar = GRAMMARS[known]
     rng = random.Random(seed)
     for i in range(count if nouns else 0):
         if i % len(nouns) == 0:

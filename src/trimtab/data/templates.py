@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from trimtab.errors import RecipeError
 
@@ -73,9 +73,14 @@ def templates_for(language: str) -> list[str]:
     Raises:
         RecipeError: when there are none; the message names the languages that have some.
     """
-    known = DEFAULT_TEMPLATES.get(language) or DEFAULT_TEMPLATES.get(language.replace("_", "-").split("-")[0])
-    if known is None:
+    found = known_language(language, DEFAULT_TEMPLATES)
+    if found is None:
         raise RecipeError(
             f"no default templates for language {language!r} (known: {', '.join(DEFAULT_TEMPLATES)}): give your own"
         )
-    return list(known)
+    return list(DEFAULT_TEMPLATES[found])
+
+
+def known_language(tag: str, known: Collection[str]) -> str | None:
+    """Which of `known` a language tag means: itself, or its language without country and script; None for neither."""
+    return next((one for one in (tag, tag.replace("_", "-").split("-")[0]) if one in known), None)

@@ -17,7 +17,7 @@ from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
 from trimtab.data.parallel import ParallelText, clean, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
-from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all
+from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all, known_language, templates_for
 from trimtab.errors import DataError, RecipeError
 
 PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
@@ -263,12 +263,12 @@ def _compose(train: ParallelText, count: int, seed: int) -> ParallelText:
 
 def _in_templates(train: ParallelText, count: int, seed: int) -> ParallelText:
     """Nouns as they stand when classes are named, in one default template each; large counts give them others too."""
-    templates = {language: texts for language, texts in DEFAULT_TEMPLATES.items() if language != "en"}
-    nouns = _nouns(train, templates, f"data.templates={count}", "default templates")
+    languages = [language for language in DEFAULT_TEMPLATES if language != "en"]
+    nouns = _nouns(train, languages, f"data.templates={count}", "default templates")
     total = sum(map(len, nouns.values()))
     parts = []
     for language, known in nouns.items():
-        ways = list(zip(templates[language], DEFAULT_TEMPLATES["en"], strict=True))
+        ways = list(zip(templates_for(language), DEFAULT_TEMPLATES["en"], strict=True))
         names = random.Random(seed).sample(list(known.items()), len(known))
         made = []
         for i in range(min(round(count * len(names) / total), len(names) * len(ways))):
@@ -287,7 +287,7 @@ def _memory_words(train: ParallelText, count: int, seed: int) -> Words:
     pairs, variants, templates = [], [], 0
     for language, known in nouns.items():
         names = random.Random(seed).sample(list(known.items()), min(len(known), round(count * len(known) / total)))
-        ways = DEFAULT_TEMPLATES.get(language, [])
+        ways = templates_for(language) if known_language(language, DEFAULT_TEMPLATES) else []
         own, english = (ways[0], DEFAULT_TEMPLATES["en"][0]) if ways else ("{}", "{}")
         made = [(fill(own, name), fill(english, meaning)) for name, meaning in names]
         pairs.append(ParallelText.from_pairs(made, language))
@@ -298,11 +298,11 @@ def _memory_words(train: ParallelText, count: int, seed: int) -> Words:
 
 
 def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str) -> dict[str, dict[str, str]]:
-    """Names of visible things by language: target to English."""
+    """Names of visible things by language tag: target to English."""
     nouns: dict[str, dict[str, str]] = {}
     for target, english, language in zip(train.targets, train.english, train.languages, strict=True):
         short = len(target) <= _LONGEST_NOUN[0] and len(english) <= _LONGEST_NOUN[1]
-        if short and language in languages and corpora.weight_of(english) > 1:
+        if short and known_language(language, languages) and corpora.weight_of(english) > 1:
             nouns.setdefault(language, {}).setdefault(target, english.lower())
     if not nouns:
         raise RecipeError(
