@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -321,6 +322,28 @@ def test_shards_as_sources(tmp_path: Path) -> None:
     write_shard(tmp_path / "empty.tar", {"a.bin": b"x"})
     with pytest.raises(DataError, match="holds no pictures with captions"):
         read_entries(PairSource(str(tmp_path / "empty.tar")))
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_text_in_json_stands_for_none(empty: str, tmp_path: Path) -> None:
+    members = {
+        "0.png": picture_bytes(0),
+        "0.json": json.dumps({"text": empty}),
+        "0.txt": "a dog",
+        "1.png": picture_bytes(1),
+        "1.json": json.dumps({"text": empty, "caption": "a cat"}),
+    }
+    entries = read_entries(PairSource(str(write_shard(tmp_path / "s.tar", members))))
+    assert [entry.texts for entry in entries] == [["a dog"], ["a cat"]]
+
+
+def test_samples_with_two_pictures_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {"0.png": picture_bytes(0), "0.jpg": picture_bytes(1), "0.txt": "a dog", "1.png": picture_bytes(2)}
+    entries = read_entries(PairSource(str(write_shard(tmp_path / "s.tar", members))))
+    assert shown(entries) == [("s.tar/0.png", ("a dog",), 1), ("s.tar/1.png", (), 2)]
+    (message,) = caplog.messages
+    assert message.startswith("1 samples have more than one picture, and of each only the first is taken: ")
+    assert message.endswith("s.tar: 0'")
 
 
 CELL = st.one_of(st.none(), st.text(st.characters(exclude_categories=("Cs",)), max_size=8))

@@ -262,12 +262,15 @@ def _from_folder(folder: Path) -> list[Entry]:
 
 def _from_shards(source: SourceOptions) -> list[Entry]:
     entries = []
+    doubled: list[str] = []
     for path in expand_shards(source.path):
         samples, damage = read_shard(path)
+        doubled += [f"{path}: {stem}" for stem, sample in samples.items() if sample.more_pictures]
         for row, sample in enumerate(samples.values(), start=1):
             record, problem = sample.record, sample.problem
             keys = (source.label,) if source.label else (source.text, *_RECORD_TEXTS)
-            value = next((record[key] for key in keys if not is_null(record.get(key))), None)
+            values = (record.get(key) for key in keys)
+            value = next((value for value in values if not is_null(value) and str(value).strip()), None)
             try:
                 texts = _texts(value, "the JSON member")
             except DataError as error:
@@ -277,6 +280,11 @@ def _from_shards(source: SourceOptions) -> list[Entry]:
             entries.append(Entry(sample.picture, texts, str(path), row, problem))
         if damage:  # an entry of its own, so that it is counted and listed
             entries.append(Entry(f"the shard {damage}: what follows is lost", [], str(path), len(samples) + 1))
+    if doubled:
+        logger.warning(
+            "%d samples have more than one picture, and of each only the first is taken: %s",
+            len(doubled), _first(doubled),
+        )  # fmt: skip
     if not entries:
         raise DataError(f"{source.path}: holds no pictures with captions (members such as 000.jpg and 000.txt)")
     return entries

@@ -142,12 +142,14 @@ class ShardSample:
         text: content of the `.txt` member, "" without one.
         record: content of the `.json` member, empty without one.
         problem: why `text` or `record` could not be read.
+        more_pictures: how many pictures were passed over, as the sample has one already.
     """
 
     picture: PictureFile | str = "the shard has no picture beside the caption"
     text: str = ""
     record: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
+    more_pictures: int = 0
 
 
 def expand_shards(pattern: str) -> list[Path]:
@@ -266,6 +268,8 @@ def _add(
             sample.picture = f"{name} is a link or a sparse file, and these are not followed: pack the file itself"
         elif isinstance(sample.picture, str) or sample.picture.name.lower().endswith(UNREADABLE_SUFFIXES):
             sample.picture = PictureFile(path, f"{path.name}/{name}", member.offset_data, member.size)
+        else:
+            sample.more_pictures += 1
         return name
     if not plain or member.size > _MAX_TEXT:
         sample.problem = f"{name} is no plain file of at most {_MAX_TEXT >> 20} MB"
