@@ -12,6 +12,7 @@ import numpy as np
 from trimtab.data.images import StoredPicture
 from trimtab.evaluation.blocks import Cell, Column, Group, Histogram, Table, TableRow
 from trimtab.evaluation.charts import ticks
+from trimtab.evaluation.escape import shortened
 
 _LARGEST = 1e100
 _CAPTION = 160  # letters; a product's description may be a page
@@ -102,8 +103,8 @@ def hardest_pairs(
             TableRow(
                 [
                     Cell(name, picture=pair["image"]),
-                    _shortened(pair["caption"]),
-                    _shortened(pair["prefers"]) or "nothing else",
+                    shortened(pair["caption"], _CAPTION),
+                    shortened(pair["prefers"], _CAPTION) or "nothing else",
                     Cell(pair["before"]),
                     Cell(pair["now"], "no easier" if stuck else "", "caution" if stuck else "plain"),
                     pair["drawn"],
@@ -161,7 +162,3 @@ def _round_edges(low: float, high: float, bins: int) -> np.ndarray:
 
 def _number(value: float | None, otherwise: float) -> float:
     return otherwise if value is None or math.isnan(value) else float(value)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _CAPTION else text[:_CAPTION].rstrip() + "…"

@@ -28,6 +28,11 @@ def escape_markdown(text: str) -> str:
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def shortened(text: str, letters: int) -> str:
+    """Text of at most so many letters, with an ellipsis where it was cut."""
+    return text if len(text) <= letters else text[:letters].rstrip() + "…"
+
+
 class Passage(NamedTuple):
     """A paragraph (one line) or a list (a line per item)."""
 

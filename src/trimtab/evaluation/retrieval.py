@@ -12,6 +12,7 @@ import numpy as np
 from trimtab.data.classes import equal_rows, told_alike
 from trimtab.errors import DataError
 from trimtab.evaluation.embedding import EmbeddedImages, Encoder, Skipped, embed_images, embed_texts
+from trimtab.evaluation.escape import shortened
 from trimtab.evaluation.ranking import CHUNK, Hubness, Ranks, rank_embeddings, rank_similarity
 
 DEFAULT_KS = (1, 5, 10)
@@ -222,12 +223,8 @@ def _warn_of_equal(texts: Sequence[str], embeddings: np.ndarray, matches: np.nda
             "the model reads the texts %r and %r alike%s: pictures of one find the other as well, and a tie counts as "
             "wrong. They differ in what its tokenizer drops or does not know, such as another language, or after its "
             "last token: write them otherwise, or give their pictures one text",
-            *told_alike(alike, [_shortened(text) for text in texts]),
+            *told_alike(alike, [shortened(text, _SHOWN) for text in texts]),
         )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _recall(ranks: Ranks, ks: Sequence[int]) -> Recall:

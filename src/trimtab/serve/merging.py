@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimtab.adapters.cards import shown_name
 from trimtab.errors import ModelError
 from trimtab.files import atomic_folder, write_json, write_text
 from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, made_pictures
@@ -270,7 +271,7 @@ def _card(link: Any) -> str:
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
 ---
-# Text encoder in the space of {Path(link.base.name).name}
+# Text encoder in the space of {shown_name(link.base.name)}
 
 Texts to unit vectors of {link.embedding_dim} numbers, beside those that the image tower in `{BASE}/` gives of pictures.
 {english}
