@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trimtab.config import ContrastiveConfig, MemoryBankConfig, TrainingConfig
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch
 from trimtab.errors import TrimtabError
-from trimtab.objectives.contrastive import contrastive_terms, positive_pairs, unique_rows
+from trimtab.objectives.contrastive import contrastive_terms, unique_rows
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
 from trimtab.training import train
 from trimtab.training.distributed import (
@@ -151,8 +151,9 @@ class TwoTowers(nn.Module):
         if self.case.negatives:
             extra = torch.tensor(self.case.negatives)
             ids, texts = torch.cat([ids, extra]), torch.cat([texts, self.text_tower(self.texts[extra])])
-        groups = GROUP_OF[rows] if self.case.grouped else None
-        positives = positive_pairs(CAPTION_OF[rows], ids, groups)
+        own = (CAPTION_OF[rows, None] == ids).float()  # (B, T)
+        groups = GROUP_OF[rows] if self.case.grouped else CAPTION_OF[rows]
+        positives = (groups[:, None] == groups).float() @ own > 0  # all captions of a group belong to each of its rows
         weights = 1 + rows.float() / 3 if self.case.weighted else None
         return contrastive_terms(images, texts, positives, self.log_scale.exp(), self.case.objective, weights=weights)
 

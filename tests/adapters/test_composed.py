@@ -17,6 +17,7 @@ from trimtab.adapters.adapted import load, load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.errors import DataError, ModelError
 from trimtab.recipes.compose import compose, read_aliases
+from trimtab.towers.prompting import PromptTower
 from trimtab.towers.text_encoder import TextEncoder
 
 ENGLISH, CHINESE = ["a cat", "a photo of a dog"], ["一只猫", "红色小汽车"]
@@ -259,6 +260,40 @@ def test_prompts_trained_on_a_language_model_need_no_more_than_its_towers(
     assert put(base, folders["language"], prompt).prompt is not None
     with pytest.raises(ModelError, match="without the domain link"):
         put(base, folders["language"], folders["domain"], prompt)
+
+
+def test_prompts_trained_on_a_composed_model_go_through_its_text_adapters(
+    base: Any, folders: dict[str, Path], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    core = put(base, folders["language"], folders["domain"])
+    assert PromptTower(core).base is core.domain
+    assert PromptTower(put(base, folders["language"])).base is base
+    prompt = save_tiny_prompt(tmp_path / "prompt", core)
+    expected = load_adapted(prompt, base=core).classifier().scores(pictures)
+    whole = put(base, folders["language"], folders["domain"], prompt)
+    assert np.allclose(whole.classifier().scores(pictures), expected, atol=1e-6)
+
+
+def test_a_class_that_prompts_score_is_named_with_the_others(base: Any, folders: dict[str, Path]) -> None:
+    model = put(base, folders["language"], folders["domain"], folders["domain prompt"])
+    classifier = model.classifier(["茶", "花"])
+    classifier.add_classes("狗")
+    with pytest.raises(DataError, match="'cat' is scored by prompts, and the classes so far are not: name all"):
+        classifier.add_classes(["一只猫", "cat"])
+    assert classifier.classes == ("茶", "花", "狗")
+
+
+def test_the_student_below_prompts_may_lie_elsewhere(
+    base: Any, student: TextEncoder, folders: dict[str, Path], tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    spoken = load_adapted(folders["language"], base=base)
+    prompt = save_tiny_prompt(tmp_path / "prompt", spoken)
+    moved = shutil.copytree(student.name, tmp_path / "moved")
+    found = load_adapted(prompt, student=moved, device="cpu")
+    assert Path(found.base.student.name) == moved
+    assert np.allclose(found.encode_text(CHINESE), spoken.encode_text(CHINESE), atol=1e-6)
+    with pytest.raises(ModelError, match="no language link"):
+        load_adapted(prompt, base=spoken, student=moved)
 
 
 # Folders

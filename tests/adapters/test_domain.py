@@ -494,6 +494,15 @@ def test_fingerprints_tell_weights_and_places_apart(load: Load) -> None:
     assert DomainAdapted(base, make(base, group("image"))).fingerprint == made[0].fingerprint
 
 
+def test_the_precision_of_the_base_is_not_part_of_the_fingerprint(load: Load) -> None:
+    base = load("clip")
+    narrow = load_base(base.name, device="cpu", dtype="bfloat16")
+    assert narrow.logit_scale != base.logit_scale
+    for scale in (None, 17.25):
+        wide, rounded = (DomainAdapted(one, make(one, group("image")), logit_scale=scale) for one in (base, narrow))
+        assert wide.fingerprint == rounded.fingerprint
+
+
 def test_adapters_stay_frozen_in_a_finished_model(adapted: DomainAdapted) -> None:
     assert not any(parameter.requires_grad for parameter in adapted.adapters.parameters())
     assert adapted.to("cpu") is adapted

@@ -55,6 +55,18 @@ def test_fused_states_of_another_language(adapted: FusionAdapted, pictures: list
     assert not fused.cls.requires_grad
 
 
+def test_the_fingerprint_knows_all_that_embeddings_depend_on(tiny_base: Any, student: TextEncoder) -> None:
+    base = tiny_base("flava")
+    plain, same = (FusionAdapted(base, student, build()) for _ in range(2))
+    others = [
+        FusionAdapted(base, student, build(), english="adapter"),
+        FusionAdapted(base, student, build(), layers=(-2,)),
+        FusionAdapted(base, student, randomised(build(), seed=1)),
+    ]
+    assert plain.fingerprint == same.fingerprint == plain.fingerprint_on(base)
+    assert len({plain.fingerprint, *(one.fingerprint for one in others)}) == 4
+
+
 def test_the_mask_covers_fusion_cls_image_and_text(
     adapted: FusionAdapted, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.config import ContrastiveConfig
 from trimtab.errors import RecipeError
-from trimtab.objectives.contrastive import contrastive_terms, positive_pairs, unique_rows
+from trimtab.objectives.contrastive import contrastive_terms, unique_rows
 
 BOTH = ContrastiveConfig(image_to_text=1.0, text_to_image=1.0)
 SCALE = 3.0
@@ -186,14 +186,6 @@ def test_wrong_calls_are_refused():
         contrastive_terms(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, 2]), SCALE, BOTH)
     with pytest.raises(ValueError, match=r"\(2, 3\) must be \(2,\) or \(2, 2\)"):
         contrastive_terms(torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 3).bool(), SCALE, BOTH)
-
-
-def test_positives_are_equal_captions_and_those_of_a_group():
-    captions, texts = torch.tensor([7, 3, 7, 5]), torch.tensor([3, 5, 7, 9])
-    own = [[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]]
-    assert positive_pairs(captions, texts).int().tolist() == own
-    grouped = positive_pairs(captions, texts, torch.tensor([0, 1, 2, 0])).int().tolist()
-    assert grouped == [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0]]  # rows 0 and 3: one image
 
 
 @settings(deadline=None)

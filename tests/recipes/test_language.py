@@ -19,7 +19,7 @@ from trimtab.adapters.language import LanguageAdapter
 from trimtab.config import LanguageRecipe
 from trimtab.data import corpora
 from trimtab.data.parallel import ParallelText
-from trimtab.errors import ModelError, RecipeError
+from trimtab.errors import ModelError, RecipeError, TrimtabError
 from trimtab.recipes import language
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.sources import PreparedText, prepare
@@ -42,6 +42,25 @@ def make(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., La
         return toy_recipe(*places, out or tmp_path / "out", **changes)
 
     return build
+
+
+def test_processes_that_do_not_run_are_told_before_a_model_is_loaded(make: Any, monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(language, "load_base", refuse)
+    with pytest.raises(TrimtabError, match=r"training\.processes asks for 2 processes but 1 run"):
+        adapt(make(training={"processes": 2}))
+
+
+def test_a_rank_that_a_scheduler_left_is_no_second_process(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANK", "1")
+    recipe = make()
+    assert adapt(recipe) is not None
+    assert (Path(recipe.out) / "adapter.json").is_file()
 
 
 @pytest.fixture

@@ -240,6 +240,29 @@ def test_a_request_to_stop_in_the_last_step_of_the_context_is_heeded(
     assert outcome["steps"] == 24
 
 
+def test_a_fit_that_keeps_nothing_promises_nothing(
+    places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_recipe(*places, tmp_path / "out", steps=6)
+    base = trimtab.load(places[0])
+    sets = prompt_recipe.read_sets(recipe)
+    features = prompt_recipe.frozen_features(recipe, base, sets)["train"].fill()
+    monkeypatch.setattr(PromptTask, "step", PromptTask.step)  # to be put back
+    signal_at(PromptTask, 3, signal.SIGTERM)
+    with pytest.raises(TrainingStopped) as caught:
+        fit_prompt(base, recipe, LabelledFeatures(features, sets.train.labels), None, NAMES)
+    assert str(caught.value).startswith("interrupted at step 3 of")
+    assert str(caught.value).endswith("; nothing of it is kept. Start the same command again.")
+
+
+def test_a_domain_is_known_alone_and_among_other_links(places: tuple[Path, Path], tmp_path: Path) -> None:
+    base = trimtab.load(places[0])
+    domain = save_tiny_domain(tmp_path / "domain", base)
+    assert not prompt_recipe.knows_domain(base)
+    assert prompt_recipe.knows_domain(load_adapted(domain, base=base))
+    assert prompt_recipe.knows_domain(load_composed([domain], base=base))
+
+
 def test_training_that_only_harms_is_undone(places: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = replace(toy_recipe(*places, tmp_path / "out", prompt={"domain": {"solve": False}}), select="loss")
     base = trimtab.load(places[0])

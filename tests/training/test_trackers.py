@@ -102,6 +102,25 @@ def test_services_are_called_as_their_packages_expect(tmp_path, monkeypatch):
     assert calls[4:] == [("log", {"train/loss": 0.5}, 3), ({"train/loss": 0.5}, 3), "end", "finish"]
 
 
+def test_a_run_of_mlflow_that_takes_no_parameters_is_closed(tmp_path, monkeypatch):
+    calls: list = []
+
+    def refuse(values):
+        raise ValueError("too many parameters")
+
+    fake = types.SimpleNamespace(
+        set_tracking_uri=lambda uri: None, start_run=lambda run_name: calls.append("start"),
+        log_params=refuse, end_run=calls.append,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    with (
+        pytest.raises(TrimtabError, match=r"could not start \(too many"),
+        open_trackers(["mlflow"], tmp_path, {"a": 1}),
+    ):
+        pass
+    assert calls == ["start", "FAILED"]
+
+
 def test_trackers_close_when_training_fails(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setitem(TRACKERS, "wandb", lambda *_: types.SimpleNamespace(log=print, close=lambda: closed.append(1)))

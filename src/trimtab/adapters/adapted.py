@@ -153,14 +153,17 @@ def load_adapted(
     described = read_adapter(folder)
     if _HAS_STUDENT.get(described.link) != (described.student is not None):
         raise ModelError(f"{folder} holds a {described.link!r} adapter, which this version cannot load")
+    below = {}
     if student is not None and described.student is None:
-        raise ModelError(no_student(folder))
+        if described.link != "prompt" or isinstance(base, DualEncoder):
+            raise ModelError(no_student(folder))
+        below = {"student": student}  # of the language that the prompts stand on
     if base is None:
         base = find_place(folder, "base", described.base.name)
     if not isinstance(base, DualEncoder):
         # Prompts may stand on a model that has adapters of its own.
         base = (load if described.link == "prompt" else load_base)(
-            str(base), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            str(base), device=device, dtype=dtype, trust_remote_code=trust_remote_code, **below
         )
     check_base(described, base)
     if described.student is None:

@@ -131,7 +131,7 @@ class Composed(DualEncoder):
             return super().classifier(classes, templates=templates)
         names = self.prompt.classes if classes is None else check_class_names(classes)
         if not any(self.prompted_name(name) is not None for name in names):
-            return Classifier(self, names)
+            return _NamesAlone(self, names)
         return _Prompted(self.prompt, self).classifier(names)
 
     def prompted_name(self, name: str) -> str | None:
@@ -182,6 +182,24 @@ def _check_aliases(aliases: Mapping[str, str], prompt: PromptAdapted | None) -> 
 
 
 # The classifier
+
+
+class _NamesAlone(Classifier):
+    """Classes none of which the prompts of a composed model score."""
+
+    def add_classes(self, names: Sequence[str] | str) -> None:
+        """As `Classifier.add_classes`.
+
+        Raises:
+            DataError: the prompts know one of them, and would have to score the others too.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        if known := [name for name in names if self.model.prompted_name(name) is not None]:  # type: ignore[attr-defined]
+            raise DataError(
+                f"{known[0]!r} is scored by prompts, and the classes so far are not: name all of them at once, "
+                "classifier([...])"
+            )
+        super().add_classes(names)
 
 
 class _Prompted(PromptAdapted):

@@ -220,6 +220,7 @@ class DomainAdapted(DualEncoder):
         self.states_below: StatesBelow | None = None
         self.name = name or base.name
         self.folder = folder
+        self._own_scale = logit_scale is not None
         if logit_scale is not None:
             self.logit_scale = logit_scale
         self._lock = threading.Lock()
@@ -331,7 +332,9 @@ class DomainAdapted(DualEncoder):
         return features
 
     def _digest(self) -> str:
-        parts: list[str | bytes] = [self.base.fingerprint, repr(self.alpha), repr(self.logit_scale)]
+        # The base's scale is part of the base, and rounded where it is loaded in bf16.
+        scale = repr(self.logit_scale) if self._own_scale else ""
+        parts: list[str | bytes] = [self.base.fingerprint, repr(self.alpha), scale]
         for name, tensor in sorted(self.adapters.state_dict().items()):
             parts += [name, tensor.float().cpu().numpy().tobytes()]
         for prefix, each in ((_GATE, self.gate), (_MEMORY, self.memory)):

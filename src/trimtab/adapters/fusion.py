@@ -82,6 +82,7 @@ class FusionAdapted(LanguageAdapted):
         width = base.model.text_to_mm_projection.in_features
         if adapter.output_dim != width:
             raise ModelError(f"the adapter gives states of width {adapter.output_dim}; {base.name} fuses {width}")
+        self.fusion = freeze(adapter).to(base.device)
         super().__init__(
             base,
             student,
@@ -89,10 +90,12 @@ class FusionAdapted(LanguageAdapted):
             layers=layers,
             english=english,
             name=name,
-            fingerprint=digest_of(base.fingerprint, student.fingerprint, fingerprint(adapter)),
             folder=folder,
         )
-        self.fusion = freeze(adapter).to(base.device)
+
+    def fingerprint_on(self, base: DualEncoder) -> str:
+        """As `LanguageAdapted.fingerprint_on`, with what the fusion transformer reads."""
+        return digest_of(super().fingerprint_on(base), fingerprint(self.fusion))
 
     def to(self, device: str | torch.device) -> FusionAdapted:
         """Move base, student and adapter; returns itself."""

@@ -51,7 +51,7 @@ def contrastive_terms(
     Args:
         image_features: (B, D) with gradient.
         text_features: (T, D) of different texts, with gradient.
-        positives: (B,) the text of each image, or (B, T) which texts belong to an image; see `positive_pairs`.
+        positives: (B,) the text of each image, or (B, T) which texts belong to an image.
         logit_scale: multiplies cosines; a tensor with gradient where it is learned.
         weights: (B,) instance weights of the images' pairs, at least 0.
 
@@ -82,22 +82,6 @@ def contrastive_terms(
             loss = _cross_entropy(logits.T[with_image], targets, of_texts, config.label_smoothing)
             terms["t2i"] = config.text_to_image * loss
     return terms
-
-
-def positive_pairs(captions: Tensor, texts: Tensor, groups: Tensor | None = None) -> Tensor:
-    """Which texts belong to which images of a batch, (B, T): equal captions do, and those of one group.
-
-    Args:
-        captions: (B,) caption number of each row's own caption.
-        texts: (T,) caption numbers of the text features, all different.
-        groups: (B,) rows with equal numbers show the same thing (one image with several captions, or one class):
-            all captions that any of them has in the batch belong to each.
-    """
-    own = captions[:, None] == texts  # (B, T)
-    if groups is None:
-        return own
-    together = groups[:, None] == groups  # (B, B)
-    return together.float() @ own.float() > 0
 
 
 def unique_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ def read_fewshot(recipe: PromptRecipe) -> FewShotData:
     sources = recipe.data
     if not sources.test:
         raise DataError("few-shot runs are measured on test pictures: name them with data.test")
-    notes = cache_home() / "features"
+    notes = cache_home() / "pictures"
     train = load_labelled(sources.train, sources.classes, notes=notes)
     others = [
         load_labelled(part, train.classes, notes=notes, every_class=False) if part else None

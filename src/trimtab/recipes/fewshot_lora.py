@@ -43,7 +43,7 @@ class LowRank:
     """A copy of a base with low-rank updates in both towers, and a classifier of its own class texts.
 
     Args:
-        templates: sentences for class names; the first is used.
+        template: sentence for class names.
         views: of the training pictures, made with `view_seed`.
 
     Attributes:

@@ -298,7 +298,7 @@ def learned(change: Callable[[PromptRecipe], PromptRecipe]) -> Method:
             LabelledFeatures(part.features, part.labels.numpy()) for part in (episode.train, episode.validation)
         )
         recipe = change(episode.recipe)
-        fitted = fit_prompt(episode.base, recipe, train, held, episode.classes, episode.seed)
+        fitted = fit_prompt(episode.base, recipe, train, held, episode.classes, episode.seed, last=False)
         by_embedding = fitted.prompt.instance is None and not fitted.prompt.config.reads_patches
 
         def logits(pictures: Split) -> Tensor:

@@ -79,7 +79,9 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     check_out(recipe.out)  # the user's mistakes first: no model is loaded before the data is known to be good
     text = prepare(recipe)
     accelerator = distributed.make_accelerator()  # each process has a device of its own
-    device = str(distributed.world_of(accelerator).device)
+    world = distributed.world_of(accelerator)
+    distributed.check_world(world.size, recipe.training.processes, os.environ)
+    device = str(world.device)
     base = load_base(recipe.base, device=device)
     student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix, device=device)
     check_pairing(recipe, base, student, text.train)
@@ -133,7 +135,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         run_config=to_mapping(recipe),
         accelerator=accelerator,
     )
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not world.is_main:
         return None
     best = dict(result.best or {})
     if text.words is not None:

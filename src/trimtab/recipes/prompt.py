@@ -89,7 +89,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         "steps": fitted.steps,
         "history": fitted.history,
     }
-    if isinstance(base, DomainAdapted) and outcome["validation"]["zero_shot"] >= _TOO_GOOD:
+    if knows_domain(base) and outcome["validation"]["zero_shot"] >= _TOO_GOOD:
         logger.warning(
             "%s names %.0f%% of the validation pictures right without a prompt. If it was trained on these pictures, "
             "validation says nothing here: keep some apart from both trainings, in data.validation and data.test",
@@ -192,6 +192,11 @@ def frozen_features(recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets)
         )
         for name, pictures in sets.as_dict().items()
     }
+
+
+def knows_domain(base: DualEncoder) -> bool:
+    """Whether it was trained on pictures of a domain, alone or composed with other links."""
+    return isinstance(base, DomainAdapted) or getattr(base, "domain", None) is not None
 
 
 def adds_nothing(validation: dict[str, float]) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,23 +174,21 @@ def fit_prompt(
         views = train_set.features.views
         return draw_batches(len(train_set), batch_size, per_epoch, views, seed=seed, epoch=epoch)
 
-    with contextlib.ExitStack() as stack:
-        folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-")))
-        result = train(
-            task.step,
-            task,
-            epoch_batches,
-            steps_per_epoch=per_epoch,
-            settings=replace(settings, batch_size=batch_size),
-            checkpoint_dir=folder,
-            digest=digest,
-            seed=seed,
-            validate=(lambda _: validate(task, validation_set)) if validation_set else None,
-            select=_SELECTIONS[recipe.select] if validation_set else None,
-            run_config=run_config,
-            show_progress=show_progress,
-            last=last,
-        )
+    result = train(
+        task.step,
+        task,
+        epoch_batches,
+        steps_per_epoch=per_epoch,
+        settings=replace(settings, batch_size=batch_size),
+        checkpoint_dir=checkpoints,
+        digest=digest,
+        seed=seed,
+        validate=(lambda _: validate(task, validation_set)) if validation_set else None,
+        select=_SELECTIONS[recipe.select] if validation_set else None,
+        run_config=run_config,
+        show_progress=show_progress,
+        last=last,
+    )
     task.eval()
     fitted = FittedPrompt(task, task.logit_scale, templates, history=result.history, steps=result.steps)
     if validation_set:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import trimtab
-from trimtab.adapters.files import DESCRIPTION_FILE, TENSORS_FILE, read_adapter
+from trimtab.adapters.files import COMPOSED_FILE, DESCRIPTION_FILE, TENSORS_FILE, read_adapter
 from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation.blocks import Value
 from trimtab.evaluation.report import render_html
@@ -23,7 +23,6 @@ from trimtab.recipes.folders import training_folder
 
 TRAINING = ".training"
 RESULTS_FILE = "results.json"
-COMPOSED_FILE = "composed.json"
 # What a run is about, where a result file compares it with others.
 _MAIN_ROWS = ("adapted_target", "adapter_hard", "adapter", "prompt", "structured")
 _LARGEST = 256 << 20  # bytes of a result file

@@ -80,7 +80,8 @@ class PromptTower:
     Not for several threads at once: the model is changed while a pass runs.
 
     Args:
-        base: a dual encoder. Of one that reads a further language through a student, the base's own tower is taken.
+        base: a dual encoder. Of one that reads a further language through a student, the tower below it is taken, with
+            the adapters that a domain has there.
         memory: bytes that the activations of one pass may take.
 
     Attributes:
@@ -95,7 +96,8 @@ class PromptTower:
     """
 
     def __init__(self, base: DualEncoder, *, memory: int = MEMORY) -> None:
-        self.base: DualEncoder = base.base if hasattr(base, "student") else base  # type: ignore[attr-defined]
+        core: Any = getattr(base, "core", base)  # of a composed model
+        self.base: DualEncoder = core.base if hasattr(core, "student") else core
         self.memory = memory
         self._sites = sites(self.base, "text", "layers")
         self._table = _token_table(self.base)

@@ -47,11 +47,16 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, newest last."""
+    """The checkpoints of one run, newest last.
 
-    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+    Attributes:
+        lasting: whether they outlive the run, so that it can be resumed.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, lasting: bool = True) -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self.lasting = lasting
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def train(
     *,
     steps_per_epoch: int,
     settings: TrainingConfig,
-    checkpoint_dir: str | Path,
+    checkpoint_dir: str | Path | None,
     digest: str,
     seed: int = 0,
     validate: Callable[[int], Mapping[str, float]] | None = None,
@@ -79,7 +80,7 @@ def train(
         batches: epoch -> its global batches, a function of the epoch alone. The iterable may offer
             ``skip(n)`` that returns an iterable without the first n batches; a resumed run uses it.
         steps_per_epoch: number of batches in every epoch.
-        checkpoint_dir: one run's own folder.
+        checkpoint_dir: one run's own folder; None keeps nothing, so that a run which stops begins anew.
         digest: names the recipe and data; a checkpoint of another digest is refused, and so are ranks with different
             ones.
         validate: epoch -> named numbers, called in eval mode without gradients after every epoch, or as many as
@@ -99,12 +100,13 @@ def train(
     if settings.batch_size < world.size:
         raise RecipeError(f"batch_size={settings.batch_size} must be at least the {world.size} processes")
     distributed.check_alike(digest, world)
-    folder = CheckpointFolder(checkpoint_dir)
     modules.to(world.device)
-    run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder)
     autocast = fast_training(settings.precision, world.device)
 
     with contextlib.ExitStack() as stack:
+        place = checkpoint_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-"))
+        folder = CheckpointFolder(place, lasting=checkpoint_dir is not None)
+        run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder)
         if world.is_main:
             stack.enter_context(folder.locked())
         run.start_or_resume(seed)
@@ -194,9 +196,8 @@ class _Interrupt:
 
 
 def _interrupted(run: Run) -> None:
-    raise TrainingStopped(
-        f"interrupted at step {run.step} of {run.total}; {run.kept()}. Start the same command again to resume."
-    )
+    again = "Start the same command again to resume." if run.folder.lasting else "Start the same command again."
+    raise TrainingStopped(f"interrupted at step {run.step} of {run.total}; {run.kept()}. {again}")
 
 
 @contextlib.contextmanager

@@ -209,7 +209,6 @@ class Run:
             "digest": self.digest,
             "step": self.step,
             "epochs_done": self.epochs_done,
-            "batches_done": self.step - self.epochs_done * (self.total // self.settings.epochs),
             "best": self.best,
             "sums": self.sums,
             "summed": self.summed,
@@ -263,10 +262,14 @@ class Run:
             )
 
     def kept(self) -> str:
+        if not self.folder.lasting:
+            return "nothing of it is kept"
         files = self.folder.files()
         return f"the last checkpoint is {files[-1]}" if files else "no checkpoint was written yet"
 
     def start_again(self) -> str:
+        if not self.folder.lasting:
+            return "Start it again then."
         return f"A changed recipe needs another out=... or {self.folder.folder} deleted."
 
 

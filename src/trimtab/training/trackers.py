@@ -69,8 +69,12 @@ class Mlflow:
         if not _environment("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         mlflow.start_run(run_name=folder.name)
-        # MLflow caps the length of a parameter.
-        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
+        try:
+            # MLflow caps the length of a parameter.
+            mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
+        except Exception:
+            mlflow.end_run("FAILED")
+            raise
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.mlflow.log_metrics({name: float(value) for name, value in values.items()}, step=step)
