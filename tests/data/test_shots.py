@@ -90,6 +90,28 @@ def test_without_a_picture_left_validation_is_asked_for(folder: Path) -> None:
     assert len(draw_shots(pictures(folder, (4, 4)), pictures(folder, (1, 1), prefix="v"), 4, 0).validation) == 2
 
 
+@settings(max_examples=40, deadline=None)
+@given(counts=st.tuples(*[st.integers(1, 14)] * 3), shots=st.sampled_from([None, 1, 4, 16]), seed=st.integers(0, 5))
+def test_some_of_every_class_are_reserved_for_validation(
+    folder: Path, counts: tuple[int, ...], shots: int | None, seed: int
+) -> None:
+    data = pictures(folder, counts)
+    if max(counts) == 1:
+        with pytest.raises(DataError, match="none is left to choose by"):
+            draw_shots(data, None, shots, seed, allow_fewer=True, reserve=True)
+        return
+    found = draw_shots(data, None, shots, seed, allow_fewer=True, reserve=True)
+    assert not names(found.train) & names(found.validation)
+    learnt, held = (np.bincount(part.labels, minlength=3) for part in (found.train, found.validation))
+    for count, mine, theirs in zip(counts, learnt, held, strict=True):
+        assert 1 <= mine <= (shots or count)
+        assert min(1, count // 2, shots or 4) <= theirs <= min(shots or 4, 4)
+        assert shots in (1, 4) or count < 8 or theirs >= 2
+    plenty = pictures(folder, (9, 9, 9))
+    same = draw_shots(plenty, None, 4, seed, reserve=True)  # where there is enough, nothing changes
+    assert drawn(same) == drawn(draw_shots(plenty, None, 4, seed))
+
+
 @pytest.mark.parametrize("shots", [None, 2])
 def test_a_picture_under_two_names_is_not_on_both_sides(tmp_path: Path, shots: int | None) -> None:
     contents = ["a", "b", "b", "c", "c", "d", "a"]  # the last has another class than its copy

@@ -47,14 +47,14 @@ class PromptData:
     Attributes:
         train: sources of training pictures.
         validation: sources of validation pictures; when empty, pictures of `train` that are not trained on: of
-            every class as many as `shots`, at most 4.
+            every class as many as `shots`, at most 4; with `allow_fewer` a quarter of a class that has few.
         test: sources that are looked at once, when everything is chosen; may be empty.
         classes: file with one class name per line, which says which classes there are and in what order; null
             takes the names found in `train`, sorted.
         shots: training pictures per class; null takes all.
         views: augmented views per training picture that are cached beside the picture itself.
         augmentation: how far these views may be from the picture.
-        allow_fewer: take all pictures of a class that has fewer than `shots`; false refuses such a class.
+        allow_fewer: take what there is of a class that has fewer than `shots` pictures; false refuses such a class.
     """
 
     train: tuple[LabelSource, ...]

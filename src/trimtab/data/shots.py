@@ -41,6 +41,7 @@ def draw_shots(
     seed: int,
     *,
     allow_fewer: bool = False,
+    reserve: bool = False,
 ) -> Shots:
     """Draw `shots` pictures of each class, and min(shots, 4) for validation.
 
@@ -50,6 +51,8 @@ def draw_shots(
     Args:
         shots: per class; None takes all pictures there are.
         allow_fewer: take what there is of a class with fewer than `shots` pictures.
+        reserve: without validation pictures, keep a quarter of each class for it, at most 4 and at least one of two,
+            even if fewer than `shots` are then left to learn from.
 
     Raises:
         DataError: a class has fewer than `shots` pictures and `allow_fewer` is false; nothing is left for validation.
@@ -65,6 +68,9 @@ def draw_shots(
         return Shots(train.take(np.concatenate(learnt)), validation.take(np.concatenate(held)))
     # From the other end: as long as there are enough, the pictures of validation stay when the shots grow.
     held_count = [min(wanted, max(0, len(some) - (shots or 1))) for some in ranked]
+    if reserve:
+        least = [min(wanted, len(some) // 2, max(1, len(some) // 4)) for some in ranked]
+        held_count = [max(pair) for pair in zip(held_count, least, strict=True)]
     held = [some[len(some) - count :] for some, count in zip(ranked, held_count, strict=True)]
     left = [some[: len(some) - count] for some, count in zip(ranked, held_count, strict=True)]
     drawn = np.concatenate(left if shots is None else [some[:shots] for some in left])

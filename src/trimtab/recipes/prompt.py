@@ -169,9 +169,18 @@ def read_sets(recipe: PromptRecipe) -> LabelledSets:
         train = apart(train, test, name="training", where="test")
         if validation is not None:
             validation = apart(validation, test, name="validation", where="test")
-    drawn = draw_shots(train, validation, data.shots, recipe.seed, allow_fewer=data.allow_fewer)
+    fewer = data.allow_fewer
+    drawn = draw_shots(train, validation, data.shots, recipe.seed, allow_fewer=fewer, reserve=fewer)
     # Validation pictures that the user gave are all used.
-    return LabelledSets(drawn.train, drawn.validation if validation is None else validation, test)
+    sets = LabelledSets(drawn.train, drawn.validation if validation is None else validation, test)
+    unseen = sorted(set(range(len(train.classes))) - set(sets.validation.labels.tolist()))
+    if unseen:
+        logger.warning(
+            "%d of %d classes have no validation picture, %r for one: choices and calibration of scores rest on the "
+            "others alone. Give more pictures of them, or data.validation",
+            len(unseen), len(train.classes), train.classes[unseen[0]],
+        )  # fmt: skip
+    return sets
 
 
 def frozen_features(recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets) -> dict[str, PictureFeatures]:

@@ -194,7 +194,7 @@ def fit_prompt(
     if validation_set:
         found = logits(task, validation_set.features)
         labels = torch.from_numpy(validation_set.labels).to(found.device)
-        fitted.class_scale = task.logit_scale * best_factor(found, labels)
+        fitted.class_scale = task.logit_scale * best_factor(found, labels, cautious=True)
         fitted.validation = figures(found, labels)
     fitted.seconds = time.monotonic() - started
     return fitted
