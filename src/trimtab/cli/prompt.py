@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from trimtab.cli.app import app
 from trimtab.cli.printing import console, show_written
@@ -50,7 +51,8 @@ def fewshot(
     plan = Plan(numbers["shots"], numbers["seeds"], names, dataset)
     out = out or Path(f"{resolved.out.rstrip('/')}.fewshot.jsonl")
     runs = run(resolved, plan, out)
-    table = Table("method", *(f"{count} shots" for count in plan.shots), title=f"{runs[0]['dataset']}: top-1, percent")
+    title = Text(f"{runs[0]['dataset']}: top-1, percent")
+    table = Table("method", *(f"{count} shots" for count in plan.shots), title=title)
     for method, cells in mean_rows(runs).items():
         table.add_row(method, *cells)
     console().print(table)

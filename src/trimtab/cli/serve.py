@@ -67,5 +67,5 @@ def serve(
         api_key_env=api_key_env,
         options=options,
         device=device,
-        tell=lambda line: console().print(line, soft_wrap=True),
+        tell=lambda line: console().print(line, soft_wrap=True, markup=False),
     )

@@ -145,7 +145,8 @@ def embed(
     show(outcome)
     if skipped:
         lines = [f"  {one['source'] or one['id']}: {one['reason']}" for one in skipped[:_SHOWN]]
-        more = f"\n  all are listed in {out / 'skipped.csv'}" if not outcome["unfinished_shards"] else ""
+        listed = "all" if len(skipped) == outcome["skipped"] else f"{len(skipped):,} of them"
+        more = f"\n  {listed} are listed in {out / 'skipped.csv'}" if not outcome["unfinished_shards"] else ""
         say("\n".join([f"left out because they cannot be used: {outcome['skipped']}", *lines]) + more, "yellow")
     if outcome["unfinished_shards"]:
         say(f"{outcome['unfinished_shards']} shards are left to other parts", "yellow")
@@ -221,14 +222,14 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _show_hits(found: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     columns = list(found[0]) if found else []
     if columns[:1] == ["id"] and len(columns) > 1 and all(one["id"] == one[columns[1]] for one in found):
         columns = columns[1:]  # a picture without an id of its own is known by its path
     columns = ["score", *(name for name in columns if name != "score")]
-    table = Table(*columns)
+    table = Table(*(Column(Text(name)) for name in columns))
     for one in found:
         table.add_row(*(Text(f"{one[name]:.3f}" if name == "score" else one[name]) for name in columns))
     console().print(table)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trimtab.data.captions import SourceOptions, read_entries
-from trimtab.data.parallel import clean_text
+from trimtab.data.parallel import clean_text, says_nothing
 from trimtab.data.shards import PictureFile, explain_vanished, find_damaged
 from trimtab.errors import DataError
 from trimtab.files import digest_of
@@ -304,7 +303,7 @@ def _load(source: SourceOptions, seed: int, notes: Path | None) -> tuple[list[_P
             caption = clean_text(text)
             if isinstance(entry.picture, str):
                 drop("missing", entry.file, entry.row, entry.picture)
-            elif not _says_something(caption):
+            elif says_nothing(caption):
                 drop("empty", entry.file, entry.row, entry.problem or "the caption is empty")
             else:
                 pairs.append(_Pair(entry.picture, caption, entry.file, entry.row))
@@ -372,11 +371,6 @@ def _places(strata: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
     ranks[order] = np.arange(len(codes)) - (np.cumsum(sizes) - sizes)[codes[order]]
     begin = (rng.permutation(len(sizes)) + rng.random(len(sizes))) / max(1, len(sizes))
     return (ranks + begin[codes]) / sizes[codes]
-
-
-def _says_something(caption: str) -> bool:
-    """Whether there is more than blanks and invisible signs."""
-    return any(unicodedata.category(char)[0] not in "CZ" for char in caption)
 
 
 def _refuse_trivial(pairs: ImageTextPairs, where: str, remedy: str) -> None:

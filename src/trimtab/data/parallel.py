@@ -213,7 +213,7 @@ def clean(
     for index, (raw_target, raw_english) in enumerate(zip(pairs.targets, pairs.english)):
         target, english = clean_text(raw_target), clean_text(raw_english)
         key = (pairs.languages[index], target, english)
-        if _is_empty(target) or _is_empty(english):
+        if says_nothing(target) or says_nothing(english):
             counts["empty"] += 1
         elif min(len(target), len(english)) < min_chars:
             counts["too_short"] += 1
@@ -297,8 +297,8 @@ def _groups(pairs: ParallelText) -> np.ndarray:
     return np.unique([root(index) for index in range(len(pairs))], return_inverse=True)[1]
 
 
-def _is_empty(text: str) -> bool:
-    """Nothing to see: joiners, direction marks, variation selectors are no text by themselves."""
+def says_nothing(text: str) -> bool:
+    """Whether there is nothing to see: joiners, direction marks, variation selectors are no text by themselves."""
     return not any(unicodedata.category(char)[0] not in "CZ" and char not in _SELECTORS for char in text)
 
 

@@ -141,7 +141,11 @@ def verdict(runs: Sequence[RunResult]) -> str:
     best, head = max(known, key=lambda each: each[1][1])
     if len(labels) > 1 or len(known) < len(runs):
         return "The main figures of these runs are of different kinds, so that no run can be called the best."
-    told = f"`{best.name}` has the highest {head[0][0].lower() + head[0][1:]}, {head[1]:.1f}%"
+    figure = f"{head[0][0].lower() + head[0][1:]}, {head[1]:.1f}%"
+    level = [run.name for run, (_, value, _) in known if f"{value:.1f}" == f"{head[1]:.1f}"]
+    told = f"`{best.name}` has the highest {figure}"
+    if len(level) > 1:  # nobody wins a tie
+        told = f"{', '.join(f'`{name}`' for name in level[:-1])} and `{level[-1]}` are level at the highest {figure}"
     if head[2] == "on validation data" and len(digests - {""}) != 1:
         return f"{told}, but the runs learnt from different data and were validated on their own parts of it."
     return f"{told}, {head[2].rpartition(', ')[2]}."

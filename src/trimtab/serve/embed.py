@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,8 +244,8 @@ def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: lis
     skipped = [one for note in whole for one in note.listed]
     counts = {"count": sum(note.rows for note in whole), "skipped": sum(note.skipped for note in whole)}
     if not missing:
-        if skipped and not counts["count"]:
-            _refuse_nothing(source, counts["skipped"], skipped[0])
+        if not counts["count"]:
+            _refuse_nothing(source, counts["skipped"], skipped)
         for number in _numbers_from(out, len(digests)):  # of an earlier, longer input
             (out / DESCRIPTION_FILE).unlink(missing_ok=True)
             # The note goes last, as a kill before it leaves what the next run finds here.
@@ -268,7 +268,10 @@ def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: lis
     }
 
 
-def _refuse_nothing(source: Input, count: int, example: Skipped) -> None:
+def _refuse_nothing(source: Input, count: int, skipped: Sequence[Skipped]) -> None:
+    if not skipped:
+        raise DataError(f"{source.path}: holds no {source.of}")
+    example = skipped[0]
     hint = ""
     if source.place == "table" and source.of == "images":
         hint = f". If the column {source.column!r} holds texts, say --of texts, with a folder of its own"

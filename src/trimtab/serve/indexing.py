@@ -89,7 +89,7 @@ def build_index(
     if not replaceable(out, DESCRIPTION_FILE):
         raise DataError(f"{out} holds something else than an index: choose another folder")
     kind = choose_kind(len(source)) if kind == "auto" else kind
-    typical = None if queries is None else _sample_of(_queries_for(source, queries), sample, seed)
+    typical = None if queries is None else _sample_of(_queries_for(source, queries), sample, seed, verify=True)
     with atomic_folder(out, DESCRIPTION_FILE) as built:
         return _build(faiss, source, built, kind, typical, recall, sample, seed, progress or (lambda *_: None))
 
@@ -181,7 +181,7 @@ def _make(faiss: Any, kind: str, source: Embeddings, seed: int) -> tuple[Any, di
         raise DataError(f"{source.folder} holds {count} vectors, too few to train ivfpq: use flat or hnsw")
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, cells, bytes_each, bits, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = index.pq.cp.seed = seed + 1
-    index.train(_sample_of(source, min(count, max(_TRAINING_POINTS * cells, 39 * 2**bits)), seed))
+    index.train(_sample_of(source, min(count, max(_TRAINING_POINTS * cells, 39 * 2**bits)), seed, verify=False))
     return index, {"cells": cells, "code_bytes": bytes_each, "code_bits": bits}
 
 
@@ -230,11 +230,11 @@ def _without(rows: np.ndarray, own: int | None) -> np.ndarray:
     return rows if own is None else rows[rows != own]
 
 
-def _sample_of(source: Embeddings, size: int, seed: int) -> np.ndarray:
+def _sample_of(source: Embeddings, size: int, seed: int, *, verify: bool) -> np.ndarray:
     """Unit vectors (size, D) of a random choice of rows, in their order."""
     rows = np.sort(np.random.default_rng(seed).choice(len(source), min(size, len(source)), replace=False))
     parts, done = [], 0
-    for _, vectors in source.blocks(verify=False):
+    for _, vectors in source.blocks(verify=verify):
         parts.append(unit(vectors[rows[(rows >= done) & (rows < done + len(vectors))] - done]))
         done += len(vectors)
     return np.concatenate(parts)

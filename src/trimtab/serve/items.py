@@ -307,7 +307,9 @@ def table_columns(path: Path) -> list[str]:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         return [name.strip() for name in next((row for row in rows if any(map(str.strip, row))), [])]
-    first = next(line for line in text.split("\n") if line.strip())
+    first = next((line for line in text.split("\n") if line.strip()), None)
+    if first is None:
+        raise DataError(f"{path}: is empty")
     try:
         record = json.loads(first)
     except (ValueError, RecursionError) as error:

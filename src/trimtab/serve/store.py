@@ -356,5 +356,5 @@ class Embeddings:
                 raise ValueError(f"column {VECTOR!r} is {column.type}, not a list of a fixed size")
             vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), column.type.list_size)
             return whole.select(list(self.about.columns)), vectors
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, KeyError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read ({error}): embed again, or copy the folder again") from error

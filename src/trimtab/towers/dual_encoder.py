@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trimtab.data.images import ImageError, SkippedImage, SkippedImages, read_image
+from trimtab.data.images import ImageError, SkippedImage, SkippedImages, StoredPicture, read_image
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
@@ -425,7 +425,7 @@ def _stack(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _is_one_image(images: Any) -> bool:
     if isinstance(images, np.ndarray):
         return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
-    return isinstance(images, (str, Path, bytes, Image.Image))
+    return isinstance(images, (str, Path, bytes, Image.Image, StoredPicture))
 
 
 def _check_batch_size(batch_size: int) -> None:

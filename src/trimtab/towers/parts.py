@@ -199,13 +199,9 @@ def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> Ba
             "or call image_processor.save_pretrained(folder)"
         )
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
-    stem = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "ImageProcessor", str(kind))
     try:
         with quiet():
-            processor_class = None
-            if stem.endswith("ImageProcessor"):  # a class of transformers by name, never a path
-                processor_class = getattr(transformers, stem + "Pil", None) or getattr(transformers, stem, None)
-            if processor_class is not None:
+            if (processor_class := image_processor_class(str(kind))) is not None:
                 return processor_class.from_dict(settings)
             if trust_remote_code:
                 return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -16,7 +16,9 @@ from trimtab.errors import DataError
 from trimtab.serve.http.addresses import Fetcher
 from trimtab.serve.http.problems import Problem
 
-_DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*(?P<base64>;base64)?,", re.ASCII)
+_DATA_URI = re.compile(
+    r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*(?P<base64>;base64)?,", re.ASCII | re.IGNORECASE
+)
 _IS_PICTURE = re.compile(r"data:image/", re.IGNORECASE)
 
 

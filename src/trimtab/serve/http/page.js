@@ -239,7 +239,7 @@ function look(uri, content) {
 }
 
 async function classify() {
-  if (!picture) return;
+  if (!picture || !model) return; // without a model yet, `start` calls again
   const classes = $("classes").value.split(/[,，、\n]/).map((name) => name.trim()).filter(Boolean);
   if (!classes.length && !model.classes) {
     $("labels").replaceChildren();
@@ -317,6 +317,11 @@ async function start() {
   document.querySelector(".columns").classList.toggle("alone", !model.index);
   tell("status", model.index ? "" : "noIndex");
   translate();
+  if (picture) {
+    classify();
+    search({ image: picture }, "similar");
+    return;
+  }
   const wanted = new URLSearchParams(location.hash.slice(1)).get("q");
   if (model.index && wanted) {
     $("query").value = wanted;

@@ -68,7 +68,7 @@ def serve(
             log_config=None,
             access_log=False,
             lifespan="on",
-            limit_concurrency=options.connections,
+            limit_concurrency=options.connections + 1,  # uvicorn counts the one that asks as well
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=max(1, round(options.timeout)),

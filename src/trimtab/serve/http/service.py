@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ _LONGEST_NAME = 500  # characters of a class name or template
 _DECODING_THREADS = 4
 _FETCHING_THREADS = 8  # which wait, and hold a body of the largest size each
 _DECODED_AT_ONCE = 8
+_PARTS_AT_ONCE = 2  # of one request's pictures: one is preprocessed while the model has the other
+_PREPROCESSED_BATCHES = 8  # of all requests together
 _COMMON_LENGTH = 64  # characters of a text that costs as much as a common one
 
 
@@ -96,6 +98,7 @@ class Service:
         self._answering = ThreadPoolExecutor(threads, "trimtab-answer")
         self._turn = 2 * threads  # of one request in the pool at a time: the others wait for these alone
         self._decoded = asyncio.Semaphore(2)
+        self._preprocessed = _Places(_PREPROCESSED_BATCHES * self.options.max_batch)
         self._classifiers: OrderedDict[tuple[Any, ...], Classifier] = OrderedDict()
         self._classifiers_lock = threading.Lock()
 
@@ -196,16 +199,10 @@ class Service:
         texts = [(at, item) for at, item in enumerate(items) if isinstance(item, Text)]
         pictures = [(at, item) for at, item in enumerate(items) if isinstance(item, Picture)]
         vectors = np.zeros((len(items), self.model.embedding_dim), np.float32)
-        pixels = await self._pixels([item for _, item in pictures])  # first, since this is where most faults are
-        jobs = [
-            asyncio.ensure_future(self.batcher.submit(TEXT, [item.text for _, item in texts])),
-            asyncio.ensure_future(self.batcher.submit(IMAGE, pixels)),
-        ]
-        try:
-            found, seen = await asyncio.gather(*jobs)
-        finally:
-            for job in jobs:  # if one is refused, nobody waits for the other
-                job.cancel()
+        found, seen = await _together(
+            self.batcher.submit(TEXT, [item.text for _, item in texts]),
+            self._embed_pictures([item for _, item in pictures]),
+        )
         tokens = 0
         for (at, _), (vector, count) in zip(texts, found, strict=True):
             vectors[at], tokens = vector, tokens + count
@@ -226,10 +223,18 @@ class Service:
         return found
 
     async def _embed_pictures(self, pictures: Sequence[Picture | bytes]) -> np.ndarray:
-        return np.stack(await self.batcher.submit(IMAGE, await self._pixels(pictures)))
+        """(N, D), in parts: preprocessed pictures are large, so that only some are in memory at a time."""
+        size = self.options.max_batch
+        turns = asyncio.Semaphore(_PARTS_AT_ONCE)
 
-    async def _pixels(self, pictures: Sequence[Picture | bytes]) -> list[Mapping[str, torch.Tensor]]:
-        return await self._read(pictures, self.model.preprocess)
+        async def part(start: int) -> list[np.ndarray]:
+            some = pictures[start : start + size]
+            async with turns, self._preprocessed.taken(len(some)):
+                return await self.batcher.submit(IMAGE, await self._read(some, self.model.preprocess, start))
+
+        found = await _together(*(part(start) for start in range(0, len(pictures), size)))
+        rows = [row for part in found for row in part]
+        return np.stack(rows) if rows else np.zeros((0, self.model.embedding_dim), np.float32)
 
     async def _read(
         self, pictures: Sequence[Picture | bytes], finish: Callable[[Any], Any], start: int = 0
@@ -253,12 +258,7 @@ class Service:
                     )
                 )
 
-        jobs = [asyncio.ensure_future(read(at, picture)) for at, picture in enumerate(pictures)]
-        try:
-            return list(await asyncio.gather(*jobs))
-        finally:
-            for job in jobs:  # if one is refused, nobody waits for the others
-                job.cancel()
+        return await _together(*(read(at, picture) for at, picture in enumerate(pictures)))
 
     async def _decode(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._decoding, function)
@@ -279,7 +279,6 @@ class Service:
         check_names(classes, "classes", self.options.max_classes)
         if templates is not None:
             check_names(templates, "templates", _TEMPLATES_AT_MOST)
-            check_count(len(classes) * len(templates), self.max_inputs, "classes times templates")
         key = (tuple(classes), None if templates is None else tuple(templates))
         with self._classifiers_lock:
             if key in self._classifiers:
@@ -301,7 +300,9 @@ class Service:
             names = check_class_names(classes)
             templates = default_templates(names)[1] if templates is None else templates
             texts = fill_all(templates, names)
-        vectors = np.stack([vector for vector, _ in await self.batcher.submit(TEXT, texts)])
+        check_count(len(texts), self.max_inputs, "classes times templates")
+        with self.batcher.room(len(texts)):
+            vectors = np.stack([vector for vector, _ in await self.batcher.submit(TEXT, texts)])
         return await self.in_pool(partial(Classifier, self.model, names, templates=templates, texts=vectors))
 
     def _cost(self, kind: str, item: Any) -> float:
@@ -325,6 +326,38 @@ class Service:
         if not np.isfinite(vectors).all():
             raise ModelError(f"{self.name} gives NaN or infinity for a picture")
         return list(vectors)
+
+
+class _Places:
+    """So many places for all requests; who waits for some is served in order."""
+
+    def __init__(self, count: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._next = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        """Hold `count` places, no more than there are."""
+        held = 0
+        try:
+            async with self._next:  # two that each hold a part would wait for each other
+                while held < count:
+                    await self._free.acquire()
+                    held += 1
+            yield
+        finally:
+            for _ in range(held):
+                self._free.release()
+
+
+async def _together(*jobs: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What all jobs give; if one is refused, nobody waits for the others."""
+    started = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return list(await asyncio.gather(*started))
+    finally:
+        for job in started:
+            job.cancel()
 
 
 def check_names(names: Sequence[str], where: str, limit: int) -> None:
