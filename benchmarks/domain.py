@@ -434,7 +434,10 @@ class Classifier:
 
 
 def scores(model: Any, *, grocery: Grocery, splits: Sequence[str]) -> dict[str, Any]:
-    """Percent of the pictures of each split that get their own fine class, and their own coarse one."""
+    """Percent of the pictures of each split that get their own fine class, and their own coarse one.
+
+    ``by_class`` has the right ones of each class and all of it, (C, 2).
+    """
     found: dict[str, Any] = {"test": None}
     for split in splits:
         items = read_classification(grocery.labels(split), grocery.classes, grocery.root)
@@ -451,6 +454,9 @@ def scores(model: Any, *, grocery: Grocery, splits: Sequence[str]) -> dict[str, 
         right = {"fine": true == taken, "coarse": grocery.coarse[true] == grocery.coarse[taken]}
         found[split] = {name: 100 * float(np.average(same, weights=counts)) for name, same in right.items()}
         found[split]["n"] = int(counts.sum())
+        # Pictures of a class are of a few places, and right or wrong together: classes tell how sure a lead is.
+        of_class = [np.bincount(true, counts * part, len(grocery.classes)).astype(int) for part in (right["fine"], 1)]
+        found[split]["by_class"] = np.stack(of_class, axis=1).tolist()
     return found
 
 

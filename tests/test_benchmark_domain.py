@@ -58,7 +58,28 @@ def test_goals_are_computed_by_seed() -> None:
     assert found[4].found == "22.2% (2.0 of 9.0 min)"
     text = domain_tables.report(runs)
     assert "| Continual fine-tuning | 72.0 ± 1.0 | 77.0 ± 1.0 | 30.0 ± 0.0 | 4.0 ± 0.0 |" in text
-    assert "| Adapter, hard sampling − Adapter, no bank | +0.5 ± 0.0 |" in text
+    assert "| Adapter, hard sampling − Adapter, no bank | +0.5 ± 0.0 | – |" in text
+
+
+def test_the_error_over_classes_is_that_of_drawing_other_classes() -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(5, 40, 60)
+    ours, theirs = (rng.binomial(pictures, rate) for rate in (0.8, 0.75))
+    runs = [
+        finished(
+            row, 70.0, seed, test={"fine": 70.0, "coarse": 75.0, "by_class": np.stack([right, pictures], 1).tolist()}
+        )
+        for row, right in (("adapter_hard", ours), ("full", theirs))
+        for seed in (1, 2)
+    ] + [finished("full", 70.0, 3)]
+    found = domain_tables.latest(runs)
+    mine, others = found["adapter_hard", 1.0, ()], found["full", 1.0, ()]
+    error = domain_tables.error_over_classes(mine, others, "test")
+    draws = rng.integers(0, 60, (4000, 60))
+    leads = 100 * (ours - theirs)[draws].sum(1) / pictures[draws].sum(1)
+    assert error == pytest.approx(leads.std(), rel=0.1)
+    assert f"| ± {error:.1f} |" in domain_tables.difference_table(found, "test")
+    assert domain_tables.error_over_classes(mine, {3: others[3]}, "test") is None
 
 
 def test_goals_without_figures_are_not_reached() -> None:

@@ -463,6 +463,16 @@ def test_pairs_of_one_text_are_refused(
         prepare(recipe(rows, validation=[str(held_out)]))
 
 
+def test_much_that_is_set_aside_is_told(
+    recipe: Callable[..., LanguageRecipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(recipe(validation_size=60))
+    assert not caplog.messages
+    prepare(recipe(validation_size=150))
+    assert caplog.messages[0].startswith("150 of 200 pairs are set aside for validation")
+    assert caplog.messages[0].endswith("set data.validation_size lower, for example to 20")
+
+
 def test_too_few_pairs_are_not_told_to_be_fewer(recipe: Callable[..., LanguageRecipe]) -> None:
     with pytest.raises(RecipeError, match="leaves nothing of 2 pairs to train on: give more pairs"):
         prepare(recipe([("猫", "cat"), ("狗", "dog")], validation_size=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import random
 import unicodedata
 from collections.abc import Callable, Collection, Iterable
@@ -19,6 +20,8 @@ from trimtab.data.parallel import ParallelText, clean, read_parallel, split_vali
 from trimtab.data.phrases import GRAMMARS, phrases
 from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all, known_language, templates_for
 from trimtab.errors import DataError, RecipeError
+
+logger = logging.getLogger(__name__)
 
 PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
     "cedict": lambda _: corpora.cedict_pairs(),
@@ -196,6 +199,11 @@ def _split(train: ParallelText, size: int, seed: int) -> tuple[ParallelText, Par
         lower = max(2, foreign.sum() // 10)
         remedy = f"set it lower, for example to {lower}" if lower < size else "give more pairs"
         raise RecipeError(f"data.validation_size={size} leaves nothing of {foreign.sum()} pairs to train on: {remedy}")
+    if size > foreign.sum() / 3:
+        logger.warning(
+            "%d of %d pairs are set aside for validation and missed in training: set data.validation_size lower, for "
+            "example to %d", size, foreign.sum(), max(2, foreign.sum() // 10),
+        )  # fmt: skip
     rest, validation = split_validation(train.take(foreign), size, seed)
     return (rest.concat(train.take(~foreign)) if not foreign.all() else rest), validation
 
