@@ -57,6 +57,28 @@ def test_from_a_folder_of_pictures_to_chinese_search(
     assert "domain, language" in told
 
 
+def test_texts_of_users_are_no_markup(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("text,price [/kg],price [eur]\na cat,[red]3,[/]\n", encoding="utf-8")
+    clip = tiny_folder("clip")
+    keep = [option for name in ("price [/kg]", "price [eur]") for option in ("--keep", name)]
+    run("embed", table, "--of", "texts", "--model", clip, "--out", tmp_path / "e", *keep)
+    run("index", tmp_path / "e", "--out", tmp_path / "i")
+    told = run("search", "a cat", "--index", tmp_path / "i")
+    assert all(word in told for word in ("price [/kg]", "price [eur]", "[red]3", "[/]"))
+
+
+def test_not_all_of_very_many_skipped_items_are_said_to_be_listed(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serve.store._LISTED", 2)
+    table = tmp_path / "t.csv"
+    table.write_text("text,note\na cat,x\n" + ",x\n" * 3, encoding="utf-8")
+    told = run("embed", table, "--of", "texts", "--model", tiny_folder("clip"), "--out", tmp_path / "e")
+    assert "2 of them are listed in" in told
+    assert len((tmp_path / "e" / "skipped.csv").read_text(encoding="utf-8").splitlines()) == 3
+
+
 def test_parts_by_the_command_line(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text\na cat\na dog\ntwo apples\n", encoding="utf-8")
     given = ["embed", tmp_path / "t.csv", "--model", tiny_folder("clip"), "--out", tmp_path / "e", "--shard-size", 1]

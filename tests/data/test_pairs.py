@@ -88,7 +88,7 @@ def test_what_is_unusable_is_counted_listed_and_survived(folder: Path, caplog: p
     (folder / "005.png").unlink()
     (folder / "005.png").mkdir()
     rows = [(f"{i:03}.png", f"caption {i}") for i in range(9)]
-    rows += [("007.png", "\u200b \ufeff\x00"), ("gone.png", "x"), ("", "y"), ("007.png", "a second one")]
+    rows += [("007.png", "\u200b \ufeff\x00\ufe0f"), ("gone.png", "x"), ("", "y"), ("007.png", "a second one")]
     table = write_table(folder / "t.jsonl", rows)
     with caplog.at_level(logging.WARNING):
         pairs = load_pairs([PairSource(str(table))])

@@ -213,6 +213,8 @@ def run(name: str, value: float, **changes: Any) -> RunResult:
 def test_the_best_is_named_only_where_it_can_be() -> None:
     assert verdict([run("a", 80.0), run("b", 82.5)]) == "`b` has the highest top-1, 82.5%, on validation data."
     assert "different data" in verdict([run("a", 80.0), run("b", 82.5, data_digest="e")])
+    level = [run("a", 82.5), run("b", 80.0), run("c", 82.52)]
+    assert verdict(level) == "`a` and `c` are level at the highest top-1, 82.5%, on validation data."
     other = RunResult("c", "language link", figures={"match": 90.0})
     assert "different kinds" in verdict([run("a", 80.0), other])
     assert "different kinds" in verdict([run("a", 80.0), RunResult("c", "not finished")])

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tiny_pairs import write_shard
 from trimtab.adapters.adapted import load
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve import embed as module
@@ -243,6 +244,20 @@ def test_an_input_without_anything_usable_is_refused(model: Any, tmp_path: Path)
         embed(table, model, tmp_path / "out", column="caption")
     assert not (tmp_path / "out" / "embeddings.json").exists()
     assert embed(table, model, tmp_path / "texts", of="texts", column="caption")["count"] == 2
+
+
+@pytest.mark.parametrize("members", [{}, {"a.cls": "1"}])
+def test_shards_without_a_sample_are_refused(model: Any, tmp_path: Path, members: dict[str, Any]) -> None:
+    path = write_shard(tmp_path / "s.tar", members)
+    with pytest.raises(DataError, match=r"s\.tar: holds no images"):
+        embed(path, model, tmp_path / "out")
+    assert not (tmp_path / "out" / "embeddings.json").exists()
+
+
+def test_blanks_alone_are_an_empty_table(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("\u3000\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.jsonl: is empty"):
+        embed(tmp_path / "t.jsonl", model, tmp_path / "out", of="texts")
 
 
 def test_bad_rows_show_before_the_model_is_loaded(photos: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve import index as module
 from trimtab.serve.index import Index
 from trimtab.serve.indexing import build_index, choose_kind
+from trimtab.serve.store import Embeddings
 
 pytest.importorskip("faiss")
 
@@ -289,6 +290,17 @@ def test_recall_of_given_queries(embeddings: Path, tmp_path: Path) -> None:
     taught_later = replace(MODEL, fingerprint="a" * 64)  # it differs in its texts alone
     queries = write_embeddings(tmp_path / "t", made(60, seed=3), of="texts", model=taught_later)
     assert build_index(embeddings, tmp_path / "i", queries=queries)["recall"]["queries"] == 60
+
+
+def test_queries_that_were_changed_are_refused(embeddings: Path, tmp_path: Path) -> None:
+    queries = write_embeddings(tmp_path / "q", made(60, seed=3), format="npy")
+    path = queries / "shard-00000.npy"
+    np.save(path, np.load(path)[:, ::-1])
+    with pytest.raises(DataError, match=r"shard-00000\.npy"):
+        build_index(embeddings, tmp_path / "i", queries=queries)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard-00000\.npy"):
+        list(Embeddings.open(queries).blocks(verify=False))
 
 
 def test_queries_that_tell_nothing_are_refused(embeddings: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 import tiny_models
 from tiny_models import CONTEXT, CORPUS
 from trimtab.data.images import ImageError
+from trimtab.data.shards import PictureFile
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.towers.hf import load_base
 
@@ -44,7 +45,7 @@ def test_images_from_any_source_are_the_same(clip: Any, files: list[Path], pictu
 
 
 def test_one_image_and_one_stack(clip: Any, files: list[Path], pictures: list[Image.Image]) -> None:
-    for image in (files[0], str(files[0]), pictures[0], np.asarray(pictures[0])):
+    for image in (files[0], str(files[0]), pictures[0], np.asarray(pictures[0]), PictureFile(files[0], files[0].name)):
         assert clip.encode_image(image).shape == (1, clip.embedding_dim)
     stack = np.stack([np.asarray(pictures[1])] * 3)
     assert clip.encode_image(stack).shape == (3, clip.embedding_dim)

@@ -429,6 +429,52 @@ def test_pictures_beside_one_that_is_refused_are_not_decoded(
     assert len(decoder.seen) < 20
 
 
+def test_pictures_are_preprocessed_by_few_batches_at_a_time(
+    tiny_base: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(monkeypatch)
+    decoder.hold.set()
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(max_batch=2))
+    held = hold_passes(service, "image")
+    pictures = [{"image": data_uri(png((at, 0, 0)))} for at in range(40)]
+    with running(service) as server:
+        asked = [
+            asyncio.run_coroutine_threadsafe(server.client.post("/v1/embeddings", json={"input": sent}), server.loop)
+            for sent in (pictures[:20], pictures[20:], pictures[:1])
+        ]
+        while service.batcher.reserved < 41 or service.batcher.waiting < 7:  # and a batch of two is in a pass
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(decoder.seen) == 9  # two parts of two of each request; the single one did not have to wait
+        held.hold.set()
+        answers = [one.result(30) for one in asked]
+    expected = tiny_base("clip").encode_image([png((at, 0, 0)) for at in range(40)])
+    np.testing.assert_allclose(embedded(answers[0]), expected[:20], atol=1e-6)
+    np.testing.assert_allclose(embedded(answers[1]), expected[20:], atol=1e-6)
+    assert service.batcher.reserved == 0
+
+
+def test_places_are_given_in_order_and_come_back() -> None:
+    async def run() -> list[str]:
+        places, said = service_module._Places(4), []
+
+        async def take(name: str, count: int, wait: float) -> None:
+            async with places.taken(count):
+                said.append(name)
+                await asyncio.sleep(wait)
+
+        first = [asyncio.ensure_future(take(*one)) for one in (("a", 3, 0.05), ("b", 3, 0.0), ("c", 1, 0.0))]
+        await asyncio.sleep(0.01)
+        gone = asyncio.ensure_future(take("gone", 4, 0.0))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(*first, gone, return_exceptions=True)
+        async with asyncio.timeout(5), places.taken(4):
+            return said
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+
+
 def test_a_model_that_fails_costs_one_answer(tiny_base: Callable[[str], Any]) -> None:
     service = Service(tiny_base("clip"), name="tiny")
     real = service.batcher.forwards["text"]
@@ -525,6 +571,25 @@ def test_forms_that_cannot_be_used(server: Running, options: Any, status: int) -
 def test_classifications_that_cannot_be_asked_for(server: Running, change: dict[str, Any]) -> None:
     answer = server.post("/v1/classify", {"image": data_uri(png()), **change})
     assert answer.status_code == 422, answer.text
+
+
+def test_class_names_count_with_all_their_templates(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(max_inputs=20, queue=20))
+    picture = data_uri(png())
+    with running(service) as server:
+        many = server.post("/v1/classify", {"image": picture, "classes": ["a", "b", "c"]})  # eight templates each
+        assert many.status_code == 422
+        assert "classes times templates" in many.json()["error"]["message"]
+        assert server.post("/v1/classify", {"image": picture, "classes": ["a", "b"]}).status_code == 200
+        held = hold_passes(service)
+        waiting = asyncio.run_coroutine_threadsafe(
+            server.client.post("/v1/classify", json={"image": picture, "classes": ["c", "d"]}), server.loop
+        )
+        assert held.entered.wait(10)
+        assert service.batcher.reserved == 17  # texts, and the picture
+        assert server.post("/v1/embeddings", {"input": ["a"] * 4}).status_code == 429
+        held.hold.set()
+        assert waiting.result(30).status_code == 200
 
 
 def test_without_classes_they_must_be_named(tiny_base: Callable[[str], Any]) -> None:

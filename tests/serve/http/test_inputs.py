@@ -18,7 +18,8 @@ from trimtab.serve.http.problems import Problem
 def test_what_is_encoded_comes_back(content: bytes) -> None:
     encoded = base64.b64encode(content).decode()
     folded = base64.encodebytes(content).decode()
-    for sent in (encoded, folded, f"data:image/png;base64,{encoded}", f"data:;base64,{encoded}"):
+    uris = [f"data:image/png;base64,{encoded}", f"data:;base64,{encoded}", f"DATA:image/PNG;BASE64,{encoded}"]
+    for sent in (encoded, folded, *uris):
         assert bytes_of(sent, None) == content
     assert bytes_of(f"data:image/svg+xml;charset=utf-8;base64,{encoded}", None) == content
 

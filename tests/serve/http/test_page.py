@@ -176,6 +176,8 @@ def test_language_and_theme(window: Browser, sites: dict[str, str]) -> None:
 def test_a_locked_server_asks_for_its_key(window: Browser, sites: dict[str, str]) -> None:
     opened(window, sites["locked"])
     window.wait(lambda: not window.run("return document.getElementById('key-form').hidden"))
+    window.drop(png(COLORS["green.png"]), "any.png", "image/png")  # before the key: it waits
+    window.wait(lambda: not window.run("return document.getElementById('preview').hidden"))
     window.type("#key", "wrong")
     window.press(ENTER)
     window.wait(lambda: "API key" in window.text("#status"))
@@ -183,6 +185,8 @@ def test_a_locked_server_asks_for_its_key(window: Browser, sites: dict[str, str]
     window.type("#key", KEY)
     window.press(ENTER)
     window.wait(lambda: window.text("#model") == "locked")
+    window.wait(lambda: window.count(".hit") == 3 and names(window)[0] == "green.png")
+    assert all("401" in one for one in window.complaints())
     window.type("#query", "a")
     window.wait(lambda: window.count(".hit .frame img") == 3)
 

@@ -153,6 +153,13 @@ def process(*arguments: str, **environment: str) -> Iterator[Process]:
             started.popen.wait(10)
 
 
+def test_as_many_connections_as_were_allowed(tiny_folder: Callable[[str], Path]) -> None:
+    with process(str(tiny_folder("clip")), "--connections", "2") as server, contextlib.ExitStack() as stack:
+        server.client().close()
+        clients = [stack.enter_context(httpx.Client(base_url=server.address, trust_env=False)) for _ in range(3)]
+        assert [one.get("/healthz").status_code for one in clients] == [200, 200, 503]
+
+
 def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
     tiny_folder: Callable[[str], Path], tmp_path: Path, tiny_base: Callable[[str], Any]
 ) -> None:
