@@ -161,9 +161,10 @@ def _groups(groups: Any) -> dict[str, str]:
     found = {}
     for one in groups if isinstance(groups, list) else []:
         if isinstance(one, dict):
-            part = "blocks" if one.get("kind") == "conv" else "layers"
+            kind = one.get("kind")
+            part = "blocks" if kind in ("conv", "scale") else "layers"
             place = f"{one.get('tower')} {part} {one.get('first')} to {one.get('last')}"
-            found[f"{one.get('kind')} beside {place}"] = f"width {one.get('width')}"
+            found[f"{kind} beside {place}"] = "" if kind == "scale" else f"width {one.get('width')}"
     return found
 
 
