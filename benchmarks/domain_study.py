@@ -31,7 +31,6 @@ CROPPED = "cached maps mirrored, and cropped to 60%"
 CROP = "data.map_augmentation={crop_min: 0.6, flip: true}"
 DESCRIBED = "captions: names and descriptions"
 TEXT = ", {tower: text, kind: bottleneck, first: -2, width: 64}"
-SCALE = ", {tower: image, kind: scale, first: 8}"
 
 
 def conv(first: int, width: int = 128, more: str = "") -> str:
@@ -84,7 +83,6 @@ PLACES = {
     "adapters in the text tower too, no gate": adapters(conv(8, more=TEXT), "gate=none"),
     "adapters half as wide": adapters(conv(8, 64)),
     "adapters twice as wide": adapters(conv(8, 256)),
-    "gains and shifts beside the norms too": adapters(conv(8, more=SCALE)),
 }
 STEPS = {
     "logit_scale 20": adapters("objective.logit_scale=20"),

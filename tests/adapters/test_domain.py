@@ -31,7 +31,7 @@ from trimtab.towers.states_below import StatesBelow
 Load = Callable[[str], DualEncoder]
 
 CASES = [(name, tower, kind) for name, tower in TOWERS for kind in ("bottleneck", "transformer")]
-CASES += [("starter", "image", "conv"), ("starter", "image", "scale")]
+CASES.append(("starter", "image", "conv"))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,7 @@ def two(pictures: list[Image.Image]) -> list[Image.Image]:
 
 
 def group(tower: str, kind: str = "bottleneck", **changes: Any) -> DomainAdapterConfig:
-    options: dict[str, Any] = {} if kind == "scale" else {"width": 4}
-    options |= {"heads": 2, "layers": 2} if kind == "transformer" else {}
+    options: dict[str, Any] = {"width": 4, **({"heads": 2, "layers": 2} if kind == "transformer" else {})}
     return DomainAdapterConfig(tower, kind, **{**options, **changes})  # type: ignore[arg-type]
 
 
@@ -69,7 +68,7 @@ def hooks_of(base: DualEncoder) -> list[Any]:
     return [
         hook
         for module in base.model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, getattr(module, "_beside", {}))
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.items()
     ]
 
@@ -120,7 +119,7 @@ def test_every_cut_with_adapters(name: str, tower: TowerName, kind: str, load: L
     base = load(name)
     inputs = inputs_of(base, tower, two[:1] if name == "starter" else two)
     found = [*sites(base, tower, KINDS[kind][0])]
-    if KINDS[kind][0] == "blocks":
+    if kind == "conv":
         found = [found[0], found[9], found[-1]]
     for site in found:
         adapters = make(base, group(tower, kind, first=site.index))
@@ -294,51 +293,6 @@ def test_the_conv_adapter_lies_on_the_grid_of_its_block(load: Load) -> None:
     ours = conv(spot.expand(1, conv.in_channels, 8, 8)) - conv.bias[:, None, None]
     theirs = block.depthwise[0](spot.expand(1, block.depthwise[0].in_channels, 8, 8))
     assert torch.equal(ours[0, 0] > 0.5, theirs[0, 0] > 0.5)
-
-
-def test_scales_weigh_what_the_norms_of_a_block_give(load: Load) -> None:
-    base = load("starter")
-    block: Any = base.model.get_submodule(sites(base, "image", "blocks")[1].path)
-    adapters = make(base, group("image", "scale", first=1, last=1))
-    twice = make(base, group("image", "scale", first=1, last=1), seed=1)
-    x = torch.randn(2, block.expand[0].in_channels, 6, 6)
-
-    def by_hand(*sets: DomainAdapters) -> Tensor:
-        """With the norms for themselves, and not as part of the convolutions."""
-        y = x
-        for number, (conv, norm, *after) in enumerate((block.expand, block.depthwise, block.project)):
-            y = norm(conv(y))
-            scales: list[Any] = [one.placed()[0][1] for one in sets]
-            y = y + sum(
-                one.gains[number][:, None, None] * y + one.shifts[number][:, None, None] for one in scales
-            )  # fmt: skip
-            for module in after:
-                y = module(y)
-        return x + y if block.residual else y
-
-    with adapters.attach(base):
-        for gradients in (True, False):  # one goes through the maps, the other through the weights
-            with torch.set_grad_enabled(gradients):
-                torch.testing.assert_close(block(x), by_hand(adapters), atol=1e-4, rtol=1e-4)
-        with twice.attach(base), torch.no_grad():
-            torch.testing.assert_close(block(x), by_hand(adapters, twice), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(by_hand(adapters), by_hand(adapters, twice), atol=1e-2)
-
-
-@torch.no_grad()
-def test_scales_in_other_precisions(load: Load) -> None:
-    base = load("starter")
-    site = sites(base, "image", "blocks")[1]
-    block: Any = copy.deepcopy(base.model.get_submodule(site.path))
-    scales: Any = make(base, group("image", "scale", first=1, last=1)).placed()[0][1]
-    scales.put_beside(block, 1.0)
-    x = torch.rand(2, site.width_in, 6, 6)
-    expected = block(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(block(x).float(), expected, atol=0.05, rtol=0.02)
-    narrow = block.bfloat16()(x.bfloat16())
-    assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.float(), expected, atol=0.05, rtol=0.02)
 
 
 # Attaching
@@ -562,7 +516,6 @@ def test_adapters_stay_frozen_in_a_finished_model(adapted: DomainAdapted) -> Non
     [
         ("clip", [group("image"), group("text", "transformer", first=-1)]),
         ("starter", [group("image", "conv", first=-2), group("image"), group("text")]),
-        ("starter", [group("image", "conv", first=-2), group("image", "scale", first=-3)]),
         ("siglip2", [group("image", "transformer")]),
         ("flava", [group("text", "transformer"), group("image")]),
     ],
@@ -650,7 +603,7 @@ def test_damaged_descriptions_are_refused(load: Load, tmp_path: Path) -> None:
 
 
 def test_a_configuration_survives_writing() -> None:
-    for config in (group("image", "conv", first=-4), group("text", "transformer", layers=1), group("image", "scale")):
+    for config in (group("image", "conv", first=-4), group("text", "transformer", layers=1)):
         assert from_mapping(DomainAdapterConfig, to_mapping(config), "x") == config
     assert from_mapping(DomainAdapterConfig, {"tower": "text"}, "x").kind == "bottleneck"
 
@@ -671,8 +624,6 @@ def test_a_configuration_survives_writing() -> None:
         ({"tower": "image", "layers": 2}, "layers=2 must be left out: only kind=transformer has it"),
         ({"tower": "image", "kind": "conv", "heads": 2}, "heads=2 must be left out"),
         ({"tower": "text", "kind": "conv"}, "tower='text' must be image for kind=conv"),
-        ({"tower": "text", "kind": "scale"}, "tower='text' must be image for kind=scale"),
-        ({"tower": "image", "kind": "scale", "width": 8}, "width=8 must be left out: kind=scale has none"),
     ],
 )
 def test_impossible_configurations_are_refused(mapping: dict[str, Any], message: str) -> None:

@@ -28,7 +28,7 @@ from trimtab.adapters.files import (
     save_adapter,
 )
 from trimtab.adapters.gate import DomainGate, mixed
-from trimtab.adapters.kinds import KINDS, ScaleShift
+from trimtab.adapters.kinds import KINDS
 from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
 from trimtab.errors import ModelError, RecipeError
 from trimtab.files import digest_of
@@ -137,10 +137,6 @@ class DomainAdapters(nn.Module):
             self._handles.append(tower_module(base, tower).register_forward_pre_hook(hook, with_kwargs=True))
         for key, site in self._sites.items():
             layer = base.model.get_submodule(site.path)
-            adapter = self.adapters[key]
-            if isinstance(adapter, ScaleShift):
-                self._handles += adapter.put_beside(layer, self.alpha)
-                continue
             self._handles.append(layer.register_forward_hook(partial(self._add, key), with_kwargs=True))
         return self
 

@@ -1,7 +1,7 @@
 """The kinds of adapters that sit beside a frozen layer or block.
 
 Up starts at zero, so a new adapter changes nothing (Houlsby et al., arXiv 1902.00751; in parallel to the layer as
-in AdaptFormer, Chen et al., arXiv 2205.13535). So do gains and shifts, which sit beside the norms within a block.
+in AdaptFormer, Chen et al., arXiv 2205.13535).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from trimtab.adapters.language import Layer
 from trimtab.config import DomainAdapterConfig
-from trimtab.towers.efficientnet import ConvNorm, SamePadConv
+from trimtab.towers.efficientnet import SamePadConv
 from trimtab.towers.layers import PartName, Site
 
 _FEEDFORWARD = 4  # inner width of a Transformer layer's feed-forward block, as a multiple of its width
@@ -109,27 +108,6 @@ class ConvBottleneck(nn.Module):
         return self.up(F.gelu(self.depthwise(self.down(self.norm(x)))))
 
 
-class ScaleShift(nn.Module):
-    """A gain and a shift for each channel of each batch norm in a block (SSF, Lian et al., arXiv 2210.08823).
-
-    It adds ``gain * y + shift`` to what a norm gives, y, so that what the trunk knows is weighed anew: no new features
-    are learned, and a model that runs takes no longer, as both go into the weights of the convolution.
-    """
-
-    def __init__(self, config: DomainAdapterConfig, site: Site) -> None:
-        super().__init__()
-        self.gains = nn.ParameterList(torch.zeros(channels) for channels in site.norms)
-        self.shifts = nn.ParameterList(torch.zeros(channels) for channels in site.norms)
-
-    def put_beside(self, block: nn.Module, alpha: float) -> list[RemovableHandle]:
-        """Act on the norms of `block`, times `alpha`, until the handles are removed."""
-        norms = [one for one in block.modules() if isinstance(one, ConvNorm)]
-        return [
-            norm.add_beside(lambda gain=gain, shift=shift: (alpha * gain, alpha * shift))  # type: ignore[misc]
-            for norm, gain, shift in zip(norms, self.gains, self.shifts, strict=True)
-        ]
-
-
 def _zeroed(layer: Any) -> Any:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -141,5 +119,4 @@ KINDS: dict[str, tuple[PartName, Callable[[DomainAdapterConfig, Site], nn.Module
     "bottleneck": ("layers", Bottleneck),
     "transformer": ("layers", NarrowTransformer),
     "conv": ("blocks", ConvBottleneck),
-    "scale": ("blocks", ScaleShift),
 }

@@ -226,17 +226,16 @@ class DomainAdapterConfig:
     Attributes:
         tower: ``image`` or ``text``.
         kind: ``bottleneck`` (Down, GELU, Up) and ``transformer`` (Down, Transformer layers, Up) sit beside
-            Transformer layers; ``conv`` (1x1 down, depthwise 3x3, 1x1 up) beside the blocks of a convolutional trunk,
-            and ``scale`` (a gain and a shift per channel) beside the norms in them.
+            Transformer layers; ``conv`` (1x1 down, depthwise 3x3, 1x1 up) beside the blocks of a convolutional trunk.
         first, last: the range, both included, counted from 0 at the pixels or tokens; negative numbers count
             from the end, so that 0 and -1 take all and -2 and -1 the last two.
-        width: inner width; for ``transformer`` a multiple of `heads`. ``scale`` has none.
+        width: inner width; for ``transformer`` a multiple of `heads`.
         layers: Transformer layers between Down and Up, 1 or 2; ``transformer`` only.
         heads: attention heads; ``transformer`` only.
     """
 
     tower: Literal["image", "text"]
-    kind: Literal["bottleneck", "transformer", "conv", "scale"] = "bottleneck"
+    kind: Literal["bottleneck", "transformer", "conv"] = "bottleneck"
     first: int = 0
     last: int = -1
     width: int = 64
@@ -255,9 +254,7 @@ class DomainAdapterConfig:
             for name, default in (("layers", 1), ("heads", 4)):
                 ours = getattr(self, name) == default
                 require(self, name, ours, f"left out: only kind=transformer has it, not kind={self.kind}")
-        require(self, "width", self.kind != "scale" or self.width == 64, "left out: kind=scale has none")
-        blocks = self.kind in ("conv", "scale")
-        require(self, "tower", not blocks or self.tower == "image", f"image for kind={self.kind}")
+        require(self, "tower", self.kind != "conv" or self.tower == "image", "image for kind=conv")
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,9 @@ def _groups(groups: Any) -> dict[str, str]:
     found = {}
     for one in groups if isinstance(groups, list) else []:
         if isinstance(one, dict):
-            kind = one.get("kind")
-            part = "blocks" if kind in ("conv", "scale") else "layers"
+            part = "blocks" if one.get("kind") == "conv" else "layers"
             place = f"{one.get('tower')} {part} {one.get('first')} to {one.get('last')}"
-            found[f"{kind} beside {place}"] = "" if kind == "scale" else f"width {one.get('width')}"
+            found[f"{one.get('kind')} beside {place}"] = f"width {one.get('width')}"
     return found
 
 

@@ -5,13 +5,9 @@ A plain module with readable names, so that later links can hang adapters beside
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 # (repeats, kernel, stride, expansion, channels) of each stage, from the paper's table for width and depth 1.0.
 STAGES = (
@@ -85,49 +81,21 @@ class ConvNorm(nn.Sequential):
     they may be trained, mixed or loaded at any time.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__(*modules)
-        self._beside: OrderedDict[int, Callable[[], tuple[Tensor, Tensor]]] = OrderedDict()
-
-    def add_beside(self, gain_and_shift: Callable[[], tuple[Tensor, Tensor]]) -> RemovableHandle:
-        """Add ``gain * y + shift`` to the norm's output y until the handle is removed.
-
-        Args:
-            gain_and_shift: gives both (C',), asked in every pass.
-        """
-        handle = RemovableHandle(self._beside)
-        self._beside[handle.id] = gain_and_shift
-        return handle
-
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / s, W / s)
         conv, norm, *after = self
-        assert isinstance(norm, nn.BatchNorm2d)
-        gain, added = norm.weight.new_ones(()), norm.weight.new_zeros(())
-        for one in self._beside.values():
-            gain, added = (mine + other.to(mine.dtype) for mine, other in zip((gain, added), one(), strict=True))
         plain = type(conv) in (nn.Conv2d, SamePadConv)  # LoRA wraps convolutions
         if not plain or norm.training:
-            x = norm(conv(x))
-            x = _per_channel(x, gain, added) if self._beside else x
-        else:
-            assert isinstance(conv, nn.Conv2d)
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C',)
-            shift = (norm.bias - norm.running_mean * scale) * gain + added
-            scale = scale * gain
-            if scale.requires_grad and not conv.weight.requires_grad:
-                # Through the weights their gradient would be that of the whole convolution, summed up.
-                x = _per_channel(conv._conv_forward(x, conv.weight, None), scale, shift)
-            else:
-                x = conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
+            return super().forward(x)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C',)
+        shift = norm.bias - norm.running_mean * scale
+        x = conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
         for module in after:
             x = module(x)
         return x
-
-
-def _per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # (B, C, H, W), (C,), (C,) -> (B, C, H, W)
-    return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -119,7 +119,6 @@ class Site:
         width_in, width_out: width of the token states, or channels of the maps, that enter and leave it.
         stride: by which a block shrinks its map.
         causal: see `Layout`.
-        norms: channels of each batch norm in a block.
     """
 
     tower: TowerName
@@ -130,7 +129,6 @@ class Site:
     width_out: int
     stride: int = 1
     causal: bool = False
-    norms: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.tower}.{self.part}.{self.index}"
@@ -169,7 +167,7 @@ def sites(base: DualEncoder, tower: TowerName, part: PartName) -> list[Site]:
             f"{len(_modules(module, layout.layers))} Transformer layers, which take kind=bottleneck or transformer"
         )
     return [
-        Site(tower, part, index, f"{path}.{name}", *_block_sizes(block), norms=_norm_channels(block))
+        Site(tower, part, index, f"{path}.{name}", *_block_sizes(block))
         for index, (name, block) in enumerate(_modules(module, layout.blocks))
     ]
 
@@ -419,10 +417,6 @@ def _modules(tower: nn.Module, part: Part) -> list[tuple[str, nn.Module]]:
 def _layer_width(layer: nn.Module) -> int:
     """Every kind of layer normalises its states."""
     return next(one.normalized_shape[0] for one in layer.modules() if isinstance(one, nn.LayerNorm))
-
-
-def _norm_channels(block: nn.Module) -> tuple[int, ...]:
-    return tuple(one.num_features for one in block.modules() if isinstance(one, nn.BatchNorm2d))
 
 
 def _block_sizes(block: nn.Module) -> tuple[int, int, int]:
