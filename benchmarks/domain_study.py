@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 from domain import RECIPE, Grocery, append, is_done, make_job, read_runs, require_lists, run, scenes_of
-from domain_tables import Run, of_last_setting
+from domain_tables import Run, of_last_setting, shown, spread
 from options import numbers
 
 from trimtab.adapters.adapted import load
@@ -199,7 +199,7 @@ def _rows(found: dict[str, dict[int, Run]], names: Sequence[str], reference: str
         cells = (
             f"{fmean(run['scenes']['fine'] for run in mine.values()):.1f}",
             f"{fmean(run['val']['fine'] for run in mine.values()):.1f}",
-            "" if name == reference or not gains else f"{fmean(gains):+.1f}",
+            "" if name == reference or not gains else shown(spread(gains), 1, sign=True),
             f"{100 * one['trained_parameters'] / one['base_parameters']:.2f}",
             ", ".join(map(str, sorted(mine))),
         )
