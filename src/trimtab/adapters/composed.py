@@ -185,21 +185,15 @@ def _check_aliases(aliases: Mapping[str, str], prompt: PromptAdapted | None) -> 
 
 
 class _NamesAlone(Classifier):
-    """Classes none of which the prompts of a composed model score."""
+    """Classes none of which the prompts of a composed model score; to add one that they do is refused."""
 
-    def add_classes(self, names: Sequence[str] | str) -> None:
-        """As `Classifier.add_classes`.
-
-        Raises:
-            DataError: the prompts know one of them, and would have to score the others too.
-        """
-        names = [names] if isinstance(names, str) else list(names)
+    def _vectors(self, names: Sequence[str]) -> Any:
         if known := [name for name in names if self.model.prompted_name(name) is not None]:  # type: ignore[attr-defined]
             raise DataError(
                 f"{known[0]!r} is scored by prompts, and the classes so far are not: name all of them at once, "
                 "classifier([...])"
             )
-        super().add_classes(names)
+        return super()._vectors(names)
 
 
 class _Prompted(PromptAdapted):

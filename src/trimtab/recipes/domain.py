@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,8 +59,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     recipe = long_enough(recipe, len(pairs.train))
     general = general_sets(recipe.general, recipe.seed, pairs.train)
     accelerator = distributed.make_accelerator()
-    world = distributed.world_of(accelerator)
-    distributed.check_world(world.size, recipe.training.processes, os.environ)
+    world = distributed.checked_world(accelerator, recipe.training.processes)
     base = load_base(recipe.base, device=str(world.device))
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method](base, recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,8 +78,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     check_out(recipe.out)  # the user's mistakes first: no model is loaded before the data is known to be good
     text = prepare(recipe)
     accelerator = distributed.make_accelerator()  # each process has a device of its own
-    world = distributed.world_of(accelerator)
-    distributed.check_world(world.size, recipe.training.processes, os.environ)
+    world = distributed.checked_world(accelerator, recipe.training.processes)
     device = str(world.device)
     base = load_base(recipe.base, device=device)
     student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix, device=device)

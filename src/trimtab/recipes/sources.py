@@ -308,9 +308,10 @@ def _memory_words(train: ParallelText, count: int, seed: int) -> Words:
 def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str) -> dict[str, dict[str, str]]:
     """Names of visible things by language tag: target to English."""
     nouns: dict[str, dict[str, str]] = {}
+    meant = {tag for tag in set(train.languages) if known_language(tag, languages)}
     for target, english, language in zip(train.targets, train.english, train.languages, strict=True):
         short = len(target) <= _LONGEST_NOUN[0] and len(english) <= _LONGEST_NOUN[1]
-        if short and known_language(language, languages) and corpora.weight_of(english) > 1:
+        if short and language in meant and corpora.weight_of(english) > 1:
             nouns.setdefault(language, {}).setdefault(target, english.lower())
     if not nouns:
         raise RecipeError(

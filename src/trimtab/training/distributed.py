@@ -60,9 +60,15 @@ def make_accelerator() -> Accelerator:
         ) from error
 
 
-def world_of(accelerator: Accelerator) -> World:
-    """The processes that an accelerator found."""
-    return World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+def checked_world(accelerator: Accelerator, requested: int | None = None) -> World:
+    """The processes that an accelerator found, after checking that it is the number that was asked for.
+
+    Raises:
+        TrimtabError: as `announce_world`.
+    """
+    world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    check_world(world.size, requested, os.environ)
+    return world
 
 
 def announce_world(requested: int | None = None, accelerator: Accelerator | None = None) -> World:
@@ -77,8 +83,7 @@ def announce_world(requested: int | None = None, accelerator: Accelerator | None
     Raises:
         TrimtabError: fewer or more processes run than `requested` or the launcher's environment says.
     """
-    world = world_of(accelerator or make_accelerator())
-    check_world(world.size, requested, os.environ)
+    world = checked_world(accelerator or make_accelerator(), requested)
     if world.is_main:
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         print(f"training with {processes} on {world.device.type}", file=sys.stderr)

@@ -234,6 +234,10 @@ function look(uri, content) {
   $("drop-words").hidden = true;
   $("query").value = "";
   history.replaceState(null, "", location.pathname);
+  answer();
+}
+
+function answer() {
   classify();
   search({ image: picture }, "similar");
 }
@@ -318,8 +322,7 @@ async function start() {
   tell("status", model.index ? "" : "noIndex");
   translate();
   if (picture) {
-    classify();
-    search({ image: picture }, "similar");
+    answer();
     return;
   }
   const wanted = new URLSearchParams(location.hash.slice(1)).get("q");
