@@ -473,9 +473,10 @@ def test_much_that_is_set_aside_is_told(
     assert caplog.messages[0].endswith("set data.validation_size lower, for example to 20")
 
 
-def test_too_few_pairs_are_not_told_to_be_fewer(recipe: Callable[..., LanguageRecipe]) -> None:
+@pytest.mark.parametrize("size", [2, 500])
+def test_too_few_pairs_are_not_told_to_be_fewer(size: int, recipe: Callable[..., LanguageRecipe]) -> None:
     with pytest.raises(RecipeError, match="leaves nothing of 2 pairs to train on: give more pairs"):
-        prepare(recipe([("猫", "cat"), ("狗", "dog")], validation_size=2))
+        prepare(recipe([("猫", "cat"), ("狗", "dog")], validation_size=size))
 
 
 def test_english_is_no_validation_pair(recipe: Callable[..., LanguageRecipe], tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def _split(train: ParallelText, size: int, seed: int) -> tuple[ParallelText, Par
     foreign = _foreign(train)
     if size >= foreign.sum():
         lower = max(2, foreign.sum() // 10)
-        remedy = f"set it lower, for example to {lower}" if lower < size else "give more pairs"
+        remedy = f"set it lower, for example to {lower}" if lower < min(size, foreign.sum()) else "give more pairs"
         raise RecipeError(f"data.validation_size={size} leaves nothing of {foreign.sum()} pairs to train on: {remedy}")
     if size > foreign.sum() / 3:
         logger.warning(
