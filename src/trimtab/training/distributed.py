@@ -7,6 +7,7 @@ are means over rows, N processes with B / N rows each take the same steps as one
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def make_accelerator() -> Accelerator:
     # The first process measures alone, for as long as that takes; of a process that dies the others hear at once.
     patient = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
     try:
-        return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
     except ValueError as error:
         size = os.environ.get("WORLD_SIZE", "")
         if not size.isdigit() or "MASTER_ADDR" in os.environ:
@@ -58,6 +59,15 @@ def make_accelerator() -> Accelerator:
             f"WORLD_SIZE asks for {size} processes, but MASTER_ADDR is not set, so they cannot meet; start it with: "
             f"{_TORCHRUN.format(n=size)}, or unset WORLD_SIZE"
         ) from error
+    atexit.register(_leave_gloo)
+    return accelerator
+
+
+def _leave_gloo() -> None:
+    """End gloo's threads: a process that exits with them running is aborted now and then, after all was done."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 def checked_world(accelerator: Accelerator, requested: int | None = None) -> World:
