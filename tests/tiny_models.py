@@ -110,13 +110,13 @@ def siglip_tokenizer() -> Any:
     )  # fmt: skip
 
 
-def siglip2_tokenizer() -> Any:
+def siglip2_tokenizer(name: str = "Siglip2Tokenizer") -> Any:
     """SigLIP 2's class: characters with a byte for each unknown one, an end token, lower case."""
-    from transformers import Siglip2Tokenizer
+    import transformers
 
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     tokens += sorted(set("".join(CORPUS)) - {" "})
-    tokenizer = Siglip2Tokenizer(
+    tokenizer = getattr(transformers, name)(
         vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=CONTEXT,
         padding_side="right", model_input_names=["input_ids"],
     )  # fmt: skip
@@ -160,10 +160,10 @@ def build_clip(folder: Path, *, seed: int = 0, hidden_act: str = "quick_gelu") -
     return _save(folder, randomised(CLIPModel(config), seed), tokenizer, _clip_processor())
 
 
-def build_siglip(folder: Path) -> Path:
+def build_siglip(folder: Path, tokenizer: Any = None) -> Path:
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-    tokenizer = siglip_tokenizer()
+    tokenizer = tokenizer or siglip_tokenizer()
     config = SiglipConfig(
         text_config={
             **_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT,

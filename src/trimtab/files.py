@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -78,7 +79,8 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
     the remedy.
 
     Raises:
-        TrimtabError: in place of the OSError; other errors pass through.
+        TrimtabError: in place of the OSError, or of an error that speaks of one, as those of safetensors do; other
+            errors pass through.
     """
     remedies = {
         errno.ENOSPC: "the disk is full: free some space or choose another folder",
@@ -92,9 +94,10 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as error:
-        # safetensors wraps the OS error in text, so the number is not always there.
-        remedy = remedies.get(error.errno or 0)
+    except Exception as error:
+        named = None if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)$", str(error))
+        number = int(named[1]) if named else getattr(error, "errno", None)
+        remedy = remedies.get(number) if isinstance(number, int) else None
         if remedy is None:
             raise
         raise TrimtabError(f"cannot write {target}: {remedy}; files written before are intact") from error

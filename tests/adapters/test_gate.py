@@ -190,3 +190,12 @@ def test_a_gate_of_another_width_is_refused(base: DualEncoder, tmp_path: Path) -
     save_domain(tmp_path / "adapted", model.adapters, base=base, gate=DomainGate(torch.eye(3), 0.1, 0.2))
     with pytest.raises(ModelError, match="a gate that does not fit"):
         load(tmp_path / "adapted", device="cpu")
+
+
+def test_mixing_is_no_coarser_than_its_result() -> None:
+    """Under autocast a norm may be of another precision than what it divides; CUDA's is."""
+    base, adapted, share = torch.randn(4, 5).bfloat16(), torch.randn(4, 5).bfloat16(), torch.rand(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixed(base, adapted, share)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, mixed(base.float(), adapted.float(), share).bfloat16())

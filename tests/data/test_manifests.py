@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trimtab.data.manifests import (
+    close_match,
     index_classes,
     read_class_names,
     read_classification,
@@ -378,3 +379,8 @@ def test_read_text_names_unreadable_files(tmp_path: Path) -> None:
         pytest.skip("this user may read everything")
     with pytest.raises(DataError, match="cannot be read"):
         read_text(path)
+
+
+def test_among_very_many_classes_no_name_is_guessed() -> None:
+    assert close_match("dgo", ["cat", "dog"]) == "dog"
+    assert close_match("dgo", ["cat", "dog", *map(str, range(5000))]) is None

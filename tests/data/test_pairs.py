@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -391,3 +393,30 @@ def test_impossible_options_are_refused(cls: type, options: dict[str, object], m
     }
     with pytest.raises(RecipeError, match=message):
         cls(**(required[cls] | options))
+
+
+def test_pictures_of_one_size_are_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that are not compressed all have the same size: they are told apart by their ends, then as a whole."""
+    heads = {"a": b"one", "b": b"two", "c": b"one", "d": b"two"}
+    for name, head in heads.items():
+        middle = (b"same" if name != "c" else b"else") * 3000
+        (folder / f"{name}.jpg").write_bytes(b"\xff\xd8\xff" + head + b"\0" * 5000 + middle + b"\0" * 5000)
+    read: list[str] = []
+    original = PictureFile.read_bytes
+
+    def counted(self: PictureFile) -> bytes:
+        read.append(self.name)
+        return original(self)
+
+    def of(*names: str) -> Any:
+        return SimpleNamespace(images=[PictureFile(folder / f"{name}.jpg", f"{name}.jpg") for name in names])
+
+    shutil.copy(folder / "a.jpg", folder / "again.jpg")
+    shutil.copy(folder / "a.jpg", folder / "once-more.jpg")
+    monkeypatch.setattr(PictureFile, "read_bytes", counted)
+    assert shared_images(of("a", "b"), of("c")) == {}, "they begin and end alike, and are not the same"
+    assert sorted(read) == ["a.jpg", "c.jpg"]
+    read.clear()
+    assert shared_images(of("b", "a"), of("c", "again", "once-more")) == {1: 1}, "the first of two"
+    assert "b.jpg" not in read
+    assert len(read) == len(set(read))

@@ -333,3 +333,28 @@ def test_damaged_pictures_are_found_and_noted(tmp_path: Path, monkeypatch: pytes
 def test_picture_names() -> None:
     assert picture_names(["b.JPG", "a.png", ".a.png", "a.txt", "png", "c.jpeg"]) == ["a.png", "b.JPG", "c.jpeg"]
     assert picture_names(["a.jfif", "b.JPE", "c.avif", "d.pdf", "._e.png"]) == ["a.jfif", "b.JPE", "c.avif"]
+
+
+def test_many_pictures_are_noted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.data.shards._NOTED", 2)
+    names = ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    save_pictures(tmp_path, names)
+    (tmp_path / "e.png").write_bytes(b"nothing")
+    pictures = [PictureFile(tmp_path / name, name) for name in names]
+    original, told, decoded = PictureFile.read, [], []
+
+    def read(self: PictureFile) -> Image.Image:
+        if self.name == "d.png" and "d.png" not in decoded:
+            decoded.append("d.png")
+            raise KeyboardInterrupt
+        decoded.append(self.name)
+        return original(self)
+
+    monkeypatch.setattr(PictureFile, "read", read)
+    with pytest.raises(KeyboardInterrupt):
+        find_damaged(pictures, tmp_path / "notes", lambda *at: told.append(at))
+    assert told == [(2, 5)]
+    found = find_damaged(pictures, tmp_path / "notes", lambda *at: told.append(at))
+    assert list(found) == pictures[4:]
+    assert told[1:] == [(2, 5), (4, 5), (5, 5)]
+    assert sorted(decoded).count("a.png") == 1, "what the first run has noted is not decoded again"

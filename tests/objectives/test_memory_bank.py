@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_ranks
 from trimtab.config import MemoryBankConfig
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch
 from trimtab.errors import DataError, RecipeError
+from trimtab.objectives import memory_bank
 from trimtab.objectives.memory_bank import (
     MemoryBank,
     global_difficulty,
@@ -391,3 +394,66 @@ def test_banks_of_two_ranks_are_one_bank(tmp_path):
 def assert_equal_state(one: MemoryBank, other: MemoryBank) -> None:
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+# -- very many captions, and a bank that is not enabled
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_of_very_many_captions_some_stand_for_all(measure: str, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(30, 3, generator=generator), torch.randn(20, 3, generator=generator)
+    captions = torch.arange(30) % 20
+    monkeypatch.setattr(memory_bank, "MOST_COMPARED", 7)
+    bank = MemoryBank(MemoryBankConfig(), captions, texts, torch.zeros(30), logit_scale=SCALE)
+    among = bank.positives.among
+    assert among is not None
+    assert len(set(among.tolist())) == 7
+    told: list[tuple[int, int]] = []
+    found = global_difficulty(
+        images, texts, captions, measure, logit_scale=SCALE, chunk=8, report=lambda *at: told.append(at)
+    )
+    assert told == [(8, 30), (16, 30), (24, 30), (30, 30)]
+    monkeypatch.undo()
+    for pair in range(30):  # its own caption and those drawn, and no others
+        own = int(captions[pair])
+        kept = [own, *(number for number in among.tolist() if number != own)]
+        alone = difficulty(images[pair : pair + 1], texts[kept], [0], measure)
+        assert found[pair].item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_hard_negatives_are_looked_for_among_those_compared(monkeypatch: pytest.MonkeyPatch):
+    angles = [0.4 * number**2 for number in range(20)]  # no two are as far apart as two others
+    texts, captions = at_angles(*angles), torch.arange(20)
+    monkeypatch.setattr(memory_bank, "MOST_COMPARED", 7)
+    bank = MemoryBank(MemoryBankConfig(), captions, texts, torch.zeros(20), logit_scale=SCALE)
+    among = bank.positives.among.tolist()
+    for pair in range(20):
+        nearest = sorted((abs(angles[number] - angles[pair]), number) for number in among if number != pair)
+        assert bank.hard_negatives(torch.tensor([pair]), 3).tolist() == [number for _, number in nearest[:3]]
+
+
+def test_a_bank_that_is_not_enabled_counts_and_keeps_no_captions():
+    bank = make_bank(MemoryBankConfig(enabled=False))
+    before = bank.running.clone()
+    update(bank, 0, 0, 5)
+    assert bank.seen.tolist() == [1, 0, 0, 0, 0, 1] + [0] * 6
+    assert torch.equal(bank.running, before)
+    assert bank.text_embeddings.shape == (0, 3)
+
+
+def test_float64_is_made_on_the_cpu_alone():
+    """Apple's GPUs refuse it; a device that keeps no numbers stands for one."""
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype == torch.float64:
+                made.append(result.device.type)
+            return result
+
+    with FakeTensorMode(), Watch():
+        sampled = memory_bank._lower_tail(torch.zeros(9, device="cuda"), 0.2)
+    assert sampled.dtype == torch.float64
+    assert set(made) == {"cpu"}

@@ -35,9 +35,11 @@ from trimtab.errors import DataError, RecipeError, TrimtabError
 from trimtab.recipes import domain
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.domain_methods import METHODS
+from trimtab.recipes.domain_report import hardest_rows
 from trimtab.recipes.info import describe
 from trimtab.tasks.domain import DomainTask
 from trimtab.towers.memory import PairMemory
+from trimtab.towers.tokens import TextInputs
 
 FAMILY = "clip"
 CHANCE = 100 / len(CAPTIONS)
@@ -82,7 +84,13 @@ def finished(places: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathF
             seen["method"] = method
             original(recipe, method, *rest)
 
+        def report(recipe: Any, pairs: Any, hardness: Any, *rest: Any) -> Path:
+            seen["pairs"], seen["hardness"] = pairs, hardness
+            return written(recipe, pairs, hardness, *rest)
+
+        written = domain.write_domain_report
         patch.setattr(domain, "save", save)
+        patch.setattr(domain, "write_domain_report", report)
         outcome = adapt(recipe)
     assert outcome is not None
     return {"recipe": recipe, "out": folder / "out", "cache": folder / "cache", "outcome": outcome, **seen}
@@ -237,6 +245,29 @@ def test_the_report_shows_the_hardest_pairs(finished: dict[str, Any]) -> None:
     for words in ("Hardest pairs", "How hard the training pairs are", "The dial alpha", "Pairs read", "Make it again"):
         assert words in page
     assert rows[0]["caption"] in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_hardest_are_compared_a_few_at_a_time(finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, hardness = finished["pairs"], finished["hardness"]
+    whole = hardest_rows(pairs, hardness)
+    monkeypatch.setattr("trimtab.recipes.domain_report._AT_ONCE", 7)
+    assert hardest_rows(pairs, hardness) == whole
+
+
+def test_texts_that_are_cached_whole_are_not_tokenised_in_a_step(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    original, before = TextInputs.__call__, DomainTask.step
+
+    def step(self: DomainTask, batch: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TextInputs, "__call__", lambda inputs, texts: told.append(1) or original(inputs, texts))
+            return before(self, batch)
+
+    monkeypatch.setattr(DomainTask, "step", step)
+    adapt(toy(adapters=[{"tower": "image", "width": 8}], training={"epochs": 1}))
+    assert not told
+    adapt(toy(out=str(toy().parent / "both"), training={"epochs": 1}))
+    assert told, "adapters in the text tower read tokens"
 
 
 def test_towers_are_left_as_they_were(finished: dict[str, Any], places: Any) -> None:

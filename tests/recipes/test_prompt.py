@@ -165,6 +165,13 @@ def test_images_and_texts_are_encoded_as_by_the_base(finished: dict[str, Any], p
     assert model.fingerprint == base.fingerprint
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_works_in_half_precision(dtype: str, finished: dict[str, Any]) -> None:
+    classifiers = [trimtab.load(finished["out"], device="cpu", dtype=one).classifier() for one in ("float32", dtype)]
+    whole, half = (one.scores([picture(number) for number in range(4)]) for one in classifiers)
+    np.testing.assert_allclose(half, whole, atol=0.1)
+
+
 @pytest.mark.parametrize("method", ["coop", "cocoop"])
 def test_coop_and_cocoop_are_recipes_of_the_same_code(method: str, toy: Callable[..., Path]) -> None:
     outcome = adapt(toy(method=method))

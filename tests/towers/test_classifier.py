@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import DUAL_ENCODERS
 from trimtab.data.images import ImageError
 from trimtab.errors import DataError, RecipeError
-from trimtab.towers.classifier import Classifier, Spellings, softmax
+from trimtab.towers.classifier import Classifier, Spellings, highest, softmax
 
 NAMES = ["cat", "red car", "yellow flower"]
 
@@ -144,3 +144,20 @@ def test_spellings_are_found_where_they_mean_one_name() -> None:
     assert [spellings.find(name) for name in ("Turkey", "turkey ", "TURKEY", "redcar", "dog")] == [
         "Turkey", "turkey", None, None, None
     ]  # fmt: skip
+
+
+@given(
+    arrays.arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([-1.0, 0.0, 0.5, 0.75, 2.0])),
+    st.integers(1, 50),
+)
+def test_the_highest_are_those_of_a_whole_sort(scores: np.ndarray, count: int) -> None:
+    assert highest(scores, count).tolist() == np.argsort(-scores, kind="stable")[:count].tolist()
+
+
+def test_many_classes_are_sorted_a_few_pictures_at_a_time(
+    model: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = model.classifier(NAMES)
+    whole = classifier.predict(pictures, top_k=2)
+    monkeypatch.setattr("trimtab.towers.classifier._MOST_SCORES", 7)  # two pictures
+    assert classifier.predict(pictures, top_k=2) == whole

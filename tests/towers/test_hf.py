@@ -370,3 +370,15 @@ def test_input_digests_survive_saving_and_see_changes(
     assert other.fingerprint == base.fingerprint  # which names weights alone
     assert other.text_input_digest != base.text_input_digest
     assert other.image_input_digest != base.image_input_digest
+
+
+def test_siglip_2_of_a_fixed_resolution_reads_lower_case(tmp_path: Path) -> None:
+    """It comes as a SigLIP model with Gemma's tokenizer, which keeps capitals; it was trained without them."""
+    folder = tiny_models.build_siglip(tmp_path, tiny_models.siglip2_tokenizer("GemmaTokenizer"))
+    base = load_base(folder, device="cpu")
+    assert type(base.text_inputs.tokenizer).__name__.startswith("Gemma")
+    one, other, different = base.encode_text(["A Cat", "a cat", "a bat"])
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(one - different).max() > 1e-3
+    base.save_pretrained(tmp_path / "again")
+    np.testing.assert_allclose(load_base(tmp_path / "again", device="cpu").encode_text(["A Cat"])[0], one, atol=1e-6)

@@ -386,3 +386,14 @@ def test_the_refusal_names_what_is_trained(load: Load) -> None:
         refuse_wrong_cut(TowerCut(base, "text", None))
     finally:
         base.model.requires_grad_(False)
+
+
+def test_what_is_carried_past_a_cut_is_where_the_states_are(load: Load, two: list[Image.Image]) -> None:
+    base = load("siglip2")
+    moved: list[str] = []
+    original = base._on_device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "_on_device", lambda tensors: moved.extend(tensors) or original(tensors))
+        below = TowerCut(base, "image", all_sites(base, "image")[-1]).lower(inputs_of(base, "image", two))
+    assert "pixel_attention_mask" in below
+    assert moved.count("pixel_attention_mask") == 2  # with the pixels, and beside the states

@@ -109,3 +109,13 @@ def test_what_is_kept_in_float_follows_every_change() -> None:
     with torch.inference_mode():
         again = filled()
         assert torch.equal(again(unit(9, 0)), before)
+
+
+def test_gradients_pass_after_a_search_without_them() -> None:
+    memory = filled()
+    with torch.inference_mode():
+        memory(unit(3, 0))
+    features = unit(3, 0).requires_grad_()
+    memory(features).sum().backward()
+    assert features.grad is not None
+    assert features.grad.abs().sum() > 0

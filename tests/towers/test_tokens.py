@@ -74,3 +74,22 @@ def test_the_digest_sees_what_changes_token_tensors(inputs: TextInputs) -> None:
     assert len(digests) == len(changed)
     assert inputs.digest not in digests
     assert replace(inputs).digest == inputs.digest
+
+
+def test_long_texts_are_taken_few_at_a_time(inputs: TextInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(inputs.batches(CORPUS, 100))
+    monkeypatch.setattr(tokens, "_CHUNK_LETTERS", 60)
+    at_once: list[int] = []
+    original = TextInputs.token_ids
+
+    def counted(self: TextInputs, texts: list[str]) -> tuple[list[list[int]], int]:
+        at_once.append(sum(map(len, texts)))
+        return original(self, texts)
+
+    monkeypatch.setattr(TextInputs, "token_ids", counted)
+    found = list(inputs.batches(CORPUS, 100))
+    assert len(at_once) > 3
+    assert max(at_once) < 60 + max(map(len, CORPUS))
+    ids = [{at: row for batch in some for at, row in zip(batch[0], batch[2], strict=True)} for some in (whole, found)]
+    assert ids[0] == ids[1]
+    assert sum(batch[3] for batch in found) == sum(batch[3] for batch in whole)

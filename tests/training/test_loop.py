@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tiny_run import STEPS, Problem, settings
 from trimtab.config import TrainingConfig
@@ -283,3 +285,59 @@ def test_more_processes_than_rows_is_refused(tmp_path, monkeypatch):
 
 def test_steps_constant_matches():
     assert STEPS == 7
+
+
+class Remembering(nn.Module):
+    """A buffer that a run needs to go on and a trained model does not."""
+
+    of_training_alone = ("rows",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("rows", torch.zeros(1000))
+        self.register_buffer("counts", torch.zeros(2))
+
+
+def test_what_serves_training_alone_is_saved_once(tmp_path):
+    problem = Problem()
+    problem.model.append(Remembering())
+    problem.model[-1].forward = lambda x: x + problem.model[-1].weight
+    problem.train(tmp_path)
+    saved = CheckpointFolder(tmp_path).load_newest()
+    assert {name for name in saved.tensors if name.endswith("rows")} == {"model/4.rows"}
+    assert {name for name in saved.tensors if name.endswith("counts")} == {"model/4.counts", "best/4.counts"}
+
+
+def test_gradients_are_clipped(tmp_path):
+    norms: list[float] = []
+    for clip in (0.01, None):
+        problem = Problem()
+        original = torch.optim.AdamW.step
+
+        def step(self: Any, *rest: Any, original: Any = original, problem: Problem = problem) -> Any:
+            of = [parameter.grad for parameter in problem.model.parameters()]
+            norms.append(torch.cat([one.flatten() for one in of]).norm().item())
+            return original(self, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", step)
+            problem.train(tmp_path / str(clip), settings=settings(epochs=1, clip=clip))
+    assert norms[:STEPS] == pytest.approx([0.01] * STEPS, rel=1e-3)
+    assert min(norms[STEPS:]) > 0.02
+
+
+def test_settings_of_the_launcher_change_no_gradient(tmp_path, monkeypatch):
+    plain = Problem()
+    plain.train(tmp_path / "plain", settings=settings(epochs=1, clip=None))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    again = Problem()
+    again.train(tmp_path / "again", settings=settings(epochs=1, clip=None))
+    norms = [[r["gradient_norm"] for r in CheckpointFolder(tmp_path / name).load_newest().state["history"]
+              if r["kind"] == "train"] for name in ("plain", "again")]  # fmt: skip
+    assert norms[0] == norms[1]
+
+
+def test_a_collapse_that_is_no_number_stops(tmp_path):
+    with pytest.raises(TrainingStopped, match="collapsed"):
+        Problem().train(tmp_path, validate=lambda epoch: {"error": 1.0, "collapse": math.nan})

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 import tiny_run
 from tiny_run import STEPS, Problem, settings
@@ -177,14 +179,14 @@ def test_iterables_without_skip_resume_too(tmp_path, uninterrupted):
 
 def test_full_disk_keeps_earlier_checkpoints(tmp_path, monkeypatch):
     problem = Problem()
-    original = Path.write_bytes
+    original = safetensors.torch.save_file
 
-    def full(self: Path, data: bytes) -> int:
-        if problem.steps >= 6:
-            raise OSError(28, "No space left on device")
-        return original(self, data)
+    def full(*arguments: Any, **options: Any) -> None:
+        if problem.steps >= 6:  # as it says it
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(*arguments, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(TrimtabError, match=r"step-00000006.*disk is full"):
         problem.train(tmp_path)
     assert [path.name for path in CheckpointFolder(tmp_path).files()] == ["step-00000003.safetensors"]

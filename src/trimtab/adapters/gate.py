@@ -82,8 +82,10 @@ def mixed(base: Tensor, adapted: Tensor, share: Tensor) -> Tensor:
     The base's are brought to the length of the adapted ones, so that only directions are mixed; where the share is 1
     the adapted ones come out bit for bit.
     """
-    length = adapted.norm(dim=-1, keepdim=True) / base.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return torch.lerp(base * length, adapted, share[:, None].to(adapted.dtype))
+    with torch.autocast(adapted.device.type, enabled=False):  # which takes norms in one precision and leaves the rest
+        start, end = base.float(), adapted.float()
+        length = end.norm(dim=-1, keepdim=True) / start.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return torch.lerp(start * length, end, share[:, None].float()).to(adapted.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -177,6 +177,7 @@ class PromptClassifier(Classifier):
                 features, tokens, mask = (
                     image_tokens(model.base, pixels) if needs_tokens else (model.pixel_features(pixels), None, None)
                 )
+                tokens = None if tokens is None else tokens.float()
                 pictures = Pictures(F.normalize(features.float(), dim=-1), tokens, mask)
                 scores = classes.scores(pictures, embeddings)
             parts.append(scores.float().cpu().numpy())

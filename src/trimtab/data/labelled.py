@@ -7,12 +7,11 @@ before anything is trained. A picture that cannot be decoded is left out, counte
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from trimtab.data.captions import Entry, fold_name, read_entries
-from trimtab.data.manifests import index_classes, read_class_names
+from trimtab.data.manifests import close_match, index_classes, read_class_names
 from trimtab.data.pairs import Dropped
 from trimtab.data.parallel import clean_text
 from trimtab.data.shards import PictureFile, explain_vanished, find_damaged
@@ -113,13 +112,14 @@ def load_labelled(
     classes: Sequence[str] | str | Path | None = None,
     *,
     notes: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
     every_class: bool = True,
 ) -> LabelledPictures:
     """Read all sources, decode every picture once, keep what can be used.
 
     Args:
         classes: names in order, or the file that holds them; None takes those found, sorted.
-        notes: see `trimtab.data.pairs.load_pairs`.
+        notes, progress: see `trimtab.data.pairs.load_pairs`.
         every_class: refuse if a class has no picture.
 
     Raises:
@@ -166,7 +166,7 @@ def load_labelled(
             )
         else:
             places.setdefault(picture, entry)
-    for picture, reason in find_damaged(list(labels), notes).items():
+    for picture, reason in find_damaged(list(labels), notes, progress).items():
         dropped.append(Dropped(places[picture].file, places[picture].row, f"{picture}: {reason}"))
         del labels[picture]
     _report(where, dropped, read)
@@ -249,8 +249,8 @@ def _numbers(entries: Sequence[Entry], names: Sequence[str], classes: Sequence[s
     shown = []
     for name, count in Counter(names[at] for at in unknown).most_common(_NAMED):
         entry = entries[names.index(name)]
-        near = difflib.get_close_matches(name, classes, n=1)
-        meant = f", do you mean {near[0]!r}?" if near else ""
+        near = close_match(name, classes)
+        meant = f", do you mean {near!r}?" if near else ""
         shown.append(f"{name!r} ({entry.file}, row {entry.row}; {count} pictures{meant})")
     more = len({names[at] for at in unknown}) - len(shown)
     raise DataError(

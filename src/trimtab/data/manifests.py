@@ -22,6 +22,7 @@ from trimtab.errors import DataError
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_MOST_COMPARED = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +253,14 @@ def _picture_folder(path: str | Path, root: str | Path | None) -> PictureFolder:
 
 def _describe_label(label: str, rows: list[int], classes: list[str]) -> str:
     where = f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
-    near = difflib.get_close_matches(label, classes, n=1)
-    return f"{label!r} ({where}{f', do you mean {near[0]!r}?' if near else ''})"
+    near = close_match(label, classes)
+    return f"{label!r} ({where}{f', do you mean {near!r}?' if near else ''})"
+
+
+def close_match(name: str, known: Sequence[str]) -> str | None:
+    """A known name that is spelt nearly alike; among very many none is looked for, as that takes seconds for each."""
+    near = difflib.get_close_matches(name, known, n=1) if len(known) <= _MOST_COMPARED else []
+    return near[0] if near else None
 
 
 def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -165,13 +165,20 @@ class _Pair(NamedTuple):
     row: int
 
 
-def load_pairs(sources: Sequence[SourceOptions], seed: int = 0, *, notes: Path | None = None) -> ImageTextPairs:
+def load_pairs(
+    sources: Sequence[SourceOptions],
+    seed: int = 0,
+    *,
+    notes: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageTextPairs:
     """Read all sources, decode every picture once, keep what can be used.
 
     Args:
         seed: with which the sources' `share` and `limit` choose.
         notes: folder in which to note which pictures cannot be decoded, so that the next run on the same files
             need not decode them all again; None always decodes.
+        progress: told how many pictures of how many were decoded, of one source after the other.
 
     Raises:
         DataError: a source cannot be used (file, row and remedy are named); more than half of its pairs lack
@@ -185,7 +192,7 @@ def load_pairs(sources: Sequence[SourceOptions], seed: int = 0, *, notes: Path |
     files: dict[str, int] = {}
     origins: dict[tuple[int, int], tuple[int, int]] = {}
     for source in sources:
-        pairs, unusable, source_counts = _load(source, seed, notes)
+        pairs, unusable, source_counts = _load(source, seed, notes, progress)
         dropped += unusable
         counts.update(source_counts)
         for pair in pairs:
@@ -242,21 +249,27 @@ def shared_images(train: ImageTextPairs, validation: ImageTextPairs) -> dict[int
     """
     same = {image: position for position, image in enumerate(validation.images)}
     shared = {i: same[image] for i, image in enumerate(train.images) if image in same}
+    # Of very many pictures many have the same size; few of these begin and end alike, and they alone are read whole.
     by_size: dict[int, list[int]] = {}
     for position, image in enumerate(validation.images):
         by_size.setdefault(image.size(), []).append(position)
-    digests: dict[int, str] = {}  # only pictures of equal size are read
+    alike: dict[int, dict[str, list[int]]] = {}  # size -> digest of a picture's ends -> validation
+    whole: dict[str, dict[str, int]] = {}  # digest of the ends -> of all bytes -> validation, the first
     for position, image in enumerate(train.images):
-        if position in shared:
+        if position in shared or (size := image.size()) not in by_size:
             continue
-        candidates = by_size.get(image.size(), [])
-        digest = digest_of(image.read_bytes()) if candidates else ""
-        for other in candidates:
-            if other not in digests:
-                digests[other] = digest_of(validation.images[other].read_bytes())
-            if digests[other] == digest:
-                shared[position] = other
-                break
+        if size not in alike:
+            alike[size] = {}
+            for other in by_size[size]:
+                alike[size].setdefault(validation.images[other].digest(), []).append(other)
+        ends = image.digest()
+        candidates = alike[size].get(ends, [])
+        if candidates and ends not in whole:
+            whole[ends] = {}
+            for other in candidates:
+                whole[ends].setdefault(digest_of(validation.images[other].read_bytes()), other)
+        if candidates and (found := whole[ends].get(digest_of(image.read_bytes()))) is not None:
+            shared[position] = found
     return dict(sorted(shared.items()))
 
 
@@ -286,7 +299,9 @@ def keep_apart(train: ImageTextPairs, validation: ImageTextPairs, *, remove: boo
     return train, len(shared)
 
 
-def _load(source: SourceOptions, seed: int, notes: Path | None) -> tuple[list[_Pair], list[Dropped], dict[str, int]]:
+def _load(
+    source: SourceOptions, seed: int, notes: Path | None, progress: Callable[[int, int], None] | None
+) -> tuple[list[_Pair], list[Dropped], dict[str, int]]:
     """Usable pairs of a source, the unusable ones, and counts without `kept` and `duplicate`."""
     dropped: list[Dropped] = []
     counts = dict.fromkeys(("empty", "missing", "unreadable", "set_aside"), 0)
@@ -310,7 +325,7 @@ def _load(source: SourceOptions, seed: int, notes: Path | None) -> tuple[list[_P
     chosen = _choose(pairs, source.share, source.limit, seed)
     counts["set_aside"] = sum(pair.picture not in chosen for pair in pairs)
     absent = {picture for picture in chosen if not picture.exists()}
-    damaged = find_damaged([picture for picture in chosen if picture not in absent], notes)
+    damaged = find_damaged([picture for picture in chosen if picture not in absent], notes, progress)
     usable = []
     for pair in pairs:
         if pair.picture in absent:

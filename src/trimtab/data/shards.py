@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -43,6 +43,7 @@ _SAMPLE = 4096
 _COMPRESSED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", re.DOTALL)
 _MAX_ASPECT = 500  # towers refuse narrower strips
 _DECODING_THREADS = 4
+_NOTED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,23 +306,37 @@ def readable_name(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def find_damaged(pictures: Sequence[PictureFile], notes: Path | None = None) -> dict[PictureFile, str]:
+def find_damaged(
+    pictures: Sequence[PictureFile], notes: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[PictureFile, str]:
     """Why some pictures cannot be used. All are decoded, unless a run before has noted the answer.
 
     Args:
         pictures: files that are there.
-        notes: folder of such answers; a changed file makes a new one. None always decodes.
+        notes: folder of such answers, one for every `_NOTED` pictures, so that a run which is stopped in their middle
+            has not decoded in vain; a changed file makes a new one. None always decodes.
+        progress: told how many pictures of how many are done.
     """
-    note = notes and notes / f"decoded-{digest_of(*map(_state, pictures))}.json"
+    damaged: dict[PictureFile, str] = {}
+    pool = ThreadPoolExecutor(min(_DECODING_THREADS, os.cpu_count() or 1))
+    try:
+        for start in range(0, len(pictures), _NOTED):
+            some = pictures[start : start + _NOTED]
+            damaged |= _find_damaged(some, notes and notes / f"decoded-{digest_of(*map(_state, some))}.json", pool)
+            if progress:
+                progress(start + len(some), len(pictures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return damaged
+
+
+def _find_damaged(
+    pictures: Sequence[PictureFile], note: Path | None, pool: ThreadPoolExecutor
+) -> dict[PictureFile, str]:
     if note is not None:
         with contextlib.suppress(OSError, ValueError, TypeError, IndexError):
             return {pictures[int(position)]: str(reason) for position, reason in json.loads(note.read_text("utf-8"))}
-    pool = ThreadPoolExecutor(min(_DECODING_THREADS, os.cpu_count() or 1))
-    try:
-        reasons = list(pool.map(_why_unusable, pictures))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    damaged = [(position, reason) for position, reason in enumerate(reasons) if reason]
+    damaged = [(position, reason) for position, reason in enumerate(pool.map(_why_unusable, pictures)) if reason]
     if note is not None:
         write_json(note, damaged)
     return {pictures[position]: reason for position, reason in damaged}

@@ -149,7 +149,7 @@ def mean_pairwise_cosine(x: Tensor) -> float:
     """
     if len(x) < 2:
         raise ValueError(f"a mean pairwise cosine needs at least 2 rows, not {len(x)}")
-    unit = F.normalize(x.detach().double().cpu(), dim=-1)  # (N, D)
+    unit = F.normalize(x.detach().cpu().double(), dim=-1)  # (N, D)
     total = unit.sum(0).square().sum() - unit.square().sum()
     return (total / (len(x) * (len(x) - 1))).item()
 
@@ -159,4 +159,4 @@ def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:  # (B,) -> ()
 
 
 def _double(rows: Any) -> Tensor:
-    return rows.detach().double().cpu() if isinstance(rows, Tensor) else torch.tensor(rows).double()
+    return rows.detach().cpu().double() if isinstance(rows, Tensor) else torch.tensor(rows).double()

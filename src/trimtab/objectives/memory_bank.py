@@ -16,10 +16,15 @@ the middle of an epoch draws the same epoch again. **Several processes.** Every 
 `update` the rows of all ranks (`training.distributed.gather_rows`), so all banks stay equal; the ranks of different
 devices may differ in the last bits, so give all of them the main process's bank before every epoch
 (`training.distributed.copy_from_main`).
+
+**Very many captions.** Up to `MOST_COMPARED` captions a pair is compared with all of them. Of more, the same random
+`MOST_COMPARED` stand for all in a run and when it resumes, so that time and memory grow with the pairs alone and not
+with pairs times captions. A pair's own captions are always known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from trimtab.config import MemoryBankConfig
 
 Measure = Literal["margin", "rank", "loss"]
+
+MOST_COMPARED = 65_536
 
 # A wrong caption this close to the right one counts as ahead, as everywhere in the evaluation: equal vectors can
 # give cosines that differ in the last bits, and a model that has collapsed must not look perfect.
@@ -51,6 +58,7 @@ def global_difficulty(
     logit_scale: float,
     groups: Tensor | None = None,
     chunk: int = 256,
+    report: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """How hard it is to find each image's caption among all captions: (N,) from 0 (easy) to 1.
 
@@ -60,7 +68,7 @@ def global_difficulty(
     - ``rank``: log(1 + wrong captions at least as high) / log(1 + M); 0 when the partner is first.
     - ``loss``: L / (L + log(1 + M)), L the cross-entropy of the partner among the wrong; 0.5 at chance.
 
-    Exact, over all pairs; memory is a few times chunk x U floats.
+    Exact, over all pairs, up to `MOST_COMPARED` captions; memory is a few times chunk x U floats.
 
     Args:
         image_embeddings: (N, D), one row per pair; may be on another device than the texts.
@@ -68,6 +76,7 @@ def global_difficulty(
         captions: (N,) caption number of each pair.
         groups: (N,) pairs with equal numbers show the same thing (one image with several captions, or one class):
             each other's captions are not wrong. Equal captions never are.
+        report: told how many pairs of how many are done.
 
     Raises:
         DataError: values that are not finite.
@@ -86,6 +95,8 @@ def global_difficulty(
     for rows in torch.arange(len(captions), device=device).split(chunk):
         images = F.normalize(image_embeddings[int(rows[0]) : int(rows[-1]) + 1].to(device).float(), dim=-1)
         found.append(_difficulty(images, texts, rows, positives, measure, logit_scale))
+        if report:
+            report(int(rows[-1]) + 1, len(captions))
     return torch.cat(found)
 
 
@@ -99,7 +110,7 @@ class MemoryBank(nn.Module):
         running: (N,) moving average of the difficulty, from `base` on.
         reference: (N,) difficulty for the reference of ``learnability``.
         seen: (N,) how often a pair was updated.
-        text_embeddings: (U, D) latest embedding of every caption.
+        text_embeddings: (U, D) latest embedding of every caption; (0, D) if the bank is not enabled.
         epoch, drawn_by, pair_weights: what `start_epoch` fixed.
     """
 
@@ -113,6 +124,9 @@ class MemoryBank(nn.Module):
     epoch: Tensor
     drawn_by: Tensor
     pair_weights: Tensor
+
+    of_training_alone = ("text_embeddings",)
+    """Buffers that a run needs to go on and a trained model does not."""
 
     def __init__(
         self,
@@ -158,7 +172,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("running", difficulty.clone())
         self.register_buffer("reference", (difficulty if reference is None else reference.detach().float()).clone())
         self.register_buffer("seen", torch.zeros_like(captions))
-        self.register_buffer("text_embeddings", F.normalize(text_embeddings.detach().float(), dim=-1))
+        stored = text_embeddings.detach() if config.enabled else text_embeddings.detach()[:0]
+        self.register_buffer("text_embeddings", F.normalize(stored.float(), dim=-1))
         self.register_buffer("epoch", torch.tensor(-1))
         self.register_buffer("drawn_by", self.difficulty().clone())
         self.register_buffer("pair_weights", torch.ones_like(difficulty))
@@ -181,6 +196,7 @@ class MemoryBank(nn.Module):
         """Take in a step's features: store its captions', then measure its pairs against all captions.
 
         Rows that come twice count once. Features that are not finite change nothing: the loop stops at such a step.
+        A bank that is not enabled only counts.
 
         Args:
             indices: (B,) pairs, of all ranks.
@@ -190,6 +206,9 @@ class MemoryBank(nn.Module):
         """
         device = self.running.device
         indices, first = unique_rows(indices.to(device))
+        if not self.config.enabled:
+            self.seen[indices] += 1
+            return
         images = F.normalize(image_embeddings.to(device).float(), dim=-1)[first]  # (B', D)
         caption_ids, first = unique_rows(caption_ids.to(device))
         texts = F.normalize(text_embeddings.to(device).float(), dim=-1)[first]  # (T', D)
@@ -210,10 +229,10 @@ class MemoryBank(nn.Module):
         """
         indices = indices.to(self.running.device)
         batch = self.captions[indices].unique()
-        confusion = _cosines(self.text_embeddings, self.text_embeddings[batch]).amax(1)  # (U,)
+        confusion = _cosines(self.positives.compared(self.text_embeddings), self.text_embeddings[batch]).amax(1)  # (C,)
         confusion[self.positives.columns(indices)[1]] = torch.inf
         value, order = confusion.masked_fill(confusion > _SAME, -torch.inf).sort(descending=True, stable=True)
-        return order[value > -torch.inf][:count]
+        return self.positives.caption_of(order[value > -torch.inf][:count])
 
     # -- between epochs
 
@@ -301,7 +320,7 @@ def inclusion_probability(probability: Tensor, drawn: int) -> Tensor:
     full; that time hardly varies among many pairs, so pi_i = 1 - exp(-t p_i) with t such that they sum to `drawn`
     (Rosén 1997, "Asymptotic theory for order sampling").
     """
-    p = probability.double().cpu()
+    p = probability.cpu().double()
     if drawn >= len(p):
         return torch.ones_like(p)
     # Newton's method from below on a concave function: it never overshoots.
@@ -315,8 +334,10 @@ def inclusion_probability(probability: Tensor, drawn: int) -> Tensor:
 
 
 class _Positives(nn.Module):
-    """The captions that are right for each pair: those of all pairs of its group. Rebuilt, never saved."""
+    """The captions that pairs are compared with, and which of them are right for each: those of all pairs of its
+    group. Rebuilt, never saved."""
 
+    among: Tensor | None
     captions: Tensor
     group: Tensor
     size: Tensor
@@ -332,27 +353,47 @@ class _Positives(nn.Module):
         _, group = (captions if groups is None else groups).unique(return_inverse=True)
         members = torch.stack([group, captions], 1).unique(dim=0)  # (M, 2), by group
         size = members[:, 0].bincount()
+        among = None
+        if texts > MOST_COMPARED:
+            drawn = torch.randperm(texts, generator=torch.Generator().manual_seed(0))[:MOST_COMPARED]
+            among = drawn.sort().values.to(captions.device)
+        self.register_buffer("among", among, persistent=False)  # (C,) captions, or None for all
         self.register_buffer("captions", captions, persistent=False)
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("size", size, persistent=False)
         self.register_buffer("start", size.cumsum(0) - size, persistent=False)
         self.register_buffer("members", members[:, 1].contiguous(), persistent=False)
 
+    def compared(self, texts: Tensor) -> Tensor:
+        """Of all captions (U, D) those that pairs are compared with (C, D)."""
+        return texts if self.among is None else texts[self.among]
+
+    def caption_of(self, columns: Tensor) -> Tensor:
+        """Caption numbers of columns of `compared`."""
+        return columns if self.among is None else self.among[columns]
+
     def columns(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """(row, caption) of every right caption of the pairs `indices`, rows counted from 0."""
+        """(row, column of `compared`) of every right caption of the pairs `indices`, rows counted from 0."""
         group = self.group[indices]
         size = self.size[group]
         rows = torch.arange(len(indices), device=indices.device).repeat_interleave(size)
         before = (size.cumsum(0) - size).repeat_interleave(size)
         within = torch.arange(len(rows), device=indices.device) - before
-        return rows, self.members[self.start[group].repeat_interleave(size) + within]
+        captions = self.members[self.start[group].repeat_interleave(size) + within]
+        if self.among is None:
+            return rows, captions
+        columns = torch.searchsorted(self.among, captions).clamp_max(len(self.among) - 1)
+        found = self.among[columns] == captions
+        return rows[found], columns[found]
 
 
 def _difficulty(
     images: Tensor, texts: Tensor, indices: Tensor, positives: _Positives, measure: Measure, logit_scale: float
 ) -> Tensor:  # (b, D), (U, D), (b,) -> (b,)
-    cosines = _cosines(images, texts)  # (b, U)
-    partner = cosines.gather(1, positives.captions[indices, None]).squeeze(1)  # (b,)
+    cosines = _cosines(images, positives.compared(texts))  # (b, C)
+    own = positives.captions[indices]
+    in_it = positives.among is None
+    partner = cosines.gather(1, own[:, None]).squeeze(1) if in_it else (images * texts[own]).sum(1)  # (b,)
     rows, columns = positives.columns(indices)
     cosines[rows, columns] = -torch.inf
     wrong = cosines.shape[1] - rows.bincount(minlength=len(indices))  # (b,)
@@ -373,7 +414,7 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:  # unit-norm (A, D), (B, D) -> (A,
 
 def _lower_tail(difficulty: Tensor, tail: float) -> Tensor:
     """(N,) in float64 on the CPU with the hardest ``tail * N``, rounded down, as hard as the next hardest."""
-    difficulty = difficulty.detach().double().cpu()
+    difficulty = difficulty.detach().cpu().double()  # Apple's GPUs know no float64
     spared = int(tail * len(difficulty) + 1e-9)
     return difficulty.clamp_max(difficulty.kthvalue(len(difficulty) - spared).values)
 

@@ -39,6 +39,7 @@ from trimtab.training import distributed
 from trimtab.training.distributed import World
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
+from trimtab.training.trackers import progress_reporter
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,10 @@ def make_task(
     scale = recipe.objective.logit_scale or base.logit_scale
     measure = MemoryBank.measure(recipe.bank)
     of_pairs = images[torch.from_numpy(pairs.image_index).to(images.device)]
-    difficulty = global_difficulty(of_pairs, texts, captions, measure, logit_scale=scale, groups=groups)
+    with progress_reporter("difficulty", "pairs") as report:
+        difficulty = global_difficulty(
+            of_pairs, texts, captions, measure, logit_scale=scale, groups=groups, report=report
+        )
     return DomainTask(
         method,
         image=frozen.image_side,
@@ -290,14 +294,16 @@ class Hardness:
         bank = task.bank
         images = embed(frozen.image_side, np.arange(len(pairs.images)))
         texts = embed(frozen.text_side, np.arange(len(pairs.captions)))
-        now = global_difficulty(
-            images[torch.from_numpy(pairs.image_index).to(images.device)],
-            texts,
-            bank.captions,
-            MemoryBank.measure(bank.config),
-            logit_scale=bank.logit_scale,
-            groups=bank.groups,
-        )
+        with progress_reporter("difficulty", "pairs") as report:
+            now = global_difficulty(
+                images[torch.from_numpy(pairs.image_index).to(images.device)],
+                texts,
+                bank.captions,
+                MemoryBank.measure(bank.config),
+                logit_scale=bank.logit_scale,
+                groups=bank.groups,
+                report=report,
+            )
         return cls(bank.base.cpu().numpy(), now.cpu().numpy(), bank.seen.cpu().numpy(), images.cpu(), texts.cpu())
 
 

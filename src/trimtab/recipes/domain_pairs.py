@@ -14,7 +14,7 @@ from trimtab.data.pairs import ImageTextPairs, keep_apart, load_pairs, shared_im
 from trimtab.data.shards import PictureFile
 from trimtab.errors import DataError
 from trimtab.evaluation.forgetting import GeneralSet
-from trimtab.files import cache_home
+from trimtab.recipes.decoding import decoding
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
         RecipeError: options that do not go with a source.
     """
     data = recipe.data
-    train = load_pairs(data.train, recipe.seed, notes=_notes())
+    with decoding() as how:
+        train = load_pairs(data.train, recipe.seed, **how)
     if not data.validation:
         read = train.counts
         whole, validation = split_off(train, data.validation_share, recipe.seed)
@@ -69,7 +70,8 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
             "for validation": len(validation),
         }
         return DomainPairs(train, validation, {"training": counts})
-    validation = load_pairs(data.validation, recipe.seed, notes=_notes())
+    with decoding() as how:
+        validation = load_pairs(data.validation, recipe.seed, **how)
     train, _ = keep_apart(train, validation, remove=data.check_duplicates)
     counts_of = {"training": train.counts.as_dict(), "validation": validation.counts.as_dict()}
     return DomainPairs(train, validation, counts_of)
@@ -86,7 +88,8 @@ def general_sets(sources: Sequence[PairSource], seed: int, train: ImageTextPairs
     found = []
     for source, stem in zip(sources, stems, strict=True):
         try:
-            pairs = load_pairs([source], seed, notes=_notes())
+            with decoding() as how:
+                pairs = load_pairs([source], seed, **how)
         except DataError as error:
             raise DataError(f"general: {error}") from error
         if train is not None and (shared := shared_images(pairs, train)):
@@ -98,7 +101,3 @@ def general_sets(sources: Sequence[PairSource], seed: int, train: ImageTextPairs
             )  # fmt: skip
         found.append(GeneralSet(source.path if stem in twice else stem, RetrievalSet.of(pairs)))
     return found
-
-
-def _notes() -> Path:
-    return cache_home() / "pictures"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HARDEST_FILE = "hardest-pairs.csv"
 _LISTED = 1000
 _SHOWN = 24
+_AT_ONCE = 50  # pairs that are compared with all captions
 _ROWS = {"full": "full", "lora": "lora", "probe": "linear_probe"}
 
 
@@ -48,26 +49,29 @@ def write_domain_report(
 
 def hardest_rows(pairs: ImageTextPairs, hardness: Hardness) -> list[dict[str, Any]]:
     """The hardest pairs as things are now, hardest first, each with the caption that the model puts above its own."""
+    order = _order(hardness)[:_LISTED]
     rows = []
-    for pair in _order(hardness)[:_LISTED]:
-        image, caption = int(pairs.image_index[pair]), int(pairs.caption_index[pair])
-        cosines = hardness.texts @ hardness.images[image]  # (U,)
-        own = cosines[caption].item()
-        right = torch.from_numpy(pairs.belong(np.array([image]), np.arange(len(pairs.captions)))[0])
-        best = int(cosines.masked_fill(right, -torch.inf).argmax())
-        file, row = pairs.origin(pair)
-        rows.append(
-            {
-                "file": file,
-                "row": row,
-                "image": str(pairs.images[image]),
-                "caption": pairs.captions[caption],
-                "prefers": pairs.captions[best] if cosines[best].item() >= own else "",
-                "before": float(hardness.before[pair]),
-                "now": float(hardness.now[pair]),
-                "drawn": int(hardness.drawn[pair]),
-            }
-        )
+    for start in range(0, len(order), _AT_ONCE):
+        some = order[start : start + _AT_ONCE]
+        images, captions = pairs.image_index[some], pairs.caption_index[some]  # (b,)
+        cosines = hardness.images[torch.from_numpy(images)] @ hardness.texts.T  # (b, U)
+        own = cosines[torch.arange(len(some)), torch.from_numpy(captions)]
+        right = torch.from_numpy(pairs.belong(images, np.arange(len(pairs.captions))))
+        value, best = cosines.masked_fill(right, -torch.inf).max(dim=1)
+        for at, pair in enumerate(some):
+            file, row = pairs.origin(pair)
+            rows.append(
+                {
+                    "file": file,
+                    "row": row,
+                    "image": str(pairs.images[images[at]]),
+                    "caption": pairs.captions[captions[at]],
+                    "prefers": pairs.captions[int(best[at])] if value[at] >= own[at] else "",
+                    "before": float(hardness.before[pair]),
+                    "now": float(hardness.now[pair]),
+                    "drawn": int(hardness.drawn[pair]),
+                }
+            )
     return rows
 
 

@@ -163,7 +163,6 @@ class ImageStates:
         for name, (shape, dtype) in self._layout.items():
             size = int(np.prod(shape))
             part = flat[:, start : start + size].reshape(-1, *shape)
-            # States stay in half precision until they are on the device.
             below[name] = part.float() if dtype.is_floating_point else part.to(dtype)
             start += size
         return below
@@ -187,6 +186,11 @@ class TextStates:
             return {"states": torch.from_numpy(states).float()}
         assert self._states is not None
         return {"features": torch.from_numpy(self._states[items]).float()}
+
+    @property
+    def read_tokens(self) -> bool:
+        """Whether a step reads tokens beside what lies below: not those of texts that are cached whole."""
+        return self.cut is None or self.cut.site is not None
 
     @property
     def nbytes(self) -> int:
@@ -305,7 +309,7 @@ def frozen_states(
         images,
         texts,
         Side(base, "image", image_cut, images, head=method.head("image")),
-        Side(base, "text", text_cut, texts, texts.inputs, head=method.head("text")),
+        Side(base, "text", text_cut, texts, texts.inputs if texts.read_tokens else None, head=method.head("text")),
     )
 
 

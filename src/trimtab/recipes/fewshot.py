@@ -29,13 +29,14 @@ from trimtab.data.shards import PictureFile
 from trimtab.data.shots import Shots, apart, draw_shots
 from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.fewshot_summaries import names_of, spread_of
-from trimtab.files import cache_home, digest_of, explain_disk_errors
+from trimtab.files import digest_of, explain_disk_errors
 from trimtab.precision import tune_allocator
+from trimtab.recipes.decoding import decoding
 from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split, ahead, right
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.training.distributed import check_alone
+from trimtab.training.distributed import check_alone, make_accelerator
 from trimtab.training.trackers import progress_reporter
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
         for shots in plan.shots
         for seed in plan.seeds
     }
-    base = load(recipe.base)
+    base = load(recipe.base, device=str(make_accelerator().device))
     dataset = plan.dataset or dataset_name(recipe)
     known = {run["key"]: run for run in read_runs(out) if "key" in run}
     keys = {
@@ -144,12 +145,12 @@ def read_fewshot(recipe: PromptRecipe) -> FewShotData:
     sources = recipe.data
     if not sources.test:
         raise DataError("few-shot runs are measured on test pictures: name them with data.test")
-    notes = cache_home() / "pictures"
-    train = load_labelled(sources.train, sources.classes, notes=notes)
-    others = [
-        load_labelled(part, train.classes, notes=notes, every_class=False) if part else None
-        for part in (sources.validation, sources.test)
-    ]
+    with decoding() as how:
+        train = load_labelled(sources.train, sources.classes, **how)
+        others = [
+            load_labelled(part, train.classes, every_class=False, **how) if part else None
+            for part in (sources.validation, sources.test)
+        ]
     validation, test = others
     assert test is not None
     train = apart(train, test, name="training", where="test")

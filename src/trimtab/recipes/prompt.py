@@ -26,6 +26,7 @@ from trimtab.data.shots import apart, draw_shots
 from trimtab.errors import RecipeError
 from trimtab.files import cache_home, digest_of
 from trimtab.precision import fast_training, tune_allocator
+from trimtab.recipes.decoding import decoding
 from trimtab.recipes.estimates import about
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.prompt_features import PictureFeatures
@@ -35,7 +36,7 @@ from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import portable
 from trimtab.towers.prompting import PromptTower
-from trimtab.training.distributed import check_alone
+from trimtab.training.distributed import check_alone, make_accelerator
 from trimtab.training.trackers import progress_reporter
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     check_out(recipe.out)
     check_no_prompts(recipe.base)
     sets = read_sets(recipe)
-    base = load(recipe.base)
+    base = load(recipe.base, device=str(make_accelerator().device))
     features = frozen_features(recipe, base, sets)
     if dry_run:
         print(plan(recipe, base, sets, features))
@@ -157,12 +158,13 @@ def read_sets(recipe: PromptRecipe) -> LabelledSets:
     Raises:
         DataError: see `trimtab.data.labelled.load_labelled` and `trimtab.data.shots.draw_shots`.
     """
-    data, notes = recipe.data, cache_home() / "pictures"
-    train = load_labelled(data.train, data.classes, notes=notes)
-    validation, test = (
-        load_labelled(sources, train.classes, notes=notes, every_class=False) if sources else None
-        for sources in (data.validation, data.test)
-    )
+    data = recipe.data
+    with decoding() as how:
+        train = load_labelled(data.train, data.classes, **how)
+        validation, test = (
+            load_labelled(sources, train.classes, every_class=False, **how) if sources else None
+            for sources in (data.validation, data.test)
+        )
     if validation is not None:
         train = apart(train, validation, name="training", where="validation")
     if test is not None:

@@ -219,8 +219,9 @@ def _exact(queries: np.ndarray, own: np.ndarray | None, stored: np.ndarray, k: i
         if own is not None:
             here = (own >= start) & (own < start + cosines.shape[1])
             cosines[np.flatnonzero(here), own[here] - start] = -np.inf
-        joined = np.concatenate([best, cosines], axis=1)
-        places = np.concatenate([rows, np.broadcast_to(np.arange(start, start + cosines.shape[1]), cosines.shape)], 1)
+        new = np.argpartition(-cosines, min(k, cosines.shape[1]) - 1, axis=1)[:, :k]  # no need to sort whole blocks
+        joined = np.concatenate([best, np.take_along_axis(cosines, new, 1)], axis=1)
+        places = np.concatenate([rows, start + new], axis=1)
         chosen = np.argsort(-joined, axis=1, kind="stable")[:, :k]
         best, rows = np.take_along_axis(joined, chosen, 1), np.take_along_axis(places, chosen, 1)
     return list(rows)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.towers.dual_encoder import DualEncoder
 
 _TEXTS_AT_ONCE = 1 << 15
+_MOST_SCORES = 1 << 23  # that are sorted at once
 
 
 class Prediction(NamedTuple):
@@ -131,11 +132,13 @@ class Classifier:
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")
         names, known = self._known
-        scores = softmax(self.logit_scale * self._similarities(images, known, batch_size, on_error))
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (N, k)
-        return [
-            [Prediction(names[at], float(row[at])) for at in chosen] for row, chosen in zip(scores, best, strict=True)
-        ]
+        similarities = self._similarities(images, known, batch_size, on_error)  # (N, C)
+        at_once = max(1, _MOST_SCORES // max(1, len(names)))
+        found = []
+        for start in range(0, len(similarities), at_once):
+            scores = softmax(self.logit_scale * similarities[start : start + at_once])
+            found += [[Prediction(names[at], float(row[at])) for at in highest(row, top_k)] for row in scores]
+        return found
 
     def add_classes(self, names: Sequence[str] | str) -> None:
         """Append classes by name alone, without training.
@@ -227,6 +230,15 @@ def mean_vectors(texts: np.ndarray, names: int) -> np.ndarray:
     """Unit vectors (names, D) of embeddings (names * templates, D), those of one name side by side."""
     mean = texts.reshape(names, -1, texts.shape[-1]).mean(axis=1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` highest of (C,) scores, highest first; of equal ones the first."""
+    if 2 * count >= len(scores):
+        return np.argsort(-scores, kind="stable")[:count]
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    above = np.flatnonzero(scores >= least)
+    return above[np.argsort(-scores[above], kind="stable")[:count]]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

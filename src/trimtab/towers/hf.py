@@ -80,6 +80,8 @@ def load_base(
 
     text_config = getattr(config, "text_config", None) or config
     tokenizer = load_tokenizer(folder, text_config, trust_remote_code=trust_remote_code)
+    if config.model_type == "siglip":
+        _lowercase_gemma(tokenizer)
     if facts.pools_end_token:
         _warn_without_end_token(folder, tokenizer, text_config)
     text_tower = getattr(model, "text_model", model)
@@ -216,6 +218,20 @@ def _warn_without_end_token(folder: Path, tokenizer: PreTrainedTokenizerBase, te
             "the tokenizer of %s does not write token %s, where the text tower reads the text's vector: it "
             "may belong to another model", folder, end,
         )  # fmt: skip
+
+
+def _lowercase_gemma(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lowercase what SigLIP 2 reads, as in its training.
+
+    Of a fixed resolution it is a SigLIP model with Gemma's tokenizer, and transformers lowercases for NaFlex alone.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not type(tokenizer).__name__.startswith("Gemma"):
+        return
+    from tokenizers import normalizers
+
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
 def _check_image_size(folder: Path, base: DualEncoder, config: PreTrainedConfig) -> None:

@@ -236,7 +236,7 @@ class TowerCut:
             pixels = self.base._on_device(inputs)["pixel_values"]
             return self._module.lower(pixels, self.site.part, self.site.index)
         carried = {name: inputs[name] for name in self._layout.carried if name in inputs}
-        return {"states": self.entering(inputs), **carried}
+        return {"states": self.entering(inputs), **self.base._on_device(carried)}
 
     def upper(self, below: dict[str, Tensor], inputs: dict[str, Tensor] | None = None) -> Tensor:
         """Run the upper half; gradients reach whatever is trained in it.

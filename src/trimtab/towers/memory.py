@@ -88,7 +88,8 @@ class PairMemory(nn.Module):
             return whole.float()
         kept = self._floats.get(name)
         if kept is None or kept[0] is not whole or kept[1] != whole._version:  # moved, or filled anew
-            kept = self._floats[name] = (whole, whole._version, whole.float())
+            with torch.inference_mode(False):  # else what a search keeps could not be trained through
+                kept = self._floats[name] = (whole, whole._version, whole.float())
         return kept[2]
 
     def _apart(self, features: Tensor) -> Tensor:

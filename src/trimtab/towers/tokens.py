@@ -18,8 +18,9 @@ from trimtab.towers.freezing import tokenizer_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-# Texts that are tokenised and sorted together: bounds memory, and sorting more gains nothing.
+# Texts that are tokenised and sorted together, and their letters: bounds memory, and sorting more gains nothing.
 _CHUNK = 16_384
+_CHUNK_LETTERS = 1 << 24
 _DEFAULT_LIMIT = 512
 _UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
 
@@ -100,8 +101,9 @@ class TextInputs:
             The positions in `texts`, the token tensors, the lengths in tokens, and how many texts were newly
             found too long and cut.
         """
-        for start in range(0, len(texts), _CHUNK):
-            ids, cut = self.token_ids(texts[start : start + _CHUNK])
+        start = 0
+        for some in _chunks(texts):
+            ids, cut = self.token_ids(some)
             # The longest first: too little memory shows at once rather than after an hour.
             order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
             for first in range(0, len(order), batch_size):
@@ -109,6 +111,7 @@ class TextInputs:
                 rows = [ids[index] for index in picked]
                 yield [start + index for index in picked], self.pad(rows), [len(row) for row in rows], cut
                 cut = 0
+            start += len(some)
 
     def _checked(self, texts: Sequence[str]) -> list[str]:
         for index, text in enumerate(texts):
@@ -141,6 +144,18 @@ class TextInputs:
     @property
     def _filler(self) -> int:
         return self.tokenizer.pad_token_id or 0
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """All texts in order; a chunk ends after `_CHUNK` of them or so many letters."""
+    start = letters = 0
+    for end, text in enumerate(texts, 1):
+        letters += len(text) if isinstance(text, str) else 0
+        if end - start == _CHUNK or letters >= _CHUNK_LETTERS:
+            yield texts[start:end]
+            start, letters = end, 0
+    if start < len(texts):
+        yield texts[start:]
 
 
 def context_length(tokenizer: PreTrainedTokenizerBase, text_tower: nn.Module, config: PreTrainedConfig) -> int:

@@ -90,13 +90,12 @@ class CheckpointFolder:
         Raises:
             TrimtabError: no space or no permission; earlier checkpoints are intact.
         """
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.tensors.items()}
+        tensors = _apart(checkpoint.tensors)
         document = json.dumps({"schema": _SCHEMA, **checkpoint.state}, ensure_ascii=False)
         header = {"document": document, "sha256": _digest(tensors, document)}
         target = self.folder / f"step-{step:08d}.safetensors"
-        data = safetensors.torch.save(tensors, metadata=header)
         with atomic_path(target) as temporary:
-            temporary.write_bytes(data)
+            safetensors.torch.save_file(tensors, temporary, metadata=header)
         for old in self.files()[: -self.keep]:
             old.unlink()
         return target
@@ -120,6 +119,19 @@ class CheckpointFolder:
         if files:
             raise TrimtabError(f"every checkpoint in {self.folder} is damaged; delete the folder to start again")
         return None
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own, as the format wants it; copied only where that is not so already."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        one = tensor.detach().cpu().contiguous()
+        place = one.untyped_storage().data_ptr()
+        if place in taken or one.untyped_storage().nbytes() != one.nbytes:
+            one = one.clone()
+        taken.add(place)
+        found[name] = one
+    return found
 
 
 class _Damaged(Exception):  # noqa: N818 - never leaves this module

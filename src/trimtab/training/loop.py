@@ -133,9 +133,10 @@ def train(
                     terms = dict(step(part))
                     loss = sum(terms.values(), torch.zeros((), device=world.device))
                 run.optimizer.zero_grad(set_to_none=True)
-                accelerator.backward(loss * share)
+                # Not Accelerate's own: settings of its launcher would scale gradients that are unscaled nowhere here.
+                (loss * share).backward()
                 distributed.average_gradients(run.trained, world)
-                norm = accelerator.clip_grad_norm_(run.trained, settings.clip or math.inf)
+                norm = torch.nn.utils.clip_grad_norm_(run.trained, settings.clip or math.inf)
                 values, stop = run.agree({**terms, "loss": loss}, share, norm, interrupt.asked)
                 run.refuse_non_finite(values, epoch)
                 run.set_learning_rate()

@@ -186,7 +186,9 @@ class Run:
     def adopt_best(self) -> None:
         """Put the weights that count into `modules`: the best, else the averaged, else the last."""
         if self.best:
-            self.modules.load_state_dict(self.best_tensors)
+            missing, unknown = self.modules.load_state_dict(self.best_tensors, strict=False)
+            if unknown or not _of_training_alone(self.modules).issuperset(missing):
+                raise TrimtabError(f"the best weights do not fit these modules ({[*missing, *unknown]})")
         elif self.average:
             with torch.no_grad():
                 for name, parameter in self.named.items():
@@ -274,4 +276,15 @@ class Run:
 
 
 def _copy(modules: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in modules.state_dict().items()}
+    left_out = _of_training_alone(modules)
+    state = modules.state_dict().items()
+    return {name: tensor.detach().cpu().clone() for name, tensor in state if name not in left_out}
+
+
+def _of_training_alone(modules: nn.Module) -> set[str]:
+    """Buffers that modules name in `of_training_alone`: a run needs them to go on, and they can be large."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in modules.named_modules()
+        for name in getattr(module, "of_training_alone", ())
+    }
