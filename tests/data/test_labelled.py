@@ -192,3 +192,10 @@ def test_base_and_new_are_all_classes(count: int) -> None:
     base, new = base_and_new(count)
     assert [*base, *new] == list(range(count))
     assert 0 <= len(base) - len(new) <= 1
+
+
+def test_half_of_the_pictures_may_be_unusable(tmp_path: Path) -> None:
+    sources = table(tmp_path, ["pear", "apple", "pear", "apple"])
+    for number in (0, 1):
+        (tmp_path / f"{number}.png").unlink()
+    assert len(load_labelled(sources)) == 2

@@ -420,3 +420,10 @@ def test_pictures_of_one_size_are_told_apart(folder: Path, monkeypatch: pytest.M
     assert shared_images(of("b", "a"), of("c", "again", "once-more")) == {1: 1}, "the first of two"
     assert "b.jpg" not in read
     assert len(read) == len(set(read))
+
+
+def test_another_seed_sets_others_aside(folder: Path) -> None:
+    rows = [(f"{i:03}.png", f"caption {i % 2}") for i in range(12)]
+    pairs = load_pairs([PairSource(str(write_table(folder / "t.csv", rows)))])
+    chosen = {seed: tuple(image.name for image in split_off(pairs, 0.3, seed)[1].images) for seed in range(8)}
+    assert len(set(chosen.values())) > 3

@@ -124,3 +124,12 @@ def test_bad_input() -> None:
 def test_pictures_in_memory_are_named_by_type() -> None:
     result = classify_embeddings(unit([X]), unit([Y, X]), np.array([0]), sources=[np.zeros((2, 2))])
     assert result.as_json()["mistakes"][0]["image"] == "<ndarray>"
+
+
+def test_of_many_mistakes_the_worst_are_kept() -> None:
+    images = np.linspace(0.1, 1.0, 60)[:, None] * np.array([[0.0, 1.0]]) + np.array([[1.0, 0.0]])
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    result = classify_embeddings(images.astype(np.float32), np.eye(2, dtype=np.float32), np.ones(60, int))
+    assert result.n == 60
+    wrong = [mistake.source for mistake in result.mistakes]
+    assert wrong == list(range(50)), "those furthest from their class first"

@@ -211,3 +211,12 @@ def test_unique_rows_are_first_ones_in_order(numbers: list[int]):
 def test_impossible_objectives_are_refused(options: dict[str, float], message: str):
     with pytest.raises(RecipeError, match=message):
         ContrastiveConfig(**options)
+
+
+def test_weights_get_no_gradient():
+    weights = torch.ones(3, requires_grad=True)
+    images = torch.randn(3, 4, requires_grad=True)
+    terms = contrastive_terms(images, torch.randn(3, 4), torch.arange(3), SCALE, BOTH, weights=weights)
+    sum(terms.values(), torch.zeros(())).backward()
+    assert weights.grad is None
+    assert images.grad is not None

@@ -133,3 +133,16 @@ def test_mean_pairwise_cosine_equals_the_matrix():
     assert mean_pairwise_cosine(torch.ones(5, 3)) == pytest.approx(1.0)
     assert mean_pairwise_cosine(torch.eye(4)) == pytest.approx(0.0)
     assert math.isfinite(mean_pairwise_cosine(torch.zeros(3, 3)))
+
+
+def test_a_dimension_that_hardly_varies_is_not_blown_up():
+    teacher = torch.randn(500, 4)
+    teacher[:, 2] = 1 + 1e-7 * torch.randn(500)
+    std = Standardiser.fit(teacher).std
+    assert std[2].item() == pytest.approx(1e-3 * teacher.std(0, correction=0).mean().item(), rel=1e-3)
+
+
+def test_a_teacher_without_direction_gives_a_finite_loss():
+    teacher = torch.randn(3, 4)
+    teacher[1] = 0
+    assert distillation.infonce(torch.randn(3, 4), teacher).isfinite()

@@ -457,3 +457,21 @@ def test_float64_is_made_on_the_cpu_alone():
         sampled = memory_bank._lower_tail(torch.zeros(9, device="cuda"), 0.2)
     assert sampled.dtype == torch.float64
     assert set(made) == {"cpu"}
+
+
+def test_captions_that_differ_in_rounding_alone_tie():
+    """A collapsed model gives all texts one vector, up to rounding; it must not look perfect."""
+    image, nearly = at_angles(60), at_angles(0, 0)
+    nearly[1] *= 1 + 1e-7
+    cosines = F.normalize(nearly, dim=-1) @ image[0]
+    assert (cosines[0] - cosines[1]).abs() < 1e-6
+    assert difficulty(image, nearly, [0], "rank").item() == pytest.approx(1)
+    close = torch.tensor([[1.0, 0.0], [1.0, 5e-7]])
+    across = torch.tensor([[0.0, -1.0]])  # the wrong caption is further by half of what counts as equal
+    assert difficulty(across, close, [0], "rank").item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("count", "tail", "spared"), [(100, 0.29, 29), (50, 0.58, 29), (10, 0.05, 0)])
+def test_the_tail_is_a_share_of_the_pairs_whatever_rounding_says(count: int, tail: float, spared: int):
+    lowered = memory_bank._lower_tail(torch.arange(count, dtype=torch.float32), tail)
+    assert int((lowered == lowered.max()).sum()) == spared + 1

@@ -234,6 +234,14 @@ def test_a_perfect_result_has_a_report_too(model: Any, data: Path, tmp_path: Pat
     assert "confusions" not in text
 
 
+def test_the_device_is_the_one_asked_for(data: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("trimtab.adapters.adapted.load", lambda name, *, device: asked.append(device) or model)
+    evaluate_classification("m", data / "items.csv", data / "classes.txt", device="meta")
+    evaluate_classification("m", data / "items.csv", data / "classes.txt")
+    assert asked == ["meta", "auto"]
+
+
 def test_a_folder_and_its_loaded_model_give_the_same(
     tiny_folder: Callable[[str], Path], tiny_base: Callable[[str], Any], data: Path
 ) -> None:

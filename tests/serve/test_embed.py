@@ -483,3 +483,50 @@ def test_a_model_that_prepares_pictures_otherwise_is_another_job(
     (tmp_path / "e/plan.json").write_text(json.dumps(plan))
     assert embed(photos, model, tmp_path / "e", shard_size=4)["count"] == 10
     assert replace(reference, image_input_digest="").fits(changed, "images")
+
+
+def test_while_pictures_are_embedded_again_the_folder_is_not_whole(
+    model: Any, photos: Path, tmp_path: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(photos, model, tmp_path / "e", shard_size=4)
+    pictures[3].rotate(90).save(photos / "图0.png")
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "make_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        embed(photos, model, tmp_path / "e", shard_size=4)
+    assert not (tmp_path / "e/embeddings.json").exists(), "its vectors are of other pictures"
+
+
+def test_a_worker_refuses_a_model_that_is_not_the_job_s(model: Any, tiny_folder: Any) -> None:
+    job = module.Job(str(tiny_folder("clip")), model.fingerprint, "out", "images", ("id",), device="cpu")
+    job = replace(job, preparing=module.input_digest(model, "images"))
+    assert job.load_model().fingerprint == model.fingerprint
+    for other in ({"preparing": "x"}, {"fingerprint": "x"}):
+        with pytest.raises(ModelError, match="another model on a worker"):
+            replace(job, **other).load_model()
+
+
+def test_batches_have_the_size_asked_for(model: Any, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    sizes: list[int] = []
+    original = type(model).pixel_features
+
+    def counted(self: Any, pixels: dict[str, Any]) -> Any:
+        sizes.append(len(pixels["pixel_values"]))
+        return original(self, pixels)
+
+    monkeypatch.setattr(type(model), "pixel_features", counted)
+    embed(photos, model, tmp_path / "e", batch_size=3)
+    assert sizes == [3, 3, 3, 1]
+
+
+def test_of_many_skipped_pictures_some_are_listed_and_all_counted(
+    model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serve.store._LISTED", 2)
+    for at in (1, 3, 5):
+        (photos / f"inner/图{at}.png").write_bytes(b"nothing")
+    outcome = embed(photos, model, tmp_path / "e")
+    assert (outcome["count"], outcome["skipped"], len(outcome["skipped_items"])) == (7, 3, 2)

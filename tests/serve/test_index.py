@@ -322,3 +322,13 @@ def test_impossible_options(embeddings: Path, tmp_path: Path, options: dict[str,
 def test_too_few_for_codes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too few to train"):
         build_index(write_embeddings(tmp_path / "e", VECTORS[:20]), tmp_path / "i", kind="ivfpq")
+
+
+def test_checksums_are_compared_unless_told_otherwise(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["flat"], tmp_path / "i"))
+    data = bytearray((folder / "index.faiss").read_bytes())
+    data[-3] ^= 1  # the last bits of a vector
+    (folder / "index.faiss").write_bytes(data)
+    with pytest.raises(DataError, match="checksum"):
+        Index.open(folder)
+    assert len(Index.open(folder, verify=False)) == len(Index.open(folders["flat"]))

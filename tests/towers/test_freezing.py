@@ -116,3 +116,9 @@ def test_image_processor_digest_sees_settings_and_no_more() -> None:
         other = CLIPImageProcessorPil(**{"size": {"shortest_edge": 32}, "crop_size": 32, **change})
         assert image_processor_digest(other) != reference
     assert image_processor_digest(ViTImageProcessorPil()) != image_processor_digest(CLIPImageProcessorPil())
+
+
+def test_the_same_numbers_in_another_shape_are_another_model() -> None:
+    numbers = torch.arange(6.0)
+    shapes = [nn.ParameterDict({"weight": nn.Parameter(numbers.reshape(shape))}) for shape in ((2, 3), (3, 2))]
+    assert fingerprint(shapes[0]) != fingerprint(shapes[1])

@@ -191,3 +191,11 @@ def test_full_disk_keeps_earlier_checkpoints(tmp_path, monkeypatch):
         problem.train(tmp_path)
     assert [path.name for path in CheckpointFolder(tmp_path).files()] == ["step-00000003.safetensors"]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_seconds_are_those_of_all_parts(tmp_path):
+    Problem().train(tmp_path, settings=settings(epochs=2))
+    newest = CheckpointFolder(tmp_path).load_newest()
+    newest.state["seconds"] = 1000.0
+    CheckpointFolder(tmp_path).save(newest.state["step"], newest)
+    assert Problem().train(tmp_path, settings=settings(epochs=2)).seconds > 1000

@@ -34,6 +34,7 @@ def test_what_is_encoded_comes_back(content: bytes) -> None:
         ("äöü", "not valid base64"),
         ("abc", "not valid base64"),
         ("ab-_", "not valid base64"),
+        ("a*bcd", "not valid base64"),  # four letters of the alphabet without the star
         ("file:///etc/passwd", "never opened"),
         ("ftp://a.example/b", "never opened"),
         ("https://a.example/b", "fetches none"),

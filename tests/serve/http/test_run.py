@@ -18,8 +18,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from tiny_server import data_uri, png
+from trimtab.cli import app
 from trimtab.errors import TrimtabError
 from trimtab.serve.embed import embed
 from trimtab.serve.http.options import ServeOptions
@@ -197,3 +199,55 @@ def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
     said = "".join(server.lines)
     assert said.rstrip().endswith("stopped")
     assert "Traceback" not in said
+
+
+def test_every_option_of_the_command_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("trimtab.serve.http.run.serve", lambda model, **rest: seen.update(rest, model=model))
+    given = {
+        "max_batch": 2, "max_wait_ms": 3.0, "queue": 9, "timeout": 7.0, "max_body_mib": 5.0, "max_inputs": 6,
+        "max_megapixels": 1.5, "connections": 4,
+    }  # fmt: skip
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    places = {"index": "i", "pictures": "p", "classes": "c.txt"}
+    where = [part for name, value in places.items() for part in (f"--{name}", value)]
+    others = {"host": "0.0.0.0", "port": 1234, "api_key_env": "KEY", "device": "cpu"}
+    more = [part for name, value in others.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert CliRunner().invoke(app, ["serve", "m", *flags, *where, *more, "--allow-urls"]).exit_code == 0
+    assert seen.pop("options") == ServeOptions(**given, allow_urls=True)
+    seen.pop("tell")
+    assert seen == {"model": "m", **{name: Path(value) for name, value in places.items()}, **others}
+    assert CliRunner().invoke(app, ["serve", "m"]).exit_code == 0
+    assert seen["options"] == ServeOptions()
+    assert (seen["host"], seen["device"], seen["api_key_env"]) == ("127.0.0.1", "auto", None)
+
+
+def test_limits_are_those_of_the_docs() -> None:
+    options = ServeOptions()
+    assert options.allow_urls is False, "pictures are never fetched unless asked for"
+    page = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
+    told = {
+        "--queue": options.queue, "--max-inputs": options.max_inputs, "--max-body-mib": options.max_body_mib,
+        "--timeout": options.timeout, "--max-megapixels": options.max_megapixels, "--connections": options.connections,
+    }  # fmt: skip
+    for flag, value in told.items():
+        assert re.search(rf"^\| `{flag}` \| {value:g}( s)? \|", page, re.MULTILINE), flag
+    assert f"up to `--max-batch` items ({options.max_batch})" in page
+    assert f"may have {options.max_text:,} characters" in page
+    assert re.search(rf"may bring {options.max_classes}\b", page)
+    assert options.max_buffered == 256 << 20
+    assert ServeOptions(max_body_mib=100).max_buffered == 400 << 20
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"), [("0.0.0.0", None, True), ("0.0.0.0", "K", False), ("127.0.0.1", None, False)]
+)
+def test_a_server_for_everyone_without_a_key_is_warned_of(
+    host: str, key: str | None, warned: bool, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("K", "a-key-of-some-length")
+    monkeypatch.setattr("trimtab.serve.http.run._run", lambda server, listener: None)
+    monkeypatch.setattr("trimtab.serve.http.run._log_to_stderr", lambda: None)
+    with caplog.at_level("WARNING"):
+        serve(str(tiny_folder("clip")), host=host, port=0, api_key_env=key, device="cpu", tell=lambda line: None)
+    assert ("whoever reaches this machine" in caplog.text) == warned
