@@ -24,6 +24,8 @@ from PIL import Image
 
 from tiny_pairs import write_shard
 from trimtab.adapters.adapted import load
+from trimtab.config import PairSource
+from trimtab.data.captions import read_entries
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve import embed as module
 from trimtab.serve.embed import embed
@@ -198,6 +200,20 @@ def test_captions_of_shards_that_are_missing(tmp_path: Path) -> None:
     (work,) = open_input(pack(tmp_path, "s.tar", [], records), of="texts").works(10)
     items, _ = items_of(work, "texts")
     assert [item.source for item in items] == ["", "", "x"]
+
+
+def test_captions_of_shards_are_those_that_adapting_reads(pictures: list[Image.Image], tmp_path: Path) -> None:
+    records = [
+        {"caption": "of JSON"}, {"text": "a text"}, {"caption": ["first", "second"]}, {"text": 7.5}, {"caption": {}},
+    ]  # fmt: skip
+    members = {f"{at:03d}.json": json.dumps(record).encode() for at, record in enumerate(records)}
+    path = pack(tmp_path, "s.tar", pictures, members)
+    (work,) = open_input(path, of="texts").works(10)
+    items, _ = items_of(work, "texts")
+    found = [item.source for item in items]
+    assert found == ["of JSON", "a text", "first", "7.5", ""]
+    read = [entry.texts[:1] for entry in read_entries(PairSource(str(path)))]
+    assert [texts[0] if texts else "" for texts in read] == found
 
 
 def test_a_shard_that_is_cut_off_gives_what_it_has(model: Any, pictures: list[Image.Image], tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ from trimtab.data.images import is_address
 from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
 from trimtab.data.picture_folder import PictureFolder
-from trimtab.data.shards import NOT_UTF8, PictureFile, expand_shards, picture_names, read_shard, readable_name
+from trimtab.data.shards import (
+    NOT_UTF8,
+    PictureFile,
+    ShardSample,
+    expand_shards,
+    picture_names,
+    read_shard,
+    readable_name,
+)
 from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, RecipeError
 
@@ -267,16 +275,11 @@ def _from_shards(source: SourceOptions) -> list[Entry]:
         samples, damage = read_shard(path)
         doubled += [f"{path}: {stem}" for stem, sample in samples.items() if sample.more_pictures]
         for row, sample in enumerate(samples.values(), start=1):
-            record, problem = sample.record, sample.problem
-            keys = (source.label,) if source.label else (source.text, *_RECORD_TEXTS)
-            values = (record.get(key) for key in keys)
-            value = next((value for value in values if not is_null(value) and str(value).strip()), None)
+            problem = sample.problem
             try:
-                texts = _texts(value, "the JSON member")
+                texts = sample_texts(sample, source.text, label=source.label)
             except DataError as error:
                 texts, problem = [], str(error)
-            if not texts and not source.label and sample.text:
-                texts = [sample.text]
             entries.append(Entry(sample.picture, texts, str(path), row, problem))
         if damage:  # an entry of its own, so that it is counted and listed
             entries.append(Entry(f"the shard {damage}: what follows is lost", [], str(path), len(samples) + 1))
@@ -288,6 +291,23 @@ def _from_shards(source: SourceOptions) -> list[Entry]:
     if not entries:
         raise DataError(f"{source.path}: holds no pictures with captions (members such as 000.jpg and 000.txt)")
     return entries
+
+
+def sample_texts(sample: ShardSample, text: str = "text", *, label: str | None = None) -> list[str]:
+    """Captions of a sample: what its JSON member has, else its `.txt` member. Or its label, which JSON alone has.
+
+    Args:
+        text: key of the JSON member that is asked first.
+        label: key of a label, in place of captions.
+
+    Raises:
+        DataError: the JSON member has something else than texts there.
+    """
+    keys = (label,) if label else (text, *_RECORD_TEXTS)
+    values = (sample.record.get(key) for key in keys)
+    value = next((value for value in values if not is_null(value) and str(value).strip()), None)
+    texts = _texts(value, "the JSON member")
+    return [sample.text] if not texts and not label and sample.text else texts
 
 
 # Captions of classes

@@ -15,8 +15,9 @@ from typing import Literal
 
 import numpy as np
 
+from trimtab.data.captions import sample_texts
 from trimtab.data.images import ImageError, is_address
-from trimtab.data.manifests import SUFFIXES, is_null, iter_rows, read_text
+from trimtab.data.manifests import SUFFIXES, iter_rows, read_text
 from trimtab.data.picture_folder import PictureFolder
 from trimtab.data.shards import (
     NOT_UTF8,
@@ -332,8 +333,11 @@ def items_of(work: Work, of: Kind) -> tuple[Iterable[Item], str]:
 
 
 def _shard_text(sample: ShardSample) -> str:
-    caption = sample.record.get("caption")
-    return (sample.text or ("" if is_null(caption) else str(caption))).strip()
+    """The first caption of a sample, as a run of `adapt` reads it; "" if there is none."""
+    try:
+        return next((text.strip() for text in sample_texts(sample)), "")
+    except DataError:
+        return ""
 
 
 def encoded_picture(item: Item) -> Path | bytes:
