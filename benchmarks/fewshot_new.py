@@ -25,7 +25,7 @@ from trimtab.files import digest_of
 from trimtab.recipes.fewshot import append_run, read_fewshot, read_runs, setting
 from trimtab.recipes.fewshot_methods import CHANGES
 from trimtab.recipes.prompt_features import PictureFeatures
-from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
+from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt, right
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.scripts import default_templates
 
@@ -102,11 +102,8 @@ def harmonic_mean(base: float, new: float) -> float:
 def accuracy(classes: PromptedClasses, test: LabelledPictures, features: PictureFeatures) -> float:
     """Percent of the pictures named right among `classes`."""
     embeddings = classes.embeddings()
-    taken = [
-        classes.scores(features.pictures(slice(at, at + 64)), embeddings).argmax(1)
-        for at in range(0, len(features), 64)
-    ]
-    return 100 * float((torch.cat(taken).cpu().numpy() == test.labels).mean())
+    scores = [classes.scores(features.pictures(slice(at, at + 64)), embeddings) for at in range(0, len(features), 64)]
+    return right(torch.cat(scores).cpu(), torch.from_numpy(test.labels))
 
 
 def zero_shot(model: Any, test: LabelledPictures, features: PictureFeatures) -> float:
@@ -115,4 +112,4 @@ def zero_shot(model: Any, test: LabelledPictures, features: PictureFeatures) -> 
     parts = [
         features.pictures(slice(at, at + 512)).embeddings.numpy() @ vectors.T for at in range(0, len(features), 512)
     ]
-    return 100 * float((np.concatenate(parts).argmax(1) == test.labels).mean())
+    return right(torch.from_numpy(np.concatenate(parts)), torch.from_numpy(test.labels))

@@ -27,8 +27,9 @@ from trimtab.data.shots import Shots, take_share
 from trimtab.files import digest_of
 from trimtab.precision import fast_inference
 from trimtab.recipes.fewshot import append_run, read_fewshot, read_runs, setting
-from trimtab.recipes.fewshot_methods import METHODS, Episode, Split, right
+from trimtab.recipes.fewshot_methods import METHODS, Episode, Split
 from trimtab.recipes.prompt_features import PictureFeatures
+from trimtab.recipes.prompt_fit import right
 from trimtab.towers.efficientnet import load_packaged
 
 DEFAULT = ("structured", "linear_probe", "coop", "resnet", "trunk")

@@ -23,7 +23,8 @@ from trimtab.files import digest_of
 from trimtab.recipes import fewshot as module
 from trimtab.recipes import fewshot_methods as methods_module
 from trimtab.recipes.fewshot import Plan, fewshot, mean_rows, read_fewshot, read_runs, setting
-from trimtab.recipes.fewshot_methods import METHODS, PROMPT_METHODS, Episode, Fitted, right
+from trimtab.recipes.fewshot_methods import METHODS, PROMPT_METHODS, Episode, Fitted
+from trimtab.recipes.prompt_fit import figures, right
 
 ROOT = Path(__file__).parents[2]
 FAMILY = "vision-text-dual-encoder"
@@ -165,6 +166,7 @@ def test_every_method_sees_the_same_pictures_and_none_of_the_test(
 def test_ties_are_wrong() -> None:
     assert right(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)) == 0
     assert right(torch.eye(3), torch.arange(3)) == 100
+    assert figures(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))["top1"] == 0, "also where prompts are chosen"
     assert module.mean_per_class(torch.zeros(4, 3), torch.tensor([0, 0, 1, 2])) == 0
     scores = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     assert module.mean_per_class(scores, torch.tensor([0, 0, 0, 1])) == pytest.approx((100 / 3 + 100) / 2)

@@ -32,9 +32,10 @@ from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import digest_of, explain_disk_errors
 from trimtab.precision import tune_allocator
 from trimtab.recipes.decoding import decoding
-from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split, ahead, right
+from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
+from trimtab.recipes.prompt_fit import ahead, right
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.training.distributed import check_alone, make_accelerator
 from trimtab.training.trackers import progress_reporter

@@ -23,7 +23,7 @@ from trimtab.errors import RecipeError
 from trimtab.objectives.probes import KeyCache, Linear, fit_logistic, fit_lp_plus_plus, train_keys
 from trimtab.recipes.fewshot_lora import STEPS, LowRank
 from trimtab.recipes.prompt_features import PictureFeatures
-from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
+from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt, right
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.scripts import default_templates
@@ -249,18 +249,6 @@ def clip_lora(episode: Episode) -> Fitted:
     train = episode.draw.train
     lora.train(train.images, train.labels, episode.seed)
     return Fitted(lambda pictures: lora.logits(tuple(pictures.features.files)), lora.parameters, {"steps": STEPS})
-
-
-def right(logits: Tensor, labels: Tensor) -> float:
-    """Percent of the rows (N, C) whose own class is above all others."""
-    return 100 * float(ahead(logits, labels).float().mean())
-
-
-def ahead(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) whether a row's own class is above all others: a tie is wrong."""
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return (own > others.max(1, keepdim=True).values)[:, 0]
 
 
 def _by_text(text: Tensor, scale: float) -> Fitted:

@@ -87,7 +87,7 @@ class FittedPrompt:
     def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
         """Top-1 in percent, and the loss of the scores as they were calibrated on validation."""
         found, labels = torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels)
-        return {"top1": _top1(found, labels), "loss": float(F.cross_entropy(found, labels))}
+        return {"top1": right(found, labels), "loss": float(F.cross_entropy(found, labels))}
 
     def top1(self, pictures: LabelledFeatures) -> float:
         """Percent of pictures whose class scores highest."""
@@ -295,13 +295,21 @@ def validate(task: PromptTask, pictures: LabelledFeatures) -> dict[str, float]:
 def figures(found: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 in percent, and the loss at the scale with the least: of pictures that choices are made by."""
     return {
-        "top1": _top1(found, labels),
+        "top1": right(found, labels),
         "loss": float(F.cross_entropy(best_factor(found, labels) * found, labels)),
     }
 
 
-def _top1(found: Tensor, labels: Tensor) -> float:
-    return 100 * float((found.argmax(dim=1) == labels).float().mean())
+def right(logits: Tensor, labels: Tensor) -> float:
+    """Percent of the rows (N, C) whose own class is above all others."""
+    return 100 * float(ahead(logits, labels).float().mean())
+
+
+def ahead(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) whether a row's own class is above all others: a tie is wrong."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return (own > others.max(1, keepdim=True).values)[:, 0]
 
 
 def start_vectors(
