@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -469,8 +470,11 @@ def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch
         "gate         none: every picture is adapted",
         "3 epochs of 48 pairs",
         "to validate (3 times)",
+        "GB each at most, two of them in ",
+        "GB for weights, gradients and moments",
     ):
         assert words in result.stdout
+    assert "steps at least" not in result.stdout
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.training").exists()
 
@@ -479,6 +483,26 @@ def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch
 def test_every_method_has_a_plan(method: str, toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapt(toy(method=method), dry_run=True) is None
     assert ("nothing is cached" in capsys.readouterr().out) == (method == "full")
+
+
+def test_a_plan_says_why_there_are_more_epochs_than_were_asked_for(toy: Any, capsys: Any) -> None:
+    assert adapt(toy(least_steps=40, training={"epochs": 1}), dry_run=True) is None
+    assert "(10 epochs of 48 pairs, 40 steps at least)" in capsys.readouterr().out
+
+
+def test_checkpoints_take_what_the_plan_says(toy: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    path = toy(method="full", training={"epochs": 2})
+    told: list[float] = []
+    monkeypatch.setattr(
+        "builtins.print", lambda text, **_: told.extend(map(float, re.findall(r"([\d.]+) GB each", text)))
+    )
+    monkeypatch.setattr("trimtab.recipes.domain_plan._GB", 1.0)
+    adapt(path, dry_run=True)
+    monkeypatch.undo()
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    adapt(path)
+    largest = max(file.stat().st_size for file in (tmp_path / "out.training").glob("step-*"))
+    assert largest == pytest.approx(told[0], rel=0.3)
 
 
 def test_the_command_prints_an_outcome_without_its_history(toy: Any) -> None:

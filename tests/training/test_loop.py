@@ -341,3 +341,19 @@ def test_settings_of_the_launcher_change_no_gradient(tmp_path, monkeypatch):
 def test_a_collapse_that_is_no_number_stops(tmp_path):
     with pytest.raises(TrainingStopped, match="collapsed"):
         Problem().train(tmp_path, validate=lambda epoch: {"error": 1.0, "collapse": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("every", "minutes", "expected"), [(1000, False, [35, 70]), (21, False, [21, 35, 56, 70]), (1000, True, 10)]
+)
+def test_epochs_that_are_not_validated_are_saved_when_it_is_time(tmp_path, monkeypatch, every, minutes, expected):
+    saved: list[int] = []
+    original = CheckpointFolder.save
+    monkeypatch.setattr(
+        CheckpointFolder, "save", lambda self, step, *rest: saved.append(step) or original(self, step, *rest)
+    )
+    if minutes:
+        monkeypatch.setattr("trimtab.training.run._LONGEST_UNSAVED", -1.0)
+    config = settings(epochs=10, validate_every=5, checkpoint_every=every)
+    Problem().train(tmp_path, settings=config)
+    assert (len(saved) if minutes else saved) == expected

@@ -57,6 +57,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     # The user's mistakes first: no model is loaded before the data are known to be good.
     check_out(recipe.out, METHODS[recipe.method].files)
     pairs = read_pairs(recipe)
+    asked = recipe.training.epochs
     recipe = long_enough(recipe, len(pairs.train))
     general = general_sets(recipe.general, recipe.seed, pairs.train)
     accelerator = distributed.make_accelerator()
@@ -66,7 +67,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     method = METHODS[recipe.method](base, recipe)
     frozen = frozen_states(recipe, method, pairs.train, pairs.validation)
     if dry_run:
-        print(plan(recipe, pairs, method, frozen))
+        print(plan(recipe, pairs, method, frozen, asked))
         return None
 
     before = measure(base, general) if world.is_main else {}

@@ -16,9 +16,11 @@ from trimtab.recipes.domain_methods import Method
 from trimtab.recipes.domain_pairs import DomainPairs
 from trimtab.recipes.domain_states import FrozenStates, ImageStates, TextStates
 from trimtab.recipes.estimates import about
+from trimtab.recipes.folders import training_folder
 from trimtab.tasks.domain import Side
 
 _MEASURED = 16
+_GB = 1e9
 _GATES = {
     "none": "none: every picture is adapted",
     "soft": "soft: adapters fade out for pictures that do not look like the domain",
@@ -26,8 +28,12 @@ _GATES = {
 }
 
 
-def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: FrozenStates) -> str:
-    """The resolved recipe, what is trained and cached, and how long it takes."""
+def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: FrozenStates, asked: int) -> str:
+    """The resolved recipe, what is trained and cached, and how long it takes.
+
+    Args:
+        asked: epochs that the recipe asks for; `least_steps` may have made them more.
+    """
     train, validation = pairs.train, pairs.validation
     total = method.base_parameters
     lower_image, passed_image, upper_image = _seconds(method, frozen.image_side, frozen.images)
@@ -44,6 +50,13 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     looks = math.ceil(epochs / recipe.training.validate_every)
     look = len(validation.images) * passed_image + len(validation.captions) * passed_text
     kept = min(recipe.memory, len(train.images)) if recipe.method == "adapter" else 0
+    longer = f", {recipe.least_steps} steps at least" if epochs > asked else ""
+    # Weights, two moments, the best weights, and a mean of them if there is one.
+    averaged = recipe.training.ema is not None or recipe.training.bell is not None
+    checkpoint = 4 * method.trained_parameters * (4 + averaged)
+    if recipe.bank.enabled:
+        checkpoint += 4 * len(train.captions) * frozen.text_side.base.embedding_dim
+    in_use = 4 * (total + (3 + averaged) * method.trained_parameters)  # with gradients
     lines = [
         to_yaml(recipe).rstrip(),
         "",
@@ -55,20 +68,23 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         f"text tower   {_where(frozen.text_side)}",
         *([f"gate         {_GATES[recipe.gate.kind]}"] if recipe.method == "adapter" else []),
         *([f"memory       up to {kept:,} training pictures with their captions"] if kept else []),
-        f"cache        {frozen.nbytes / 1e9:.2f} GB in {cache_home() / 'features'}",
+        f"cache        {frozen.nbytes / _GB:.2f} GB in {cache_home() / 'features'}",
+        f"checkpoints  {checkpoint / _GB:.2f} GB each at most, two of them in {training_folder(recipe.out)}",
+        f"in memory    {in_use / _GB:.2f} GB for weights, gradients and moments; what a batch takes comes on top",
     ]
     if frozen.image_side.cut or frozen.text_side.cut:
         lines.append(f"step         {100 * step / whole:.0f}% of the time that it would take without the cache")
     lines.append(
         f"time         {about(encoding)} to encode once, {about(epochs * drawn * step)} to train "
-        f"({epochs} epochs of {drawn:,} pairs), {about(looks * look)} to validate ({looks} times)"
+        f"({epochs} epochs of {drawn:,} pairs{longer}), {about(looks * look)} to validate ({looks} times)"
     )
     return "\n".join(lines)
 
 
 def _where(side: Side) -> str:
     if side.cut is None:
-        return "trained throughout: nothing is cached, pictures are decoded in every step"
+        every_time = "pictures are decoded" if side.tower == "image" else "captions are read"
+        return f"trained throughout: nothing is cached, {every_time} in every step"
     if side.cut.site is None:
         return "frozen: its features are cached"
     return f"frozen below {side.cut.site}: the states that enter it are cached"

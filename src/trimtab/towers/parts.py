@@ -45,11 +45,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             hint = "; it holds an OpenCLIP checkpoint: turn it into one with `trimtab convert`"
         raise ModelError(f"{folder} has no config.json, so it is not a transformers model folder{hint}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
         model_type = raw.get("model_type")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{path} is not a JSON object ({error}): fetch it again") from error
-    _register_own_types()
+    if '"trimtab_' in text:
+        _register_own_types()  # which imports half of transformers
     if raw.get("auto_map") and not trust_remote_code and model_type not in _known_model_types():
         raise ModelError(
             f"{folder} brings Python code of its own (model type {model_type!r}), which is not run. If you "

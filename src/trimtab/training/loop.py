@@ -164,8 +164,10 @@ def train(
                 _log(trackers, "validation", record)
                 terminal.say(f"epoch {epoch + 1}/{settings.epochs}  {_numbers(record)}")
             run.epochs_done = epoch + 1
-            run.save()
-            if run.agree({}, 1.0, None, interrupt.asked)[1] and (run.epochs_done < settings.epochs or not last):
+            stop = run.agree({}, 1.0, None, interrupt.asked)[1] and (run.epochs_done < settings.epochs or not last)
+            if due or stop or run.save_is_due():
+                run.save()
+            if stop:
                 _interrupted(run)
 
         run.adopt_best()

@@ -27,6 +27,8 @@ from trimtab.training.checkpoint import (
 from trimtab.training.distributed import World
 from trimtab.training.optimiser import learning_rate, make_optimizer, trainable, weight_average
 
+_LONGEST_UNSAVED = 60.0  # seconds
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -84,6 +86,7 @@ class Run:
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
     earlier_seconds: float = 0.0
+    saved_step: int = 0
 
     def __post_init__(self) -> None:
         self.named = trainable(self.modules)
@@ -93,7 +96,7 @@ class Run:
         self.optimizer = make_optimizer(self.named, self.settings)
         self.average = weight_average(self.named, self.settings, self.total)
         self.rate = 0.0
-        self.started = time.monotonic()
+        self.started = self.saved_at = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -197,7 +200,16 @@ class Run:
 
     # -- saving and resuming
 
+    def save_is_due(self) -> bool:
+        """Whether an epoch that is not validated is saved: of few pairs it takes a second, and all weights are large.
+
+        All ranks must ask, and hear the same.
+        """
+        long_ago = time.monotonic() - self.saved_at > _LONGEST_UNSAVED
+        return self.step - self.saved_step >= self.settings.checkpoint_every or self.agree({}, 1.0, None, long_ago)[1]
+
     def save(self) -> None:
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         generators = {k: distributed.stack_over_ranks(t, self.world) for k, t in rng_tensors().items()}
         if not self.world.is_main:
             return
@@ -250,6 +262,7 @@ class Run:
                 self.average.tensors[name].copy_(tensor)
         state = saved.state
         self.step, self.epochs_done, self.history = state["step"], state["epochs_done"], state["history"]
+        self.saved_step = self.step
         self.best, self.best_tensors = state["best"], saved.part("best")
         self.sums, self.summed, self.earlier_seconds = state["sums"], state["summed"], state["seconds"]
         generators = saved.part("generators")
