@@ -114,6 +114,7 @@ VARIANTS: dict[str, Variant] = {
     **STEPS,
     **SHARES,
     "continual fine-tuning, pairs alike": Variant("full"),
+    "continual fine-tuning, twice the rate": Variant("full", ("training.learning_rate=6e-4",)),
     "continual fine-tuning, pictures mirrored alone": Variant(
         "full", ("data.augmentation={crop_min: 1, flip: true, colour: 0}",)
     ),

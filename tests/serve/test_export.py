@@ -328,6 +328,26 @@ def test_int8(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path) -> No
     assert cosines.max() < 1 - 1e-7
 
 
+def test_int8_of_a_gate_is_int8_in_both_passes(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    import onnx
+
+    base = tiny_base("clip")
+    centre = torch.from_numpy(base.encode_image(pictures[:1]))
+    near = np.sort(base.encode_image(pictures) @ centre[0].numpy())
+    plain = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
+    model = DomainAdapted(base, plain.adapters, gate=DomainGate(centre, float(near[2]), float(near[2])))
+    export_onnx(model, tmp_path / "out", pictures=pictures)
+    quantise(tmp_path / "out")
+    graph = onnx.load(tmp_path / "out/image-int8.onnx").graph
+    products = [node.op_type for node in graph.node if node.op_type.startswith("MatMul")]
+    weights = {one.name: one.dims for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+    left = [name for name, shape in weights.items() if len(shape) == 2 and min(shape) > 1 and "onnx::MatMul" in name]
+    assert not left, "weights that stayed as they were"
+    assert products.count("MatMulInteger") > 24, "two layers of six products, twice"
+    found = Encoder(tmp_path / "out", int8=True).encode_image(pictures)
+    assert (found * model.encode_image(pictures)).sum(axis=1).min() > 0.8
+
+
 def test_a_full_disk_leaves_no_part_of_a_quantised_tower(
     tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

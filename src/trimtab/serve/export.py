@@ -425,6 +425,7 @@ def _import_onnx() -> None:
 
 def quantise(folder: Path) -> list[str]:
     """Write int8 twins of all towers (dynamic quantisation of products and tables); their file names."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     about = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
@@ -434,7 +435,7 @@ def quantise(folder: Path) -> list[str]:
         target = name.replace(".onnx", "-int8.onnx")
         with atomic_path(folder / target) as temporary, _quiet_root():
             quantize_dynamic(
-                folder / name,
+                _with_weights_in_place(onnx.load(folder / name)),
                 temporary,
                 weight_type=QuantType.QInt8,
                 per_channel=True,
@@ -444,6 +445,26 @@ def quantise(folder: Path) -> list[str]:
             )
         written.append(target)
     return written
+
+
+def _with_weights_in_place(model: Any) -> Any:
+    """Without the nodes by which a weight of two uses goes to the second, as in the two passes of a gate: what comes
+    out of a node is no weight to the quantiser, and would stay as it is."""
+    graph = model.graph
+    weights = {one.name for one in graph.initializer}
+    results = {one.name for one in graph.output}
+    copies = [
+        node
+        for node in graph.node
+        if node.op_type == "Identity" and node.input[0] in weights and node.output[0] not in results
+    ]
+    names = {node.output[0]: node.input[0] for node in copies}
+    for node in copies:
+        graph.node.remove(node)
+    for node in graph.node:
+        for at, name in enumerate(node.input):
+            node.input[at] = names.get(name, name)
+    return model
 
 
 @contextmanager
