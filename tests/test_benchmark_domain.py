@@ -50,15 +50,17 @@ def test_seeds_that_are_no_numbers_are_refused_by_name(
 
 def test_goals_are_computed_by_seed() -> None:
     runs = [finished(row, fine + seed, seed) for seed in (1, 2, 3)
-            for row, fine in (("full", 70.0), ("adapter", 71.5), ("adapter_hard", 72.0))]  # fmt: skip
+            for row, fine in (("full", 70.0), ("adapter", 71.0), ("adapter_negatives", 71.5), ("adapter_hard", 72.0))
+            ]  # fmt: skip
     runs.append(finished("adapter_hard", 72.0, 1, share=0.25))
     found = domain_tables.goals(domain_tables.latest(runs), "test")
-    assert [one.reached for one in found] == [True, False, True, True, True, True]
-    assert found[0].found == "+2.00 ± 0.00 points"
-    assert found[4].found == "22.2% (2.0 of 9.0 min)"
+    assert [one.reached for one in found] == [True, False, True, True, True, True, True]
+    assert [one.found for one in found[:3]] == ["+2.00 ± 0.00 points", "+0.50 ± 0.00 points", "+1.00 ± 0.00 points"]
+    assert found[5].found == "22.2% (2.0 of 9.0 min)"
     text = domain_tables.report(runs)
     assert "| Continual fine-tuning | 72.0 ± 1.0 | 77.0 ± 1.0 | 30.0 ± 0.0 | 4.0 ± 0.0 |" in text
-    assert "| Adapter, hard sampling − Adapter, no bank | +0.5 ± 0.0 | – |" in text
+    assert "| Adapter, hard sampling − Adapter, no bank | +1.0 ± 0.0 | – |" in text
+    assert "| Adapter, hard sampling − Adapter, no hard sampling (hard negatives alone) | +0.5 ± 0.0 | – |" in text
 
 
 def test_the_error_over_classes_is_that_of_drawing_other_classes() -> None:
@@ -84,22 +86,22 @@ def test_the_error_over_classes_is_that_of_drawing_other_classes() -> None:
 
 def test_goals_without_figures_are_not_reached() -> None:
     found = domain_tables.goals(domain_tables.latest([finished("adapter_hard", 70.0)]), "test")
-    assert [one.reached for one in found] == [None, None, None, True, None, None]
+    assert [one.reached for one in found] == [None, None, None, None, True, None, None]
     warm = [finished("full", 70.0), finished("adapter_hard", 80.0, warm=True)]
-    assert domain_tables.goals(domain_tables.latest(warm), "test")[4].reached is None
+    assert domain_tables.goals(domain_tables.latest(warm), "test")[5].reached is None
     elsewhere = [finished("full", 70.0, machine="slow"), finished("adapter_hard", 80.0, machine="fast")]
-    assert domain_tables.goals(domain_tables.latest(elsewhere), "test")[4].reached is None
+    assert domain_tables.goals(domain_tables.latest(elsewhere), "test")[5].reached is None
 
 
 def test_minutes_of_disturbed_runs_do_not_count() -> None:
     runs = [finished("full", 70.0), finished("adapter_hard", 80.0, disturbed=True)]
-    assert domain_tables.goals(domain_tables.latest(runs), "test")[4].reached is None
+    assert domain_tables.goals(domain_tables.latest(runs), "test")[5].reached is None
 
 
 def test_minutes_are_compared_by_seed() -> None:
     runs = [finished("full", 70.0, seed, minutes=minutes) for seed, minutes in ((1, 9.0), (2, 90.0))]
     runs += [finished("adapter_hard", 80.0, 1), finished("adapter_hard", 80.0, 2, warm=True)]
-    assert domain_tables.goals(domain_tables.latest(runs), "test")[4].found == "22.2% (2.0 of 9.0 min)"
+    assert domain_tables.goals(domain_tables.latest(runs), "test")[5].found == "22.2% (2.0 of 9.0 min)"
 
 
 def test_a_run_without_its_curve_keeps_the_one_before() -> None:
@@ -114,7 +116,7 @@ def test_a_run_without_its_curve_keeps_the_one_before() -> None:
 
 def test_forgetting_nothing_is_no_share() -> None:
     runs = [finished("full", 70.0, general={"after": 31.0, "points": -1.0}), finished("adapter_hard", 72.0)]
-    found = domain_tables.goals(domain_tables.latest(runs), "test")[2]
+    found = domain_tables.goals(domain_tables.latest(runs), "test")[3]
     assert found.reached is False
     assert "forgot nothing" in found.found
 
