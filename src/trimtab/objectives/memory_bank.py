@@ -392,8 +392,8 @@ def _difficulty(
 ) -> Tensor:  # (b, D), (U, D), (b,) -> (b,)
     cosines = _cosines(images, positives.compared(texts))  # (b, C)
     own = positives.captions[indices]
-    in_it = positives.among is None
-    partner = cosines.gather(1, own[:, None]).squeeze(1) if in_it else (images * texts[own]).sum(1)  # (b,)
+    among_all = positives.among is None  # else its own caption may not be among those compared
+    partner = cosines.gather(1, own[:, None]).squeeze(1) if among_all else (images * texts[own]).sum(1)  # (b,)
     rows, columns = positives.columns(indices)
     cosines[rows, columns] = -torch.inf
     wrong = cosines.shape[1] - rows.bincount(minlength=len(indices))  # (b,)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trimtab.adapters.gate import Gated, fit_gate
-from trimtab.config import DomainRecipe, to_mapping
+from trimtab.config import DomainRecipe, MemoryBankConfig, to_mapping
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
 from trimtab.evaluation.forgetting import GeneralSet, alpha_curve, forgetting, mean_score, measure
@@ -173,12 +173,7 @@ def make_task(
     captions = torch.from_numpy(pairs.caption_index).to(texts.device)
     groups = torch.from_numpy(pairs.caption_sets[pairs.image_index]).to(texts.device)
     scale = recipe.objective.logit_scale or base.logit_scale
-    measure = MemoryBank.measure(recipe.bank)
-    of_pairs = images[torch.from_numpy(pairs.image_index).to(images.device)]
-    with progress_reporter("difficulty", "pairs") as report:
-        difficulty = global_difficulty(
-            of_pairs, texts, captions, measure, logit_scale=scale, groups=groups, report=report
-        )
+    difficulty = _difficulty(recipe.bank, pairs, images, texts, captions, groups, scale)
     return DomainTask(
         method,
         image=frozen.image_side,
@@ -191,6 +186,24 @@ def make_task(
         logit_scale=scale,
         gather=functools.partial(distributed.gather_rows, world=world),
     )
+
+
+def _difficulty(
+    bank: MemoryBankConfig,
+    pairs: ImageTextPairs,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    captions: torch.Tensor,
+    groups: torch.Tensor,
+    logit_scale: float,
+) -> torch.Tensor:
+    """`global_difficulty` of all pairs (N,), from embeddings of their pictures (I, D) and captions (U, D)."""
+    of_pairs = images[torch.from_numpy(pairs.image_index).to(images.device)]
+    measure = MemoryBank.measure(bank)
+    with progress_reporter("difficulty", "pairs") as report:
+        return global_difficulty(
+            of_pairs, texts, captions, measure, logit_scale=logit_scale, groups=groups, report=report
+        )
 
 
 def make_gate(
@@ -296,16 +309,7 @@ class Hardness:
         bank = task.bank
         images = embed(frozen.image_side, np.arange(len(pairs.images)))
         texts = embed(frozen.text_side, np.arange(len(pairs.captions)))
-        with progress_reporter("difficulty", "pairs") as report:
-            now = global_difficulty(
-                images[torch.from_numpy(pairs.image_index).to(images.device)],
-                texts,
-                bank.captions,
-                MemoryBank.measure(bank.config),
-                logit_scale=bank.logit_scale,
-                groups=bank.groups,
-                report=report,
-            )
+        now = _difficulty(bank.config, pairs, images, texts, bank.captions, bank.groups, bank.logit_scale)
         return cls(bank.base.cpu().numpy(), now.cpu().numpy(), bank.seen.cpu().numpy(), images.cpu(), texts.cpu())
 
 

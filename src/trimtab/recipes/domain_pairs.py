@@ -56,8 +56,7 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
         RecipeError: options that do not go with a source.
     """
     data = recipe.data
-    with decoding() as how:
-        train = load_pairs(data.train, recipe.seed, **how)
+    train = _load(data.train, recipe.seed)
     if not data.validation:
         read = train.counts
         whole, validation = split_off(train, data.validation_share, recipe.seed)
@@ -70,8 +69,7 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
             "for validation": len(validation),
         }
         return DomainPairs(train, validation, {"training": counts})
-    with decoding() as how:
-        validation = load_pairs(data.validation, recipe.seed, **how)
+    validation = _load(data.validation, recipe.seed)
     train, _ = keep_apart(train, validation, remove=data.check_duplicates)
     counts_of = {"training": train.counts.as_dict(), "validation": validation.counts.as_dict()}
     return DomainPairs(train, validation, counts_of)
@@ -88,8 +86,7 @@ def general_sets(sources: Sequence[PairSource], seed: int, train: ImageTextPairs
     found = []
     for source, stem in zip(sources, stems, strict=True):
         try:
-            with decoding() as how:
-                pairs = load_pairs([source], seed, **how)
+            pairs = _load([source], seed)
         except DataError as error:
             raise DataError(f"general: {error}") from error
         if train is not None and (shared := shared_images(pairs, train)):
@@ -101,3 +98,8 @@ def general_sets(sources: Sequence[PairSource], seed: int, train: ImageTextPairs
             )  # fmt: skip
         found.append(GeneralSet(source.path if stem in twice else stem, RetrievalSet.of(pairs)))
     return found
+
+
+def _load(sources: Sequence[PairSource], seed: int) -> ImageTextPairs:
+    with decoding() as how:
+        return load_pairs(sources, seed, **how)

@@ -20,7 +20,6 @@ from trimtab.recipes.folders import training_folder
 from trimtab.tasks.domain import Side
 
 _MEASURED = 16
-_GB = 1e9
 _GATES = {
     "none": "none: every picture is adapted",
     "soft": "soft: adapters fade out for pictures that do not look like the domain",
@@ -51,12 +50,7 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
     look = len(validation.images) * passed_image + len(validation.captions) * passed_text
     kept = min(recipe.memory, len(train.images)) if recipe.method == "adapter" else 0
     longer = f", {recipe.least_steps} steps at least" if epochs > asked else ""
-    # Weights, two moments, the best weights, and a mean of them if there is one.
-    averaged = recipe.training.ema is not None or recipe.training.bell is not None
-    checkpoint = 4 * method.trained_parameters * (4 + averaged)
-    if recipe.bank.enabled:
-        checkpoint += 4 * len(train.captions) * frozen.text_side.base.embedding_dim
-    in_use = 4 * (total + (3 + averaged) * method.trained_parameters)  # with gradients
+    in_use = 4 * (total + (3 + _averages(recipe)) * method.trained_parameters)
     lines = [
         to_yaml(recipe).rstrip(),
         "",
@@ -68,9 +62,10 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         f"text tower   {_where(frozen.text_side)}",
         *([f"gate         {_GATES[recipe.gate.kind]}"] if recipe.method == "adapter" else []),
         *([f"memory       up to {kept:,} training pictures with their captions"] if kept else []),
-        f"cache        {frozen.nbytes / _GB:.2f} GB in {cache_home() / 'features'}",
-        f"checkpoints  {checkpoint / _GB:.2f} GB each at most, two of them in {training_folder(recipe.out)}",
-        f"in memory    {in_use / _GB:.2f} GB for weights, gradients and moments; what a batch takes comes on top",
+        f"cache        {frozen.nbytes / 1e9:.2f} GB in {cache_home() / 'features'}",
+        f"checkpoints  {checkpoint_bytes(recipe, pairs, method) / 1e9:.2f} GB each at most, two of them in "
+        f"{training_folder(recipe.out)}",
+        f"in memory    {in_use / 1e9:.2f} GB for weights, gradients and moments; what a batch takes comes on top",
     ]
     if frozen.image_side.cut or frozen.text_side.cut:
         lines.append(f"step         {100 * step / whole:.0f}% of the time that it would take without the cache")
@@ -79,6 +74,16 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         f"({epochs} epochs of {drawn:,} pairs{longer}), {about(looks * look)} to validate ({looks} times)"
     )
     return "\n".join(lines)
+
+
+def checkpoint_bytes(recipe: DomainRecipe, pairs: DomainPairs, method: Method) -> int:
+    """Of weights, their two moments, the best of them and a mean if there is one; and of the captions in the bank."""
+    captions = len(pairs.train.captions) * method.base.embedding_dim if recipe.bank.enabled else 0
+    return 4 * ((4 + _averages(recipe)) * method.trained_parameters + captions)
+
+
+def _averages(recipe: DomainRecipe) -> bool:
+    return recipe.training.ema is not None or recipe.training.bell is not None
 
 
 def _where(side: Side) -> str:

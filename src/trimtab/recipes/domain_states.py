@@ -188,7 +188,7 @@ class TextStates:
         return {"features": torch.from_numpy(self._states[items]).float()}
 
     @property
-    def read_tokens(self) -> bool:
+    def reads_tokens(self) -> bool:
         """Whether a step reads tokens beside what lies below: not those of texts that are cached whole."""
         return self.cut is None or self.cut.site is not None
 
@@ -309,7 +309,7 @@ def frozen_states(
         images,
         texts,
         Side(base, "image", image_cut, images, head=method.head("image")),
-        Side(base, "text", text_cut, texts, texts.inputs if texts.read_tokens else None, head=method.head("text")),
+        Side(base, "text", text_cut, texts, texts.inputs if texts.reads_tokens else None, head=method.head("text")),
     )
 
 

@@ -221,17 +221,19 @@ def _warn_without_end_token(folder: Path, tokenizer: PreTrainedTokenizerBase, te
 
 
 def _lowercase_gemma(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lowercase what SigLIP 2 reads, as in its training.
+    """Lowercase what SigLIP 2 reads, as in its training; a tokenizer that was saved so is left as it is.
 
     Of a fixed resolution it is a SigLIP model with Gemma's tokenizer, and transformers lowercases for NaFlex alone.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not type(tokenizer).__name__.startswith("Gemma"):
         return
+    own = backend.normalizer
+    if own is not None and own.normalize_str("A") == own.normalize_str("a"):
+        return
     from tokenizers import normalizers
 
-    own = [] if backend.normalizer is None else [backend.normalizer]
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([] if own is None else [own])])
 
 
 def _check_image_size(folder: Path, base: DualEncoder, config: PreTrainedConfig) -> None:
