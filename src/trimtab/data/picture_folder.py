@@ -51,7 +51,10 @@ class PictureFolder:
                 return next((path for path, inside, settled in others if inside and settled), resolved)
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a path the system refuses
             raise DataError(f"{where} cannot be followed ({error}): mend the link or the path") from error
-        remedy = f"outside the data folder {self.root}: pass the folder that holds the pictures with --root"
+        remedy = (
+            f"outside the data folder {self.root}: pass the folder that holds the pictures with --root, or in a recipe "
+            f"as {{path: {file}, root: FOLDER}}"
+        )
         if Path(os.path.normpath(self._base / value)).is_relative_to(self._base):
             raise DataError(f"{where} is a symbolic link that leads {remedy}, or copy the file")
         raise DataError(f"{where} leads {remedy}")
