@@ -268,3 +268,18 @@ def test_import_is_light():
     code = "import sys, trimtab.config; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_recipes_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch):
+    place = tmp_path / "package" / "config"
+    (tmp_path / "package" / "recipes" / "yaml").mkdir(parents=True)
+    monkeypatch.setattr("trimtab.config.__file__", str(place / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    shipped = tmp_path / "package" / "recipes" / "yaml" / "mine.yaml"
+    shipped.write_text(MINIMAL + "out: shipped\n", encoding="utf-8")
+    assert load_recipe("recipes/mine.yaml").out == "shipped"
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe("other/mine.yaml")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text(MINIMAL + "out: own\n", encoding="utf-8")
+    assert load_recipe("recipes/mine.yaml").out == "own"

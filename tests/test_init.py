@@ -8,14 +8,14 @@ import pytest
 
 import trimtab
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 HEAVY = ("torch", "transformers", "numpy", "pyarrow", "PIL", "accelerate", "safetensors")
 
 
 @pytest.mark.parametrize("module", ["trimtab", "trimtab.config", "trimtab.errors", "trimtab.files", "trimtab.cli"])
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert out.stdout.strip() == "[]"
 
 
@@ -37,3 +37,9 @@ def test_unknown_names_are_told_the_known_ones() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'lod'; it has .*load"):
         trimtab.lod  # noqa: B018
     assert not hasattr(trimtab, "nothing_of_that_name")
+
+
+def test_rooms_are_there_without_an_import_of_their_own() -> None:
+    code = "import trimtab; print(trimtab.errors.DataError.__name__, trimtab.config.load_recipe.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert out.stdout.split() == ["DataError", "load_recipe"]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,11 +29,26 @@ _PLACES = {
 }
 
 
+_ROOMS = (
+    "adapters",
+    "config",
+    "data",
+    "errors",
+    "evaluation",
+    "objectives",
+    "recipes",
+    "serve",
+    "tasks",
+    "towers",
+    "training",
+)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"trimtab.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module 'trimtab' has no attribute {name!r}; it has {', '.join(__all__)}")
-    import importlib
-
     return getattr(importlib.import_module(_PLACES[name]), name)
 
 

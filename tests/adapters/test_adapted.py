@@ -433,3 +433,26 @@ def stand_in_hub(repository: Path, snapshot: Path) -> Callable[..., str]:
         return str(snapshot)
 
     return fetch
+
+
+def test_features_go_where_the_text_goes(adapted: LanguageAdapted) -> None:
+    mixed = [CHINESE[0], ENGLISH[0], CHINESE[1], ENGLISH[1]]
+    for texts in (mixed, ENGLISH[:2], CHINESE[:2]):
+        unit = torch.nn.functional.normalize(adapted.text_features(texts).float(), dim=-1)
+        np.testing.assert_allclose(unit.numpy(), adapted.encode_text(texts), atol=1e-6)
+    assert torch.equal(adapted.text_features(ENGLISH[0]), adapted.base.text_features(ENGLISH[:1]))
+
+
+def test_a_folder_that_went_away_is_named(adapted: LanguageAdapted, tmp_path: Path) -> None:
+    model = load_adapted(save(tmp_path / "adapted", adapted), base=adapted.base, student=adapted.student)
+    (tmp_path / "adapted").rename(tmp_path / "elsewhere")
+    with pytest.raises(TrimtabError, match=r"adapted, which this model was loaded from, is not there any more"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_one_link_alone_and_a_misspelt_place(adapted: LanguageAdapted, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapted", adapted)
+    model = trimtab.load(adapted.base.name, links=str(folder), device="cpu")
+    assert list(model.links) == ["language"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bse'"):
+        trimtab.load(folder, bse="starter")

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from trimtab.adapters.adapted import load, load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.errors import DataError, ModelError
 from trimtab.recipes.compose import compose, read_aliases
+from trimtab.towers.memory import PairMemory
 from trimtab.towers.prompting import PromptTower
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -97,8 +101,100 @@ def test_the_dial_turns_the_domain_alone(
 
 
 def test_without_a_domain_there_is_no_dial(base: Any, folders: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="no domain link"):
-        put(base, folders["language"]).alpha  # noqa: B018
+    for model in (put(base, folders["language"]), load_adapted(folders["prompt"], base=base), base):
+        for name in ("alpha", "gate", "memory", "states_below"):
+            assert not hasattr(model, name)
+            with pytest.raises(ModelError, match="no domain link"):
+                setattr(model, name, 0.5)
+
+
+def test_whoever_turns_the_domain_turns_the_model(
+    base: Any, folders: dict[str, Path], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    model = put(base, folders["language"], folders["domain"], folders["domain prompt"])
+    before = model.fingerprint
+    model.domain.alpha = 0.4
+    assert model.alpha == 0.4
+    assert model.fingerprint != before
+    assert model.language.fingerprint == model.language.fingerprint_on(model.domain)
+    again = load(model.save_pretrained(tmp_path / "turned"), base=base)
+    assert again.fingerprint == model.fingerprint
+    assert np.array_equal(again.encode_image(pictures), model.encode_image(pictures))
+    model.domain.alpha = 1
+    assert model.fingerprint == before
+    model.memory = PairMemory(2, base.embedding_dim)
+    assert model.domain.memory is model.memory is not None
+    assert model.fingerprint != before
+    model.memory = None
+    assert model.fingerprint == before
+    assert model.gate is None
+
+
+def test_prompts_on_a_domain_have_its_dial(base: Any, folders: dict[str, Path], pictures: list[Image.Image]) -> None:
+    domain = load_adapted(folders["domain"], base=base)
+    model = load_adapted(folders["domain prompt"], base=domain)
+    model.alpha = 0
+    assert domain.alpha == 0
+    assert model.fingerprint == domain.fingerprint
+    assert np.array_equal(model.encode_image(pictures), base.encode_image(pictures))
+    assert np.array_equal(model.encode_text(ENGLISH), base.encode_text(ENGLISH))
+
+
+# Threads
+
+
+def test_models_of_one_base_take_turns(
+    base: Any, folders: dict[str, Path], pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one has its adapters on the towers, the others wait rather than pass through them."""
+    first, second = (load_adapted(folders["domain"], base=base) for _ in range(2))
+    scored = load_adapted(folders["instance prompt"], base=first).classifier()
+    passes = {
+        "base": lambda: base.encode_image(pictures),
+        "texts": lambda: base.encode_text(ENGLISH),
+        "second": lambda: second.encode_image(pictures),
+        "scores": lambda: scored.scores(pictures),
+    }
+    expected = {name: run() for name, run in passes.items()}
+    inside, leave = threading.Event(), threading.Event()
+    attach = first.adapters.attach
+
+    @contextlib.contextmanager
+    def held(base: Any) -> Iterator[None]:
+        with attach(base):
+            inside.set()
+            leave.wait(10)
+            yield
+
+    monkeypatch.setattr(first.adapters, "attach", held)
+    found: dict[str, Any] = {}
+    holder = threading.Thread(target=lambda: first.encode_text(ENGLISH))
+    holder.start()
+    assert inside.wait(10)
+    others = [threading.Thread(target=lambda name=name: found.update({name: passes[name]()})) for name in passes]
+    for thread in others:
+        thread.start()
+    others[0].join(0.2)
+    assert found == {}
+    leave.set()
+    for thread in (holder, *others):
+        thread.join(30)
+    assert found.keys() == passes.keys()
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value), name
+
+
+def test_a_deep_copy_is_a_model_of_its_own(base: Any, folders: dict[str, Path], pictures: list[Image.Image]) -> None:
+    model = put(base, folders["language"], folders["domain"], folders["domain prompt"])
+    twin = copy.deepcopy(model)
+    before = model.encode_image(pictures)
+    twin.alpha = 0
+    assert np.array_equal(model.encode_image(pictures), before)
+    assert np.array_equal(twin.encode_image(pictures), base.encode_image(pictures))
+    assert twin.model is not model.model
+    assert twin.turn is twin.domain.turn is not model.turn
+    assert np.array_equal(twin.encode_text(CHINESE), model.encode_text(CHINESE))
+    assert copy.copy(model).model is model.model
 
 
 # Prompts

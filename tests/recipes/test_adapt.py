@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -315,6 +316,30 @@ def test_another_recipe_in_the_same_folder_is_refused(what: str, toy: Any, tmp_p
     with pytest.raises(RecipeError, match=r"out\.training holds a run of another recipe.*choose another out="):
         adapt(recipe, ["seed=1"] if what == "seed" else [])
     assert contents(tmp_path / "out") == before
+
+
+def test_overrides_go_with_whatever_the_recipe_is(toy: Any, capfd: Any) -> None:
+    mapping = yaml.safe_load(toy().read_text(encoding="utf-8"))
+    recipe = recipe_from_mapping(mapping, "the recipe")
+    for given in (mapping, recipe):
+        adapt(given, ["seed=7"], dry_run=True)
+        assert "seed: 7" in "".join(capfd.readouterr())
+        with pytest.raises(RecipeError, match="no_such_key"):
+            adapt(given, ["no_such_key=1"], dry_run=True)
+    with pytest.raises(RecipeError, match="overrides are a list"):
+        adapt(recipe, "seed=7")
+
+
+def test_a_run_leaves_the_callers_generators_as_they_were(toy: Any) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    expected = random.random(), np.random.random(), torch.rand(1).item()
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    adapt(toy(training={"epochs": 1}))
+    assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
 
 
 def test_kill_9_in_training_then_resume(toy: Any, tmp_path: Path, finished: dict[str, Any], capfd: Any) -> None:

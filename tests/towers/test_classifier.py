@@ -161,3 +161,11 @@ def test_many_classes_are_sorted_a_few_pictures_at_a_time(
     whole = classifier.predict(pictures, top_k=2)
     monkeypatch.setattr("trimtab.towers.classifier._MOST_SCORES", 7)  # two pictures
     assert classifier.predict(pictures, top_k=2) == whole
+
+
+def test_names_from_a_generator_and_templates_that_are_none(model: Any) -> None:
+    assert model.classifier(name for name in ("cat", "dog")).classes == ("cat", "dog")
+    with pytest.raises(DataError, match="there are no templates: leave them out"):
+        model.classifier(["cat", "dog"], templates=[])
+    with pytest.raises(DataError, match="a list of texts, not a int"):
+        model.classifier(7)

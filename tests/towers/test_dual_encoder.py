@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,52 @@ def test_push_to_hub_uploads_the_saved_folder(clip: Any, monkeypatch: pytest.Mon
 def test_push_to_hub_offline_is_explained(clip: Any) -> None:
     with pytest.raises(TrimtabError, match="cannot upload to me/model"):
         clip.push_to_hub("me/model")
+
+
+# What is no picture, and what is no text
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((3, 9, 8), np.uint8), r"array \(3, 9, 8\) is one picture with its channels first.*transpose"),
+        (torch.zeros(3, 8, 8), "pictures are a Tensor: give paths"),
+        (io.BytesIO(b"x"), "pictures are a BytesIO: give paths, the bytes of files"),
+        (None, "pictures are a NoneType"),
+        (7, "pictures are a int"),
+    ],
+)
+def test_what_is_taken_for_no_picture(clip: Any, images: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        clip.encode_image(images)
+
+
+def test_a_grey_picture_as_wide_as_the_embeddings_is_not_taken_for_them(clip: Any) -> None:
+    grey = np.random.default_rng(0).random((9, clip.embedding_dim), np.float32)
+    with pytest.raises(DataError, match=r"rows have unit norm.*uint8 or in a list"):
+        clip.similarity(grey, "a")
+    assert clip.similarity([grey], "a").shape == (1, 1)
+    unit = clip.encode_image([grey]).astype(np.float16)  # as embeddings are kept on disk
+    assert np.allclose(clip.similarity(unit, "a"), clip.similarity([grey], "a"), atol=1e-3)
+
+
+def test_paths_and_bytes_of_any_kind(clip: Any, files: list[Path]) -> None:
+    class Place:
+        def __fspath__(self) -> str:
+            return str(files[0])
+
+    expected = clip.encode_image(files[0])
+    assert np.array_equal(clip.encode_image(Place()), expected)
+    assert np.array_equal(clip.encode_image(bytearray(files[0].read_bytes())), expected)
+
+
+def test_what_is_no_text(clip: Any) -> None:
+    assert torch.equal(clip.text_features("a cat"), clip.text_features(["a cat"]))
+    for texts in (None, 7):
+        with pytest.raises(DataError, match=r"texts are a .*: give a text, or several"):
+            clip.encode_text(texts)
+
+
+def test_a_loaded_model_says_how_it_gets_to_another_process(clip: Any) -> None:
+    with pytest.raises(ModelError, match=r"cannot be pickled: give other processes its name, and trimtab\.load"):
+        pickle.dumps(clip)

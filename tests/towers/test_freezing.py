@@ -122,3 +122,12 @@ def test_the_same_numbers_in_another_shape_are_another_model() -> None:
     numbers = torch.arange(6.0)
     shapes = [nn.ParameterDict({"weight": nn.Parameter(numbers.reshape(shape))}) for shape in ((2, 3), (3, 2))]
     assert fingerprint(shapes[0]) != fingerprint(shapes[1])
+
+
+def test_a_frozen_module_comes_back_from_a_file_as_it_was(tmp_path: Path) -> None:
+    module = freeze(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    torch.save(module, tmp_path / "module.pt")
+    again = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert not again.train().training
+    assert not again[1].training
+    assert torch.equal(again[0].weight, module[0].weight)

@@ -15,6 +15,7 @@ from trimtab.adapters.domain import load_domain
 from trimtab.adapters.files import (
     AdapterFile,
     check_base,
+    check_still_there,
     check_student,
     find_place,
     is_adapted_folder,
@@ -27,7 +28,7 @@ from trimtab.adapters.prompted import load_prompt
 from trimtab.config import LanguageAdapterConfig, from_mapping
 from trimtab.errors import DataError, ModelError
 from trimtab.files import digest_of
-from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.dual_encoder import DualEncoder, as_texts
 from trimtab.towers.freezing import freeze
 from trimtab.towers.hf import BUILT_IN, fetch_links, is_hub_id, load_base, resolve_folder
 from trimtab.towers.scripts import is_latin
@@ -59,7 +60,6 @@ class LanguageAdapted(DualEncoder):
         layers: tuple[int, ...] = (-1,),
         english: Literal["route", "adapter"] = "route",
         name: str = "",
-        fingerprint: str = "",
         folder: Path | None = None,
     ) -> None:
         self.__dict__.update(base.__dict__)  # the towers are shared, not copied
@@ -69,11 +69,19 @@ class LanguageAdapted(DualEncoder):
         self.layers = layers
         self.english = english
         self.name = name or base.name
-        self.fingerprint = fingerprint or self.fingerprint_on(base)
+        self._known_fingerprint = "", ""
         self.folder = folder
         self.text_inputs = student.text_inputs
         self.adapter.to(base.device)
         self.student.to(base.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `DualEncoder.fingerprint`; a domain below may have been turned since it was last asked for."""
+        below = self.base.fingerprint
+        if self._known_fingerprint[0] != below:
+            self._known_fingerprint = below, self.fingerprint_on(self.base)
+        return self._known_fingerprint[1]
 
     def fingerprint_on(self, base: DualEncoder) -> str:
         """The fingerprint that this link has on a base."""
@@ -94,13 +102,10 @@ class LanguageAdapted(DualEncoder):
 
     def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
         """As `DualEncoder.encode_text`; English goes to the base's tower when `english` is "route"."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = as_texts(texts)
         if self.english == "adapter":
             return super().encode_text(texts, batch_size=batch_size, progress=progress)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"text {index} is a {type(text).__name__}, not a string: {text!r:.80}")
-        latin = np.array([is_latin(text) for text in texts], dtype=bool)
+        latin = _which_are_latin(texts)
         embeddings = np.zeros((len(texts), self.embedding_dim), np.float32)
         truncated = 0
         for owner, encode, chosen in ((self.base, self.base.encode_text, latin), (self, super().encode_text, ~latin)):
@@ -110,6 +115,20 @@ class LanguageAdapted(DualEncoder):
                 truncated += owner.last_truncated
         self.last_truncated = truncated
         return embeddings
+
+    def text_features(self, texts: Sequence[str] | str) -> Tensor:
+        """As `DualEncoder.text_features`; English goes to the base's tower when `english` is "route"."""
+        texts = as_texts(texts)
+        latin = _which_are_latin(texts) if self.english == "route" else np.zeros(len(texts), dtype=bool)
+        if not latin.any():
+            return super().text_features(texts)
+        order = np.argsort(~latin, kind="stable")
+        picked = [texts[i] for i in order]
+        count = int(latin.sum())
+        parts = [self.base.text_features(picked[:count])]
+        if count < len(texts):
+            parts.append(super().text_features(picked[count:]))
+        return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(self.device)]
 
     def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
         """As the base's, which may have adapters of a domain."""
@@ -123,9 +142,22 @@ class LanguageAdapted(DualEncoder):
     def _write(self, folder: str) -> None:
         if self.folder is None:
             raise ModelError("this adapted model was never saved: train it with `trimtab adapt`")
+        check_still_there(self.folder)
         for path in self.folder.iterdir():
             if path.name in ("adapter.json", "adapter.safetensors", "README.md"):
                 shutil.copy(path, folder)
+
+
+def _which_are_latin(texts: Sequence[str]) -> np.ndarray:
+    """(N,) bool.
+
+    Raises:
+        DataError: an item is not a text.
+    """
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {index} is a {type(text).__name__}, not a string: {text!r:.80}")
+    return np.array([is_latin(text) for text in texts], dtype=bool)
 
 
 def load_adapted(
@@ -247,7 +279,7 @@ def build_language_adapter(described: AdapterFile) -> LanguageAdapter:
 def load(
     name: str | Path,
     *,
-    links: Sequence[str | Path] = (),
+    links: Sequence[str | Path] | str | Path = (),
     device: str = "auto",
     dtype: str = "float32",
     trust_remote_code: bool = False,
@@ -258,7 +290,7 @@ def load(
     Args:
         name: "starter", a transformers folder or hub id (CLIP, SigLIP, ChineseCLIP, AltCLIP,
             VisionTextDualEncoder, FLAVA), or an adapted or composed folder or its hub id.
-        links: adapted folders of this base, one of each link, that shall work together.
+        links: adapted folders of this base, one of each link, that shall work together; or one of them.
         device: "auto" takes a GPU where there is one; or a torch device.
         dtype: precision of the weights.
         trust_remote_code: run Python code from a model folder.
@@ -267,6 +299,9 @@ def load(
     Raises:
         ModelError: unknown, incomplete or damaged model, an adapter of another base, or links that do not go together.
     """
+    if unknown := sorted(places.keys() - {"base", "student"}):
+        raise TypeError(f"load() got an unexpected keyword argument {unknown[0]!r}")
+    links = [links] if isinstance(links, (str, Path)) else links
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     first, *others = (local_folder(one, trust_remote_code=trust_remote_code) for one in (name, *links))
     if others or is_composed_folder(first):

@@ -28,7 +28,7 @@ from trimtab.adapters.adapted import LanguageAdapted
 from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.prompt import Pictures, PromptedClasses
 from trimtab.adapters.prompted import PromptAdapted
-from trimtab.errors import DataError, ModelError
+from trimtab.errors import DataError
 from trimtab.files import digest_of
 from trimtab.towers.classifier import Classifier, Spellings, check_class_names, class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
@@ -71,7 +71,7 @@ class Composed(DualEncoder):
         self.folder = folder
         if self.aliases:
             _check_aliases(self.aliases, prompt)
-        self.fingerprint = self._digest()
+        self._known_fingerprint = "", ""
 
     @property
     def links(self) -> dict[str, Any]:
@@ -79,26 +79,17 @@ class Composed(DualEncoder):
         return {name: one for name in LINKS if (one := getattr(self, name)) is not None}
 
     @property
+    def fingerprint(self) -> str:
+        """See `DualEncoder.fingerprint`; it follows the dials of the links."""
+        below = self.core.fingerprint
+        if self._known_fingerprint[0] != below:
+            self._known_fingerprint = below, self._digest()
+        return self._known_fingerprint[1]
+
+    @property
     def image_fingerprint(self) -> str:
         """See `DualEncoder.image_fingerprint`: a language and prompts leave pictures where they are."""
         return self.core.image_fingerprint
-
-    @property
-    def alpha(self) -> float:
-        """The dial of the domain link; another alpha is another fingerprint.
-
-        Raises:
-            ModelError: there is no domain link.
-        """
-        return self._with_dial().alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        domain = self._with_dial()
-        domain.alpha = value
-        if self.language is not None:
-            self.language.fingerprint = self.language.fingerprint_on(domain)
-        self.fingerprint = self._digest()
 
     def to(self, device: str | torch.device) -> Composed:
         """Move base and links; returns itself."""
@@ -111,6 +102,10 @@ class Composed(DualEncoder):
         found = self.core.encode_text(*args, **options)
         self.last_truncated = self.core.last_truncated
         return found
+
+    def text_features(self, texts: Sequence[str] | str) -> Tensor:
+        """As `encode_text` sends them, not normalised."""
+        return self.core.text_features(texts)
 
     def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
         """Features (B, D) of what `text_inputs` returns: of a language link the student's tokens."""
@@ -149,10 +144,8 @@ class Composed(DualEncoder):
 
         return save_composed(self, folder)
 
-    def _with_dial(self) -> DomainAdapted:
-        if self.domain is None:
-            raise ModelError(f"{self.name} has no domain link, and alpha is the dial of one")
-        return self.domain
+    def _with_domain(self) -> DomainAdapted:
+        return super()._with_domain() if self.domain is None else self.domain  # type: ignore[return-value]
 
     def _digest(self) -> str:
         if self.prompt is None:

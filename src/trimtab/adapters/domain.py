@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from trimtab.adapters.files import (
     DESCRIPTION_FILE,
     AdapterFile,
     BaseReference,
+    check_still_there,
     load_into,
     read_adapter,
     reading_config,
@@ -217,14 +217,13 @@ class DomainAdapted(DualEncoder):
         self.adapters: DomainAdapters = freeze(adapters).to(base.device)
         self._gate: DomainGate | None = gate.to(base.device) if gate is not None else None
         self._memory: PairMemory | None = memory.to(base.device) if memory is not None else None
-        self.states_below: StatesBelow | None = None
+        self._states_below: StatesBelow | None = None
         self.name = name or base.name
         self.folder = folder
         self._own_scale = logit_scale is not None
         if logit_scale is not None:
             self.logit_scale = logit_scale
-        self._lock = threading.Lock()
-        self.fingerprint = self._digest()
+        self._fingerprint = self._digest()
 
     @property
     def alpha(self) -> float:
@@ -234,7 +233,7 @@ class DomainAdapted(DualEncoder):
     @alpha.setter
     def alpha(self, value: float) -> None:
         self.adapters.alpha = value
-        self.fingerprint = self._digest()
+        self._fingerprint = self._digest()
 
     @property
     def gate(self) -> DomainGate | None:
@@ -244,7 +243,7 @@ class DomainAdapted(DualEncoder):
     @gate.setter
     def gate(self, gate: DomainGate | None) -> None:
         self._gate = gate
-        self.fingerprint = self._digest()
+        self._fingerprint = self._digest()
 
     @property
     def memory(self) -> PairMemory | None:
@@ -254,7 +253,19 @@ class DomainAdapted(DualEncoder):
     @memory.setter
     def memory(self, memory: PairMemory | None) -> None:
         self._memory = memory
-        self.fingerprint = self._digest()
+        self._fingerprint = self._digest()
+
+    @property
+    def states_below(self) -> StatesBelow | None:
+        """See above."""
+        return self._states_below
+
+    @states_below.setter
+    def states_below(self, states: StatesBelow | None) -> None:
+        self._states_below = states
+
+    def _with_domain(self) -> DomainAdapted:
+        return self
 
     def to(self, device: str | torch.device) -> DomainAdapted:
         """Move base and adapters; returns itself."""
@@ -267,12 +278,12 @@ class DomainAdapted(DualEncoder):
 
     def token_features(self, tokens: dict[str, Tensor]) -> Tensor:
         """As `DualEncoder.token_features`, through the adapters."""
-        with self._lock, self.adapters.attach(self.base):
+        with self.turn, self.adapters.attach(self.base):
             return self.base.token_features(tokens)
 
     def pixel_features(self, pixels: dict[str, Tensor]) -> Tensor:
         """As `DualEncoder.pixel_features`, through the adapters as far as the gate lets them."""
-        with self._lock:
+        with self.turn:
             if self.alpha == 0 or (self.gate is None and self.states_below is None):
                 with self.adapters.attach(self.base):
                     return self.recalled(self.base.pixel_features(pixels))
@@ -284,7 +295,7 @@ class DomainAdapted(DualEncoder):
 
     def image_tokens(self, pixels: dict[str, Tensor]) -> ImageTokens:
         """Features and patch tokens (B, N, Wi) of pictures; both as far as the gate lets the adapters change them."""
-        with self._lock:
+        with self.turn:
             if self.alpha == 0:
                 return image_tokens(self.base, pixels)
             if self.gate is None:
@@ -345,6 +356,7 @@ class DomainAdapted(DualEncoder):
     def _write(self, folder: str) -> None:
         if self.folder is None:
             raise ModelError("this adapted model was never saved: save it with save_domain")
+        check_still_there(self.folder)
         # As it is now, which the folder may not be: the dial can be turned, gate and memory taken out or exchanged.
         kept = read_adapter(self.folder)
         card = self.folder / CARD_FILE

@@ -41,7 +41,9 @@ class Fingerprinted(Protocol):
     """Anything with a name and a fingerprint: a `DualEncoder`, a `TextEncoder`."""
 
     name: str
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,16 @@ def find_place(folder: str | Path, role: str, name: str) -> str:
         f"{folder} names the {role} {name!r}, and there is no such folder: put it there or at {beside}, or say "
         f"where it is now: trimtab relocate {shlex.quote(str(folder))} --{role} ..., or {role}=... of trimtab.load"
     )
+
+
+def check_still_there(folder: Path) -> None:
+    """Refuse to copy an adapted folder that a model was loaded from, and that was moved or deleted since.
+
+    Raises:
+        ModelError: it has no description any more.
+    """
+    if not (folder / DESCRIPTION_FILE).is_file():
+        raise ModelError(f"{folder}, which this model was loaded from, is not there any more: load it from where it is")
 
 
 def check_base(adapter: AdapterFile, base: DualEncoder) -> None:

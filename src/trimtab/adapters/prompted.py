@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from trimtab.adapters.files import (
     TENSORS_FILE,
     AdapterFile,
     BaseReference,
+    check_still_there,
     load_into,
     reading_config,
     save_adapter,
@@ -71,7 +71,16 @@ class PromptAdapted(DualEncoder):
         self.name = name or base.name
         self.folder = folder
         self.prompt_tower = tower or PromptTower(base)
-        self.lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the base."""
+        return self.base.fingerprint
+
+    @property
+    def image_fingerprint(self) -> str:
+        """That of the base."""
+        return self.base.image_fingerprint
 
     def to(self, device: str | torch.device) -> PromptAdapted:
         """Move base and prompt; returns itself. Classifiers made before stay where they were."""
@@ -90,6 +99,10 @@ class PromptAdapted(DualEncoder):
         found = self.base.encode_text(*args, **options)
         self.last_truncated = self.base.last_truncated
         return found
+
+    def text_features(self, texts: Sequence[str] | str) -> torch.Tensor:
+        """As the base's."""
+        return self.base.text_features(texts)
 
     def token_features(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """As the base's."""
@@ -122,6 +135,7 @@ class PromptAdapted(DualEncoder):
     def _write(self, folder: str) -> None:
         if self.folder is None:
             raise ModelError("this adapted model was never saved: save it with save_prompt")
+        check_still_there(self.folder)
         for path in self.folder.iterdir():
             if path.name in (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE):
                 shutil.copy(path, folder)
@@ -150,7 +164,7 @@ class PromptClassifier(Classifier):
     @torch.no_grad()
     def _vectors(self, names: Sequence[str]) -> Known:
         classes = self.model.prompted(names)
-        with self.model.lock:
+        with self.model.turn:
             return classes, classes.embeddings()
 
     @torch.no_grad()
@@ -173,7 +187,7 @@ class PromptClassifier(Classifier):
         parts = [np.zeros((0, len(classes)), np.float32)]
         batches = model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error, progress=progress)
         for pixels in batches:
-            with model.lock:
+            with model.turn:
                 features, tokens, mask = (
                     image_tokens(model.base, pixels) if needs_tokens else (model.pixel_features(pixels), None, None)
                 )

@@ -96,7 +96,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or unreadable, is no UTF-8 or no YAML, or describes no valid recipe.
     """
-    path = Path(path)
+    path = _shipped(Path(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -106,6 +106,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
     return recipe_from_mapping(strict_yaml.parse(text, str(path)), str(path), overrides)
+
+
+def _shipped(path: Path) -> Path:
+    """The path; of `recipes/NAME` that is not there, the recipe that comes with the installed package."""
+    shipped = Path(__file__).parents[1] / "recipes" / "yaml" / path.name
+    return shipped if path.parent == Path("recipes") and not path.exists() and shipped.is_file() else path
 
 
 def recipe_from_mapping(mapping: Any, where: str, overrides: Sequence[str] = ()) -> Recipe:

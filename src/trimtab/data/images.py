@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import stat
 import struct
@@ -141,11 +142,11 @@ def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         return _decode(source, str(name), max_pixels)
     if isinstance(source, StoredPicture):
         return source.read(max_pixels=max_pixels)
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, bytearray)):
         return _read_stream(io.BytesIO(source), f"<{len(source)} bytes>", max_pixels)
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"<{type(source).__name__}>", "not a path, bytes, PIL image or NumPy array")
-    name = str(source)
+    name = source if isinstance(source, str) else str(Path(source))
     if isinstance(source, str) and is_address(source):
         raise ImageError(name, "is an address, and addresses are never opened: download the picture first")
     try:

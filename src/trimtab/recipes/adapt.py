@@ -8,16 +8,18 @@ Each link has a module beside this one; `LINKS` says which.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from trimtab.config import Recipe, load_recipe
+from trimtab.config import Recipe, load_recipe, recipe_from_mapping, to_mapping
+from trimtab.errors import RecipeError
 from trimtab.recipes.domain import adapt_domain
 from trimtab.recipes.language import adapt_language
 from trimtab.recipes.prompt import adapt_prompt
+from trimtab.training.checkpoint import own_generators
 from trimtab.training.trackers import check_trackers
 
 LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {
@@ -28,13 +30,13 @@ LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {
 
 
 def adapt(
-    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False
+    recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False
 ) -> dict[str, Any] | None:
     """Train what the recipe describes and write the adapted folder, or go on where an earlier run stopped.
 
     Args:
-        recipe: a recipe, or the path of its YAML file.
-        overrides: `key=value` texts on top of the file.
+        recipe: a recipe, a mapping as its YAML file would hold, or the path of that file.
+        overrides: `key=value` texts on top of it.
         dry_run: print the resolved recipe, parameter counts, cache size and time, and train nothing.
 
     Returns:
@@ -43,15 +45,25 @@ def adapt(
     Raises:
         TrimtabError: anything the user can mend; see `trimtab.errors`.
     """
-    if isinstance(recipe, (str, Path)):
-        recipe = load_recipe(recipe, overrides)
+    recipe = _resolved(recipe, overrides)
     check_trackers(recipe.training.trackers)
     atexit.unregister(_part)
     atexit.register(_part)
-    outcome = LINKS[recipe.link](recipe, dry_run=dry_run)
+    with own_generators():
+        outcome = LINKS[recipe.link](recipe, dry_run=dry_run)
     if _in_company():
         dist.barrier()  # the main process still writes when the others are done: none leaves before it
     return outcome
+
+
+def _resolved(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Recipe:
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides are a list of key=value texts, not one text {overrides!r:.60}")
+    if isinstance(recipe, (str, Path)):
+        return load_recipe(recipe, overrides)
+    if isinstance(recipe, Mapping):
+        return recipe_from_mapping(dict(recipe), "the recipe", overrides)
+    return recipe_from_mapping(to_mapping(recipe), "the recipe", overrides) if overrides else recipe
 
 
 def _part() -> None:

@@ -56,6 +56,8 @@ class Classifier:
         names = check_class_names(classes)
         self.model = model
         self.templates = tuple(default_templates(names)[1] if templates is None else templates)
+        if not self.templates:
+            raise DataError("there are no templates: leave them out, or give sentences with one {} each")
         for template in self.templates:
             check_template(template)
         self.logit_scale = model.logit_scale if logit_scale is None else logit_scale
@@ -187,6 +189,9 @@ def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where:
     """
     if isinstance(names, str):
         raise DataError(f"class names must be a list of texts, not one text {names!r:.60}")
+    if not isinstance(names, Iterable):
+        raise DataError(f"class names must be a list of texts, not a {type(names).__name__}")
+    names = tuple(names)
     start = f"{where}: " if where else ""
     if not len(names):
         raise DataError(f"{start}there are no class names")
@@ -197,7 +202,7 @@ def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where:
         if name in taken:
             raise DataError(f"{start}class name {name!r} stands twice: names must differ; remove or rename one")
         taken.add(name)
-    return tuple(names)
+    return names
 
 
 class Spellings:

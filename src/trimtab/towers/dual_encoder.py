@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import tempfile
@@ -24,6 +25,7 @@ from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
 from trimtab.towers.passes import per_pass, results
 from trimtab.towers.tokens import TextInputs
+from trimtab.towers.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Processors scale the short side to the tower's size: a strip of 1 x 100,000 pixels would become gigabytes.
 _MAX_ASPECT = 500
 _DECODING_THREADS = 4
+_UNIT = 0.01  # how far from 1 a norm may be, after half precision too
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,27 @@ class Family:
     pools_end_token: bool = False
 
 
+class _NoDomainLinkError(ModelError, AttributeError):
+    """Also an AttributeError, so that `hasattr` says what it should."""
+
+
 class DualEncoder:
     """A frozen image tower and a frozen text tower with a shared embedding space.
+
+    Threads may share it, and models of one base too: they take turns, one pass at a time.
 
     Attributes:
         name: what it was loaded by.
         family: the model type of its configuration.
         embedding_dim: D of the embeddings.
-        fingerprint: names its weights and configuration; see `trimtab.towers.freezing.fingerprint`.
         logit_scale: multiplies cosines to give logits; `logit_bias` is added to them (SigLIP, else 0).
         model: the transformers model, frozen and in eval mode.
         text_inputs: its tokenizer, context length and padding.
         image_processor: resizes and normalises decoded images.
-        last_skipped: images that the last `encode_image` left out.
+        last_skipped: images that the last `encode_image` left out, of whatever thread.
         last_truncated: how many texts the last `encode_text` cut to the context length.
+        turn: held while a pass runs, here and in every model on the same towers; to be taken around the methods below
+            that give tensors, where several threads use these.
     """
 
     def __init__(
@@ -90,9 +100,10 @@ class DualEncoder:
         self.image_processor = image_processor
         self.name = name
         self.family = family
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
         self.last_skipped = SkippedImages()
         self.last_truncated = 0
+        self.turn = Turn()
         self._facts = facts
         scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
         self.logit_scale = float(scale.detach().float().exp()) if isinstance(scale, Tensor) else 1.0
@@ -113,6 +124,11 @@ class DualEncoder:
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    @property
+    def fingerprint(self) -> str:
+        """Names its weights and configuration, as they are now; see `trimtab.towers.freezing.fingerprint`."""
+        return self._fingerprint
 
     @property
     def image_fingerprint(self) -> str:
@@ -142,10 +158,77 @@ class DualEncoder:
         """Context length of the text tower, special tokens included."""
         return self.text_inputs.limit
 
+    @property
+    def alpha(self) -> float:
+        """The dial of the domain link: 0 is the base, 1 as trained. Another alpha is another fingerprint.
+
+        This, `gate`, `memory` and `states_below` are those of the domain link, which is here or below; see
+        `trimtab.adapters.domain.DomainAdapted`.
+
+        Raises:
+            ModelError: there is none.
+        """
+        return float(self._with_domain().alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._with_domain().alpha = value
+
+    @property
+    def gate(self) -> Any:
+        """What leaves pictures from elsewhere to the base; None adapts all. See `alpha`."""
+        return self._with_domain().gate
+
+    @gate.setter
+    def gate(self, gate: Any) -> None:
+        self._with_domain().gate = gate
+
+    @property
+    def memory(self) -> Any:
+        """Training pictures that new ones are drawn towards; None draws to none. See `alpha`."""
+        return self._with_domain().memory
+
+    @memory.setter
+    def memory(self, memory: Any) -> None:
+        self._with_domain().memory = memory
+
+    @property
+    def states_below(self) -> Any:
+        """What lies below the adapters, kept from pass to pass; None keeps nothing. See `alpha`."""
+        return self._with_domain().states_below
+
+    @states_below.setter
+    def states_below(self, states: Any) -> None:
+        self._with_domain().states_below = states
+
+    def _with_domain(self) -> DualEncoder:
+        """The domain link here or below, which has these as its own."""
+        below = self.__dict__.get("base")
+        if below is None:
+            raise _NoDomainLinkError(f"{self.name} has no domain link, and alpha, gate and memory are parts of one")
+        return below._with_domain()
+
     def to(self, device: str | torch.device) -> DualEncoder:
         """Move the weights; returns itself."""
         self.model.to(device)
         return self
+
+    def __copy__(self) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Half of what transformers hooks into a tower cannot be pickled, and a worker is better off with the name.
+        raise ModelError(
+            f"{self.name} is loaded and cannot be pickled: give other processes its name, and trimtab.load it there; "
+            "save_pretrained writes it to a folder"
+        )
 
     # Arrays for users
 
@@ -173,7 +256,7 @@ class DualEncoder:
         """
         parts = []
         for pixels in self.pixel_batches(images, batch_size=batch_size, progress=progress, on_error=on_error):
-            with torch.inference_mode():
+            with torch.inference_mode(), self.turn:
                 parts.append(self._embeddings(self.pixel_features(pixels), "an image"))
         return np.concatenate(parts) if parts else np.zeros((0, self.embedding_dim), np.float32)
 
@@ -194,7 +277,7 @@ class DualEncoder:
             DataError: an item is not a text.
         """
         _check_batch_size(batch_size)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = as_texts(texts)
         embeddings = np.zeros((len(texts), self.embedding_dim), np.float32)
         self.last_truncated = 0
         batches = self.text_inputs.batches(texts, per_pass(batch_size, "texts", self.device))
@@ -206,6 +289,7 @@ class DualEncoder:
         # Adapted models change their base while a pass runs.
         several = type(self) is DualEncoder
         with (
+            self.turn,  # whole, as the passes are those of other threads
             _progress_bar(texts, "texts", progress) as advance,
             contextlib.closing(results(embed, batches, self.device, threads=several)) as found,
         ):
@@ -266,7 +350,7 @@ class DualEncoder:
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
         _check_batch_size(batch_size)
         batch_size = per_pass(batch_size, "images", self.device)
-        sources: Iterable[Any] = [images] if _is_one_image(images) else images  # type: ignore[assignment]
+        sources = _as_sources(images)
         self.last_skipped = SkippedImages()
         with _progress_bar(sources, "images", progress) as advance:
             for batch in self._decode_ahead(sources, batch_size):
@@ -282,9 +366,9 @@ class DualEncoder:
                     yield _stack(pixels)
                 advance(len(batch))
 
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Features of one batch of texts, (B, D), not normalised."""
-        return self.token_features(self.text_inputs(texts))
+    def text_features(self, texts: Sequence[str] | str) -> Tensor:
+        """Features of one batch of texts, (B, D), not normalised; by the way that `encode_text` sends them."""
+        return self.token_features(self.text_inputs(as_texts(texts)))
 
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         """Features of one batch of decoded RGB images, (B, D), not normalised."""
@@ -383,12 +467,15 @@ class DualEncoder:
         return embeddings
 
     def _are_embeddings(self, value: Any) -> bool:
-        return (
-            isinstance(value, np.ndarray)
-            and value.ndim == 2
-            and value.shape[1] == self.embedding_dim
-            and value.dtype.kind == "f"
-        )
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape[1:] != (self.embedding_dim,):
+            return False
+        norms = np.linalg.norm(value.astype(np.float32), axis=1)
+        if not (np.abs(norms - 1) < _UNIT).all():
+            raise DataError(
+                f"floats {value.shape} are taken for embeddings, whose rows have unit norm, and these have not: divide "
+                "them by their norms, or give a picture as uint8 or in a list"
+            )
+        return True
 
     def _read(self, source: ImageSource) -> dict[str, Tensor]:
         image = read_image(source)
@@ -422,10 +509,41 @@ def _stack(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
 
 
-def _is_one_image(images: Any) -> bool:
+def as_texts(texts: Iterable[str] | str) -> list[str]:
+    """Several texts as a list, and one as a list of one.
+
+    Raises:
+        DataError: neither; what the items are is for the tokenizer to check.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise DataError(f"texts are a {type(texts).__name__}: give a text, or several")
+    return list(texts)
+
+
+def _as_sources(images: Any) -> Iterable[ImageSource]:
+    """Several pictures as they are, and one as a list of one.
+
+    Raises:
+        DataError: neither, or an array that could be either.
+    """
+    channels = (1, 3, 4)
     if isinstance(images, np.ndarray):
-        return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
-    return isinstance(images, (str, Path, bytes, Image.Image, StoredPicture))
+        if images.ndim == 3 and images.shape[0] in channels and images.shape[2] not in channels:
+            raise DataError(
+                f"an array {images.shape} is one picture with its channels first, or several grey ones: put the "
+                "channels last, array.transpose(1, 2, 0), or give a list of pictures"
+            )
+        return [images] if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in channels) else images
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image, StoredPicture)):
+        return [images]  # type: ignore[list-item]
+    if isinstance(images, Tensor) or hasattr(images, "read") or not isinstance(images, Iterable):
+        raise DataError(
+            f"pictures are a {type(images).__name__}: give paths, the bytes of files, PIL images or NumPy arrays "
+            "(H, W, 3)"
+        )
+    return images
 
 
 def _check_batch_size(batch_size: int) -> None:

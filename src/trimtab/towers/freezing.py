@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -58,7 +58,7 @@ def freeze(model: ModuleT) -> ModuleT:
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
-        module.train = MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
+        module.train = partial(_stay_in_eval, module)  # type: ignore[method-assign]
     return model
 
 

@@ -202,6 +202,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def own_generators() -> Iterator[None]:
+    """Give the global generators back as they were: a notebook that trains has seeds of its own."""
+    before = rng_tensors()
+    try:
+        yield
+    finally:
+        restore_rng(before)
+
+
 def rng_tensors() -> dict[str, Tensor]:
     """States of the global generators as tensors of fixed shape; float64 for Gaussian spares, NaN for none."""
     _, words, spare = random.getstate()
