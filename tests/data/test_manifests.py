@@ -66,6 +66,8 @@ def test_any_unicode_survives_every_format(case: tuple[str, list[tuple[str, str]
     if suffix in (".csv", ".tsv"):
         rows = [row for row in rows if any(map(str.strip, row))]
         assume(rows)
+        if suffix == ".tsv":  # a line of such a record may look like a row
+            assume(not any("\t" in text and ("\n" in text or "\r" in text) for text in map("".join, rows)))
     with tempfile.TemporaryDirectory() as folder:
         assert values(write_table(Path(folder) / f"t{suffix}", rows)) == rows
 
@@ -171,7 +173,10 @@ def test_nan_is_a_missing_cell_and_whole_floats_are_whole(suffix: str, tmp_path:
         ("t.csv", b"target,english\na\n", "row 2: has 1 fields"),
         ("t.csv", b'target,english\n"a\nb,c\n', "row 2: a quote that opens in this row is never closed"),
         ("t.csv", b'target,english\na,b\n"c,d\n' + b"x,y\n" * 50_000, "row 3: a quote that opens in this row"),
-        ("t.tsv", b'target\tenglish\n"a" b\tc\n', "row 2: .*quote"),
+        ("t.csv", b'target,english\n"a" b,c\n', "row 2: .*quote"),
+        ("t.tsv", b'target\tenglish\n"a" b\tc\td\n', "row 2: has 3 fields, the header has 2"),
+        ("t.tsv", b'target\tenglish\n"a" b\n', "row 2: has 1 fields, .*: quote fields that hold the separator$"),
+        ("t.tsv", b'target\tenglish\na\tb\n"c\n' + b"x\ty\n" * 50_000, "row 3: has 1 fields, .*a quote opens in this"),
         ("t.csv", b"target;english\na;b\n", "semicolon-separated: save it with commas"),
         ("t.tsv", b"target;english\na;b\n", "semicolon-separated: save it with tabs"),
         ("t.csv", b"target,english\n,\n , \n", "no rows"),

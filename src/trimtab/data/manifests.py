@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data.picture_folder import PictureFolder
+from trimtab.data.tsv import Record, tsv_records
 from trimtab.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def read_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[st
     """Read the named columns of a table; the suffix tells the format.
 
     Text is UTF-8, with or without a byte-order mark. CSV and TSV have a header and quote as spreadsheets do
-    (double quotes, doubled inside); JSONL has one object per line. Numbers become text.
+    (double quotes, doubled inside), TSV only where `tsv_records` finds that it does; JSONL has one object per line.
+    Numbers become text.
 
     Args:
         path: the manifest.
@@ -264,13 +266,30 @@ def close_match(name: str, known: Sequence[str]) -> str | None:
 
 
 def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
-    # newline="" keeps line ends inside quoted fields as they are.
     tab = path.suffix.lower() == ".tsv"
     text = read_text(path)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # it guards memory, and all of the text is there
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",", strict=True)
     header: list[str] | None = None
-    start = 1
+    for start, fields, unclosed in tsv_records(text) if tab else _csv_records(path, text):
+        if not any(field.strip() for field in fields):  # as spreadsheets leave them below the last row
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            check_columns(path, header, columns, _separator_hint(fields, tab), optional)
+            continue
+        if len(fields) != len(header):
+            quote = "; a quote opens in this row and is not closed before the next" if unclosed else ""
+            raise DataError(
+                f"{path}, row {start}: has {len(fields)} fields, the header has {len(header)} "
+                f"({', '.join(header)}): quote fields that hold the separator{quote}"
+            )
+        record = dict(zip(header, fields))
+        yield Row(start, {name: record.get(name, "") for name in (*columns, *optional)})
+
+
+def _csv_records(path: Path, text: str) -> Iterator[Record]:
+    # newline="" keeps line ends inside quoted fields as they are.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         start = reader.line_num + 1
         try:
@@ -287,19 +306,7 @@ def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iter
                 f"{path}, row {start}: {error}: a field that starts with a quote, or holds a line break or "
                 "the separator, is quoted, and quotes inside it are doubled"
             ) from None
-        if not any(field.strip() for field in fields):  # as spreadsheets leave them below the last row
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            check_columns(path, header, columns, _separator_hint(fields, tab), optional)
-            continue
-        if len(fields) != len(header):
-            raise DataError(
-                f"{path}, row {start}: has {len(fields)} fields, the header has {len(header)} "
-                f"({', '.join(header)}): quote fields that hold the separator"
-            )
-        record = dict(zip(header, fields))
-        yield Row(start, {name: record.get(name, "") for name in (*columns, *optional)})
+        yield Record(start, fields)
 
 
 def _separator_hint(header: list[str], tab: bool) -> str:
