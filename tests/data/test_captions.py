@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -255,6 +256,11 @@ def test_labels_templates_and_descriptions(tmp_path: Path, caplog: pytest.LogCap
         ("a {}",),
     ]
     assert "no description for 1 of 3 classes: '{}'" in caplog.text
+
+    rows = [("milk", None), ("golden delicious", "Sweet.")]
+    nulls = write_table(tmp_path / "d.jsonl", rows, ("class", "description"))
+    described = read_entries(dataclasses.replace(source, descriptions=str(nulls)))
+    assert [tuple(entry.texts) for entry in described[:2]] == [("a Golden-Delicious", "Sweet."), ("a milk",)]
 
     write_table(texts, [("bread", "x"), ("wine", "y")], ("class", "description"))
     with pytest.raises(DataError, match=r"describes none of the 3 classes of .*: it has 'bread', 'wine', and the"):

@@ -156,6 +156,17 @@ def test_nan_is_a_missing_cell_and_whole_floats_are_whole(suffix: str, tmp_path:
         read_rows(path, COLUMNS)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_null_is_empty_where_that_is_asked_for(suffix: str, tmp_path: Path) -> None:
+    path = write_table(tmp_path / f"t{suffix}", [("狗", None), ("猫", "cat"), (None, None)])
+    rows = read_rows(path, COLUMNS, nullable=COLUMNS)
+    assert [tuple(row.values.values()) for row in rows] == [("狗", ""), ("猫", "cat"), ("", "")]
+    with pytest.raises(DataError, match=r"row 1: 'english' is null: fill it in"):
+        read_rows(path, COLUMNS, nullable=("target",))
+    with pytest.raises(DataError, match=r"no (column )?'german'"):
+        read_rows(path, (*COLUMNS, "german"), nullable=(*COLUMNS, "german"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +81,22 @@ def test_bad_weights_name_the_row(weight: str, tmp_path: Path) -> None:
     path.write_text(f"target,english,weight\n狗,dog,1\n猫,cat,{weight}\n", encoding="utf-8")
     with pytest.raises(DataError, match=f"row 3: weight '{weight}'"):
         read_parallel(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_missing_text_is_dropped_and_counted(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"pairs{suffix}"
+    columns = {"target": ["狗", None, "猫"], "english": ["dog", "bird", None]}
+    if suffix == ".csv":
+        path.write_text("target,english\n狗,dog\n,bird\n猫,\n", encoding="utf-8")
+    elif suffix == ".jsonl":
+        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    else:
+        pq.write_table(pa.table(columns), path)
+    kept, counts = clean(read_parallel(path))
+    assert (kept.targets, kept.english) == (["狗"], ["dog"])
+    assert (counts.kept, counts.empty) == (1, 2)
 
 
 def test_clean_text() -> None:

@@ -213,6 +213,12 @@ def test_excluding_everything_is_an_error(recipe: Any, tmp_path: Path) -> None:
         prepare(recipe(exclude=[str(exclude)]))
 
 
+def test_a_null_among_test_texts_excludes_nothing(recipe: Any, tmp_path: Path) -> None:
+    exclude = tmp_path / "test.jsonl"
+    exclude.write_text(f'{{"text": null}}\n{{"text": "{toy_pairs(200)[0][0]}"}}\n', encoding="utf-8")
+    assert prepare(recipe(exclude=[str(exclude)])).counts["excluded as test texts"]["dropped"] == 1
+
+
 def test_exclude_needs_a_text_column(recipe: Any, tmp_path: Path) -> None:
     exclude = write_pairs(tmp_path / "test.csv", [("小猫",)], ("caption",))
     with pytest.raises(DataError, match=r"test\.csv: has no column 'text'; columns found: caption"):

@@ -151,6 +151,13 @@ def test_texts(model: Any, tmp_path: Path) -> None:
     assert np.allclose(vectors, model.encode_text(["a cat", "a dog"]), atol=1e-6)
 
 
+def test_a_null_text_is_skipped_as_an_empty_one_is(model: Any, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["x", "y"], "text": ["a cat", None]}), tmp_path / "t.parquet")
+    outcome = embed(tmp_path / "t.parquet", model, tmp_path / "e")
+    assert outcome["count"] == 1
+    assert [one["reason"] for one in outcome["skipped_items"]] == ["is empty"]
+
+
 def test_texts_of_a_table_with_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
     path = write_csv(photos / "t.csv", ["image", "text"], [("图0.png", "a cat")])
     assert embed(path, model, tmp_path / "e", of="texts")["of"] == "texts"

@@ -329,7 +329,7 @@ def _descriptions(source: SourceOptions, names: list[str]) -> dict[str, list[str
     if source.descriptions is None:
         return {}
     sentences: dict[str, list[str]] = {}
-    for row in read_rows(source.descriptions, ("class", "description")):
+    for row in read_rows(source.descriptions, ("class", "description"), nullable=("description",)):
         parts = split_sentences(row.values["description"])
         sentences.setdefault(fold_name(row.values["class"]), []).extend(parts)
     lacking = [name for name in names if not sentences.get(fold_name(name))]

@@ -64,7 +64,9 @@ class RetrievalPairs:
     positives: list[tuple[int, int]]
 
 
-def read_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[Row]:
+def read_rows(
+    path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = (), nullable: Sequence[str] = ()
+) -> list[Row]:
     """Read the named columns of a table; the suffix tells the format.
 
     Text is UTF-8, with or without a byte-order mark. CSV and TSV have a header and quote as spreadsheets do
@@ -75,25 +77,31 @@ def read_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[st
         path: the manifest.
         columns: columns that must be there.
         optional: columns that are read when they are there.
+        nullable: those of `columns` in which a null of JSONL and Parquet is "", as the empty cell of a CSV is.
 
     Raises:
-        DataError: for a missing, empty, wrongly encoded, ragged or otherwise unreadable file, and for missing
-            columns (the message names those found).
+        DataError: for a missing, empty, wrongly encoded, ragged or otherwise unreadable file, for missing columns
+            (the message names those found), and for nulls in other columns.
     """
-    rows = list(iter_rows(path, columns, optional=optional))
+    rows = list(iter_rows(path, columns, optional=optional, nullable=nullable))
     if not rows:
         raise DataError(f"{path}: has no rows (only a header, or blank lines)")
     return rows
 
 
-def iter_rows(path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> Iterator[Row]:
+def iter_rows(
+    path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = (), nullable: Sequence[str] = ()
+) -> Iterator[Row]:
     """As `read_rows`, row by row: a Parquet file is never in memory as a whole. None at all is no error here."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; a manifest is one of {', '.join(SUFFIXES)}")
     try:
-        reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_delimited)
-        yield from reader(path, list(columns), list(optional))
+        if path.suffix.lower() in (".csv", ".tsv"):
+            yield from _read_delimited(path, list(columns), list(optional))
+        else:
+            reader = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_parquet
+            yield from reader(path, list(columns), list(optional), nullable)
     except OSError as error:
         raise DataError(_unreadable(path, error)) from error
 
@@ -334,7 +342,8 @@ def check_columns(
             raise DataError(f"{path}: column {name!r} stands in the header {found.count(name)} times: rename one")
 
 
-def _read_jsonl(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
+def _read_jsonl(path: Path, columns: list[str], optional: list[str], nullable: Sequence[str]) -> Iterator[Row]:
+    filled = [name for name in columns if name not in nullable]
     # Only "\n" ends a record: str.splitlines would also cut at U+2028 inside a string.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -348,7 +357,7 @@ def _read_jsonl(path: Path, columns: list[str], optional: list[str]) -> Iterator
         if missing := [name for name in columns if name not in record]:
             listed = ", ".join(map(str, record)) or "none"
             raise DataError(f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}")
-        _refuse_nulls(path, number, record, columns)
+        _refuse_nulls(path, number, record, filled)
         yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
 
 
@@ -356,10 +365,11 @@ def _example(columns: list[str]) -> str:
     return ", ".join(f'"{name}": "..."' for name in columns)
 
 
-def _read_parquet(path: Path, columns: list[str], optional: list[str]) -> Iterator[Row]:
+def _read_parquet(path: Path, columns: list[str], optional: list[str], nullable: Sequence[str]) -> Iterator[Row]:
     import pyarrow as pa  # late: it takes longer to import than the rest of this room
     import pyarrow.parquet as pq
 
+    filled = [name for name in columns if name not in nullable]
     with path.open("rb") as stream:
         if not stream.read(1):
             raise DataError(f"{path}: is empty")
@@ -373,7 +383,7 @@ def _read_parquet(path: Path, columns: list[str], optional: list[str]) -> Iterat
             for batch in table_file.iter_batches(columns=names):
                 for record in batch.to_pylist():
                     number += 1
-                    _refuse_nulls(path, number, record, columns)
+                    _refuse_nulls(path, number, record, filled)
                     yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: is not a readable Parquet file ({error}): export it again") from error

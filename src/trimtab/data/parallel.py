@@ -160,7 +160,7 @@ def read_parallel(
     Raises:
         DataError: as `read_rows`, and for weights that are not positive numbers.
     """
-    rows = read_rows(path, (target, english), optional=("language", "weight"))
+    rows = read_rows(path, (target, english), optional=("language", "weight"), nullable=(target, english))
     weights = np.ones(len(rows), np.float32)
     for position, record in enumerate(rows):
         if text := record.values["weight"].strip():

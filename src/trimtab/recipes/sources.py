@@ -116,7 +116,9 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
     """
     data = recipe.data
     counts: dict[str, dict[str, int]] = {}
-    test_texts = {_normal(row.values["text"]) for path in data.exclude for row in read_rows(path, ("text",))}
+    test_texts = {
+        _normal(row.values["text"]) for path in data.exclude for row in read_rows(path, ("text",), nullable=("text",))
+    }
     train, counts["excluded as test texts"] = _exclude(_read_all(data.train, data, counts), test_texts)
     _refuse_none(train, "data.exclude names all of their targets as test texts")
     if all(language == "en" for language in train.languages):

@@ -169,7 +169,7 @@ class Input:
         optional = (*self.keep, *((self.id_column,) if self.id_column else ()))
         seen: set[int] = set()
         root = PictureFolder(self.root)
-        for record in iter_rows(self.path, (self.column,), optional=optional):
+        for record in iter_rows(self.path, (self.column,), optional=optional, nullable=(self.column,)):
             values = record.values
             kept = tuple(values[name] for name in self.keep)
             own = values[self.id_column] if self.id_column else None
@@ -189,7 +189,8 @@ class Input:
         """Name the rows of an id that stands in two; `hashes` are those of all ids, sorted."""
         repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         rows: dict[str, int] = {}
-        for record in iter_rows(self.path, (self.column,), optional=(column,)) if repeated else ():
+        rows_again = iter_rows(self.path, (self.column,), optional=(column,), nullable=(self.column,))
+        for record in rows_again if repeated else ():
             own = record.values[column]
             if hash(own) in repeated and (before := rows.setdefault(own, record.row)) != record.row:
                 raise self._unusable_id(record.row, f"{column!r} is {own!r}, as in row {before}")
