@@ -115,6 +115,29 @@ def test_damaged_part_starts_anew(broken: str, tmp_path: Path) -> None:
     assert len(fresh.seen) == 50
 
 
+def test_a_kill_while_float32_is_filled_costs_one_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[list[str]] = []
+    stop_at = 14
+
+    def compute(texts: list[str]) -> list[np.ndarray]:
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        calls.append(texts)
+        return [state_of(text) * (1e5 if text == ITEMS[40] else 1) for text in texts]
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_states(tmp_path, (), ITEMS, compute, chunk=5)
+    assert caplog.text.count("keeping the cache in float32") == 1
+    assert [item for call in calls[9:] for item in sorted(call, key=ITEMS.index)] == ITEMS[:25]
+    calls.clear()
+    states = cached_states(tmp_path, (), ITEMS, compute, chunk=5)
+    assert sorted(text for call in calls for text in call) == sorted(ITEMS[25:])
+    assert caplog.text.count("keeping the cache in float32") == 1
+    assert all(states[i].dtype == np.float32 for i in range(len(ITEMS)))
+    assert np.array_equal(states[40], (state_of(ITEMS[40]) * 1e5).astype(np.float32))
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_a_list_that_is_there_leaves_the_part_of_another_alone(tmp_path: Path) -> None:
     def fail(_: list[str]) -> list[np.ndarray]:
         raise KeyboardInterrupt

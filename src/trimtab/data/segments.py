@@ -163,7 +163,7 @@ def ensure(
     wide = replace(layout, dtype="float32")
     places = _find(cache, digests)
     if (places.owners < 0).any():
-        if layout != wide and (folder / cache_key(wide, key_parts)).exists():  # they were too large before
+        if layout != wide and _begun(folder / cache_key(wide, key_parts)):  # they were too large before
             return ensure(folder, wide, key_parts, items, compute, chunk, progress)
         with explain_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +193,10 @@ def cache_key(layout: Layout, key_parts: Sequence[str]) -> str:
 
 
 # Reading
+
+
+def _begun(cache: Path) -> bool:
+    return cache.exists() or cache.with_name(f"{cache.name}.part").exists()
 
 
 def _digests(items: Iterable[str]) -> np.ndarray:
