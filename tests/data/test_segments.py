@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from counting_encoder import ITEMS, Encoder, check_states, state_of, vectors_of
+from counting_encoder import DIM, ITEMS, Encoder, check_states, state_of, vectors_of
 from trimtab.data import segments
 from trimtab.data.cache import cached_states, cached_vectors
 from trimtab.errors import TrimtabError
@@ -255,6 +256,42 @@ def test_damage_in_large_files_is_looked_for_by_sample(tmp_path: Path, monkeypat
             encoder = Encoder()
             check_states(cached_states(tmp_path, (), ITEMS, encoder.states), ITEMS)
             assert len(encoder.seen) == count
+
+
+# Memory
+
+
+def test_a_chunk_ends_where_its_states_fill_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [f"{i} " + "y" * (40 if i % 3 else 2) for i in range(60)]
+    whole, parts, reports = Encoder(), Encoder(), []
+    cached_states(tmp_path / "whole", (), items, whole.states, chunk=50)
+    assert [len(call) for call in whole.calls] == [50, 10]
+    monkeypatch.setattr(segments, "_CHUNK_BYTES", 4096)
+    states = cached_states(
+        tmp_path / "parts", (), items, parts.states, chunk=50, progress=lambda *report: reports.append(report)
+    )
+    check_states(states, items)
+    assert len(parts.calls[0]) == 1, "before anything is known of the states, they may be large"
+    sizes = [sum(len(text) + 2 for text in call) * DIM * 2 for call in parts.calls[1:]]
+    assert max(sizes) < 2 * 4096
+    assert all(3000 < size < 4500 for size in sizes[1:-1])
+    assert reports == [(done, 60) for done in np.cumsum([len(call) for call in parts.calls]).tolist()]
+    for path in (tmp_path / "whole").glob("*/*/*"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.relative_to(tmp_path / "whole")).read_bytes()
+    # Vectors have one size, so that `chunk` says all of it.
+    vectors = Encoder()
+    cached_vectors(tmp_path, (), items, vectors.vectors, chunk=50)
+    assert [len(call) for call in vectors.calls] == [50, 10]
+
+
+def test_states_are_cast_while_they_are_joined(tmp_path: Path) -> None:
+    states = [np.ones((500, 1000), np.float32) for _ in ITEMS]
+    tracemalloc.start()
+    cached_states(tmp_path, (), ITEMS, lambda _: states)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    stored = len(ITEMS) * 500 * 1000 * 2
+    assert peak < 1.7 * stored, "the states as stored, and which of them are finite"
 
 
 # Disks

@@ -145,7 +145,8 @@ def cached_states(
         items: N texts.
         compute: gives for n texts, long ones first, n arrays (T_i, D) with T_i >= 1.
         dtype: "float16" or "float32" on disk; float32 also where a value is too large for float16.
-        chunk: texts per call of `compute`; at most this much work is lost by a kill.
+        chunk: texts per call of `compute`, fewer where their states would take more than about 256 MB; at most this
+            much work is lost by a kill.
         progress: told about every finished chunk.
 
     Raises:

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -49,6 +50,8 @@ DIGEST_BYTES = 16  # of BLAKE2b: two of a billion texts agree with a probability
 
 _DIGEST = np.dtype(f"S{DIGEST_BYTES}")  # sorts fast; zeros at the end do not count, but all have the same length
 _BLOCK = 1 << 24  # bytes per checksum
+_CHUNK_BYTES = 1 << 28  # of rows as stored, about; while they are computed they take twice as much
+_USUAL_SIZE = 2048  # numbers per token, until the first rows tell
 _BLOCKS_CHECKED = 64  # of one call's rows, so everything up to 1 GiB; of more an even sample
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -298,23 +301,41 @@ class _Part:
     def __init__(self, folder: Path, layout: Layout, shape: tuple[int, ...] | None) -> None:
         self.folder, self.layout, self.shape = folder, layout, shape
         self.items = self.rows = 0
+        self.guessed = 0.0  # tokens of the items so far
 
     def fill(self, items: list[str], compute: Compute, chunk: int, progress: Progress | None) -> bool:
         """Compute items; whether any has rows. An interrupt or an error loses the current chunk at most."""
-        for start in range(0, len(items), chunk):
-            some = items[start : start + chunk]
-            arrays = self._compute(some, compute)
-            kept = [(item, array) for item, array in zip(some, arrays, strict=True) if array is not None]
-            done = start + len(some)
-            if kept:
-                rows = self._as_stored(kept)
-                lengths = np.array([len(array) for _, array in kept], "<i8")
-                with explain_disk_errors(self.folder):
-                    self._append(rows, _digests(item for item, _ in kept), lengths)
+        done = 0
+        while done < len(items):
+            some = self._fitting(items[done : done + chunk])
+            kept_some = self._add(some, compute)
+            done += len(some)
+            if kept_some:
                 self._check_space((len(items) - done) * self.items / done)
             if progress is not None:
                 progress(done, len(items))
         return self.items > 0
+
+    def _add(self, items: list[str], compute: Compute) -> bool:
+        """Compute a chunk and write it; whether any of its items has rows."""
+        arrays = self._compute(items, compute)
+        kept = [(item, array) for item, array in zip(items, arrays, strict=True) if array is not None]
+        if kept:
+            rows = self._as_stored(kept)
+            lengths = np.array([len(array) for _, array in kept], "<i8")
+            self.guessed += sum(_guess_tokens(item) for item, _ in kept)
+            with explain_disk_errors(self.folder):
+                self._append(rows, _digests(item for item, _ in kept), lengths)
+        return bool(kept)
+
+    def _fitting(self, items: list[str]) -> list[str]:
+        """The first of these items, as many as have about `_CHUNK_BYTES` of rows: a long text has hundreds."""
+        if self.layout.kind == "arrays":
+            return items
+        row = math.prod(self.shape or (_USUAL_SIZE,)) * self.layout.stored.itemsize
+        per_token = self.rows / self.guessed if self.rows else 1.0
+        sizes = np.cumsum([_guess_tokens(item) for item in items]) * (row * per_token)
+        return items[: max(1, int(np.searchsorted(sizes, _CHUNK_BYTES, side="right")))]
 
     def _compute(self, items: list[str], compute: Compute) -> list[np.ndarray | None]:
         # Texts of like length in a batch need little padding; long ones first, so that memory runs out early.
@@ -336,7 +357,7 @@ class _Part:
     def _as_stored(self, kept: list[tuple[str, np.ndarray]]) -> np.ndarray:
         """Rows of a chunk in the cache's dtype, all of them finite."""
         with np.errstate(over="ignore"):  # looked for in the next line
-            rows = np.concatenate([array for _, array in kept]).astype(self.layout.stored)
+            rows = np.concatenate([array for _, array in kept], dtype=self.layout.stored, casting="unsafe")
         if np.isfinite(rows).all():
             return rows
         for item, array in kept:
@@ -368,6 +389,11 @@ class _Part:
                 f"cannot write {self.folder}: the cache needs about {needed / 1e9:.1f} GB more, the disk has "
                 f"{free / 1e9:.1f} GB: free some space or choose another folder; what is computed is kept"
             )
+
+
+def _guess_tokens(text: str) -> float:
+    """About the tokens of a text in any script, special ones included."""
+    return len(text.encode("utf-8", "surrogatepass")) / 4 + 2
 
 
 def _recover(part: Path, cache: Path, layout: Layout) -> None:
