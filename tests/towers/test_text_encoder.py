@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -98,6 +99,24 @@ def test_long_texts_are_cut_and_counted(student: Any, caplog: pytest.LogCaptureF
     assert encoder.last_truncated == 2
     assert "2 of 3 texts were longer than the 8 tokens" in caplog.text
     assert encoder.tokenize(["一" * 60])["input_ids"][0, -1] == encoder.text_inputs.tokenizer.sep_token_id
+
+
+def test_what_the_parts_of_an_encoding_cut_is_told_once(student: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = student("bert", max_tokens=8)
+    with caplog.at_level(logging.WARNING):
+        with encoder.one_encoding():
+            for texts in (["一" * 60, "一"], ["一"], ["二" * 60, "三" * 60]):
+                encoder.token_states(texts)
+            assert not caplog.text
+        assert encoder.last_truncated == 3
+        assert caplog.text.count("3 of 5 texts were longer than the 8 tokens") == 1
+        encoder.token_states(["一"])
+    assert encoder.last_truncated == 0
+    assert caplog.text.count("were cut") == 1
+    with contextlib.suppress(KeyboardInterrupt), encoder.one_encoding():
+        encoder.token_states(["一" * 60])
+        raise KeyboardInterrupt
+    assert "1 of 1 texts" in caplog.text, "also of one that is stopped"
 
 
 @pytest.mark.parametrize("max_tokens", [2, CONTEXT + 1])

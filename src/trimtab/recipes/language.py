@@ -211,7 +211,7 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
     parts = ("student", student.fingerprint, student.prefix, layers, str(student.max_tokens), precision)
     items = [*text.train.targets, *text.validation.targets, *text.validation.english]
     items += [*words.pairs.targets, *words.variants]
-    with progress_reporter("student") as report:
+    with progress_reporter("student") as report, student.one_encoding():
         states = cached_states(folder, parts, items, read, progress=report)
     return FrozenFeatures(
         states,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class TextEncoder:
         prefix: set before every text ("query: " for e5 models). The encoder reads it, but the states of its
             tokens are left out of the output: they are nearly the same for every text.
         fingerprint: names weights, configuration and tokenizer.
-        last_truncated: how many texts the last call cut to the context length.
+        last_truncated: how many texts the last call cut to the context length; within `one_encoding`, all calls so far.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class TextEncoder:
         self.model: Any = freeze(model)
         self.text_inputs = text_inputs
         self.last_truncated = 0
+        self._read: int | None = None  # texts within `one_encoding`
         with torch.no_grad():
             probe = text_inputs(["a"])
             self._stack = LayerStack.find(model, lambda: self._all_states(probe))
@@ -205,7 +206,7 @@ class TextEncoder:
         texts = [texts] if isinstance(texts, str) else list(texts)
         picked = self._checked_layers(layers)
         kept_states: list[np.ndarray] = [np.empty(0)] * len(texts)
-        self.last_truncated = 0
+        truncated = 0
         batches = self.text_inputs.batches(texts, per_pass(batch_size, "texts", self.device))
 
         def read(batch: tuple[list[int], dict[str, Tensor], list[int], int]) -> tuple[list[int], list[np.ndarray], int]:
@@ -221,13 +222,31 @@ class TextEncoder:
             for positions, some, cut in found:
                 for position, states in zip(positions, some, strict=True):
                     kept_states[position] = states
-                self.last_truncated += cut
+                truncated += cut
+        if self._read is None:
+            self.last_truncated = truncated
+            self._tell_truncated(len(texts))
+        else:
+            self.last_truncated += truncated
+            self._read += len(texts)
+        return kept_states
+
+    @contextlib.contextmanager
+    def one_encoding(self) -> Iterator[None]:
+        """Takes calls of `token_states` as parts of one: what they cut is counted together and told once."""
+        self._read = self.last_truncated = 0
+        try:
+            yield
+        finally:
+            read, self._read = self._read, None
+            self._tell_truncated(read)
+
+    def _tell_truncated(self, count: int) -> None:
         if self.last_truncated:
             logger.warning(
                 "%d of %d texts were longer than the %d tokens that %s reads, and were cut",
-                self.last_truncated, len(texts), self.max_tokens, self.name,
+                self.last_truncated, count, self.max_tokens, self.name,
             )  # fmt: skip
-        return kept_states
 
     def _states(
         self, tokens: dict[str, Tensor], lengths: Sequence[int] | Tensor, layers: Sequence[int]
