@@ -146,11 +146,22 @@ def test_prefix_of_e5_on_the_hub(tiny_folder: Callable[[str], Path], monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tiny_folder("bert")))
     assert TextEncoder.load("intfloat/multilingual-e5-small", device="cpu").prefix == "query: "
     assert TextEncoder.load("someone/bert", device="cpu").prefix == ""
+    for name in ("multilingual-e5-large-instruct", "e5-mistral-7b-instruct"):
+        assert TextEncoder.load(f"intfloat/{name}", device="cpu").prefix == ""
+        assert TextEncoder.load(f"intfloat/{name}", device="cpu", prefix="Query: ").prefix == "Query: "
 
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("multilingual-e5-small", "query: "), ("e5-large-v2", "query: "), ("bert", ""), ("type5-small", "")],
+    [
+        ("multilingual-e5-small", "query: "),
+        ("e5-large-v2", "query: "),
+        ("bert", ""),
+        ("type5-small", ""),
+        ("multilingual-e5-large-instruct", ""),
+        ("e5-mistral-7b-instruct", ""),
+        ("e5-base-instruct-copy", ""),
+    ],
 )
 def test_prefix_of_e5_in_a_folder(name: str, prefix: str, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder("bert"), tmp_path / "intfloat" / name)

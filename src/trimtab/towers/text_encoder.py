@@ -37,6 +37,8 @@ _POOLER = "pooler."
 _ENCODER_ONLY = "EncoderModel"
 # In names of local folders; files of e5 models do not say what they are.
 _E5 = re.compile(r"(^|-)e5-(small|base|large)")
+# Of e5 models, those that want an instruction before a query, and nothing before other texts.
+_INSTRUCT = re.compile(r"(^|-)instruct($|-)", re.IGNORECASE)
 
 
 class TextEncoder:
@@ -312,4 +314,4 @@ def _known_prefix(name: str, folder: Path) -> str:
         known = owner == "intfloat" and "e5" in model
     else:
         known = bool(_E5.search(Path(name).name))
-    return "query: " if known else ""
+    return "query: " if known and not _INSTRUCT.search(Path(name).name) else ""
