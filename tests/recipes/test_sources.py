@@ -11,9 +11,10 @@ import pytest
 from tiny_language import toy_pairs, write_pairs
 from trimtab.config import LanguageRecipe, TextSource, recipe_from_mapping
 from trimtab.data import corpora
-from trimtab.data.parallel import ParallelText
+from trimtab.data.parallel import ParallelText, clean
 from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import DataError, RecipeError
+from trimtab.recipes import sources
 from trimtab.recipes.sources import PREPARED, drawing_probability, prepare, read_source
 
 NOUNS = [("猫", "cat"), ("狗", "dog"), ("鸟", "bird"), ("椅子", "chair"), ("茶", "tea"), ("花", "flower")]
@@ -150,6 +151,18 @@ def test_pairs_that_stand_in_two_sources_are_counted_once(recipe: Any, tmp_path:
     text = prepare(recipe(train=[str(tmp_path / "pairs.csv"), str(other)]))
     assert text.counts[str(other)]["kept"] == 50
     assert text.counts["all sources"] == {**text.counts["all sources"], "kept": 200, "duplicate": 50}
+
+
+def test_a_source_alone_is_cleaned_once(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, calls = recipe([*toy_pairs(200), ("", "cat"), toy_pairs(200)[0]]), []
+    monkeypatch.setattr(sources, "clean", lambda *args, **options: calls.append(1) or clean(*args, **options))
+    monkeypatch.setattr(sources, "_normal", None)
+    text = sources._read_all(asked.data.train, asked.data, counts := {})
+    kept, dropped = sources._exclude(text, ())
+    assert len(calls) == 1
+    assert counts["all sources"] == {**counts[asked.data.train[0].path], "empty": 0, "duplicate": 0}
+    assert counts["all sources"] == clean(text)[1].as_dict(), "as to clean it again would give"
+    assert (kept.digest, dropped) == (clean(text)[0].digest, {"kept": 200, "dropped": 0})
 
 
 def test_nothing_left_names_the_file_and_the_rule(recipe: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from trimtab.config import LanguageData, LanguageRecipe, TextSource
 from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
-from trimtab.data.parallel import ParallelText, clean, read_parallel, split_validation
+from trimtab.data.parallel import CleaningCounts, ParallelText, clean, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
 from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all, known_language, templates_for
 from trimtab.errors import DataError, RecipeError
@@ -189,7 +189,10 @@ def _read_all(
             name = f"{name} ({source.target}, {source.language})"
         counts[name] = cleaning.as_dict()
         parts.append(text)
-    joined, cleaning = clean(parts[0].concat(*parts[1:]), max_chars=data.max_chars)
+    if len(parts) == 1:  # what is clean stays as it is
+        joined, cleaning = parts[0], CleaningCounts(kept=len(parts[0]))
+    else:
+        joined, cleaning = clean(parts[0].concat(*parts[1:]), max_chars=data.max_chars)
     counts[f"{prefix}all sources"] = cleaning.as_dict()
     return joined
 
@@ -244,6 +247,8 @@ def _normal(text: str) -> str:
 
 
 def _exclude(text: ParallelText, test_texts: Collection[str]) -> tuple[ParallelText, dict[str, int]]:
+    if not test_texts:
+        return text, {"kept": len(text), "dropped": 0}
     keep = np.array([_normal(target) not in test_texts for target in text.targets], bool)
     return text.take(keep), {"kept": int(keep.sum()), "dropped": int((~keep).sum())}
 
