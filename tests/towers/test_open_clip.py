@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from tiny_models import CORPUS, IMAGE_SIZE
 from trimtab.errors import ModelError
+from trimtab.towers import open_clip as module
 from trimtab.towers.hf import load_base
 from trimtab.towers.open_clip import convert_open_clip
 
@@ -143,6 +144,7 @@ def test_sizes_are_read_from_the_weights(
     checkpoint: Any, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trimtab.towers.open_clip._HEAD_WIDTH", 8)  # 64 in real models
+    monkeypatch.setattr("trimtab.towers.open_clip._SURE_WIDTHS", (16,))
     path = checkpoint(config=False)
     with pytest.raises(ModelError, match="QuickGELU"):
         convert(path, tiny_folder("clip"))
@@ -153,6 +155,27 @@ def test_sizes_are_read_from_the_weights(
         for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "hidden_act"):
             assert getattr(made, key) == original[part][key], (part, key)
     assert converted.image_processor.crop_size["height"] == IMAGE_SIZE
+
+
+def test_heads_that_the_weights_do_not_tell_are_refused(checkpoint: Any, tiny_folder: Callable[[str], Path]) -> None:
+    """16 wide stands for ViT-H, g and bigG, which are 1280, 1408 and 1664 wide with heads of 80, 88 and 104."""
+    path = checkpoint(config=False)
+    with pytest.raises(ModelError, match=r"image tower is 16 wide.*number of heads: pass .*by --config"):
+        convert(path, tiny_folder("clip"), quick_gelu=True)
+    without_text = {key: value for key, value in MODEL_CFG.items() if key != "text_cfg"}
+    (path.parent / "open_clip_config.json").write_text(json.dumps(without_text))
+    with pytest.raises(ModelError, match=r"text tower is 16 wide.*number of heads"):
+        convert(path, tiny_folder("clip"))
+    assert not (path.parent.parent / "converted").exists()
+
+
+def test_widths_whose_heads_are_sure_are_those_of_64() -> None:
+    state = {"visual.conv1.weight": torch.zeros(1024, 3, 1, 1), "token_embedding.weight": torch.zeros(2, 768)}
+    assert module._heads(Path("a.pt"), state, {}) == (16, 12)
+    state["visual.conv1.weight"] = torch.zeros(1280, 3, 1, 1)
+    with pytest.raises(ModelError, match="1280 wide"):
+        module._heads(Path("a.pt"), state, {})
+    assert module._heads(Path("a.pt"), state, {"vision_cfg": {"head_width": 80}, "text_cfg": {"heads": 16}}) == (16, 16)
 
 
 def test_activation_and_norms_come_from_the_configuration(

@@ -30,6 +30,8 @@ StateDict = dict[str, Tensor]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HEAD_WIDTH = 64
+# Of towers whose heads are 64 wide in every model of OpenCLIP; those of ViT-H, g and bigG are not.
+_SURE_WIDTHS = (512, 768, 1024)
 _TEXT_HEADS = 8  # of an OpenCLIP configuration that does not say, whatever the width
 
 # What a state dict holds when the image or text tower is not the plain Transformer that CLIPModel computes.
@@ -127,7 +129,7 @@ def convert_open_clip(
             without running code.
         out_folder: a new or an empty folder.
         config: ``open_clip_config.json``; the one beside the checkpoint when None. Without any, sizes are
-            read from the weights, with heads 64 wide.
+            read from the weights, of towers that are 512, 768 or 1024 wide: their heads are 64 wide.
         tokenizer: folder or hub id of the CLIP tokenizer; the folder of the checkpoint when None.
         quick_gelu: the activation, where no configuration tells. OpenAI's weights use QuickGELU, most later
             ones do not.
@@ -323,6 +325,7 @@ def _clip_config(checkpoint: Path, state: StateDict, model: dict[str, Any], quic
                 raise ModelError(
                     f"{checkpoint} cannot become a CLIPModel: {part}.{key} is {value!r}; only {fits!r} fits"
                 )
+    vision_heads, text_heads = _heads(checkpoint, state, model)
     if quick_gelu is None:
         if not model:
             raise ModelError(
@@ -337,8 +340,6 @@ def _clip_config(checkpoint: Path, state: StateDict, model: dict[str, Any], quic
         raise ModelError(f"{checkpoint} cannot become a CLIPModel: its images or patches are not square")
     text_width = state["token_embedding.weight"].shape[1]
     vocabulary, dimension = state["token_embedding.weight"].shape[0], state["visual.proj"].shape[1]
-    vision_heads = width // vision.get("head_width", _HEAD_WIDTH)
-    text_heads = text.get("heads", _TEXT_HEADS if model else text_width // _HEAD_WIDTH)
     return CLIPConfig(
         projection_dim=dimension,
         vision_config={
@@ -357,6 +358,23 @@ def _clip_config(checkpoint: Path, state: StateDict, model: dict[str, Any], quic
             **_tower_config(checkpoint, state, "", text_width, text_heads, quick_gelu, text),
         },
     )
+
+
+def _heads(checkpoint: Path, state: StateDict, model: dict[str, Any]) -> tuple[int, int]:
+    """Attention heads of the image and the text tower."""
+    widths = {
+        "vision_cfg": state["visual.conv1.weight"].shape[0],
+        "text_cfg": state["token_embedding.weight"].shape[1],
+    }
+    for part, width in widths.items():
+        if part not in model and width not in _SURE_WIDTHS:
+            raise ModelError(
+                f"{checkpoint}: the {'image' if part == 'vision_cfg' else 'text'} tower is {width} wide, and its "
+                "weights do not tell the number of heads: pass its open_clip_config.json by --config"
+            )
+    image, text = widths.values()
+    in_text = model.get("text_cfg", {}).get("heads", _TEXT_HEADS if "text_cfg" in model else text // _HEAD_WIDTH)
+    return image // model.get("vision_cfg", {}).get("head_width", _HEAD_WIDTH), in_text
 
 
 def _tower_config(
