@@ -280,6 +280,18 @@ def test_pickled_objects_are_not_run(
     assert "must not run" not in capsys.readouterr().out
 
 
+def test_a_torchscript_archive_is_refused_by_one_message(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "a" / "ViT-B-32.pt"
+    path.parent.mkdir()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    recwarn.clear()  # torch.jit is deprecated
+    with pytest.raises(ModelError, match="TorchScript"):
+        convert(path, tiny_folder("clip"))
+    assert not recwarn.list
+
+
 def test_unreadable_checkpoints_are_named(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()

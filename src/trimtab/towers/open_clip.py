@@ -1,7 +1,9 @@
 """Turn an OpenCLIP checkpoint file into a transformers `CLIPModel` folder.
 
 open_clip itself needs torchvision, so its state dict is renamed instead. ViT image towers with OpenCLIP's own
-text tower are converted exactly; anything that `CLIPModel` cannot compute is refused with the reason.
+text tower keep every weight as it is; anything that `CLIPModel` cannot compute is refused with the reason.
+Where the long side of a resized picture exceeds the crop by an odd number of pixels, transformers may take the middle
+one pixel beside torchvision, so that its embedding differs a little from OpenCLIP's.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +208,9 @@ def read_state_dict(checkpoint: Path) -> StateDict:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{checkpoint} is damaged or cut short ({error}): fetch it again") from error
     try:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript archives, which are refused below
+            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and TorchScript errors of many kinds
         raise ModelError(
             f"{checkpoint} is not a plain state dict (damaged, a TorchScript archive, or holding Python "
