@@ -248,6 +248,17 @@ def test_the_report_shows_the_hardest_pairs(finished: dict[str, Any]) -> None:
     assert rows[0]["caption"] in (folder / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_a_report_that_fails_takes_nothing_along(method: str, toy: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> Path:
+        raise OSError("no page")
+
+    monkeypatch.setattr(domain, "write_domain_report", fail)
+    with pytest.raises(OSError, match="no page"):
+        adapt(toy(method=method, training={"epochs": 1}))
+    assert trimtab.load(tmp_path / "out").encode_text(["red"]).shape[0] == 1
+
+
 def test_the_hardest_are_compared_a_few_at_a_time(finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, hardness = finished["pairs"], finished["hardness"]
     whole = hardest_rows(pairs, hardness)

@@ -186,6 +186,18 @@ def test_coop_and_cocoop_are_recipes_of_the_same_code(method: str, toy: Callable
     assert classifier.scores([picture(0), picture(1)]).shape == (2, 4)
 
 
+def test_a_report_that_fails_takes_nothing_along(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Path:
+        raise OSError("no page")
+
+    monkeypatch.setattr(prompt_recipe, "write_prompt_report", fail)
+    with pytest.raises(OSError, match="no page"):
+        adapt(toy(training={"epochs": 1}))
+    assert load_adapted(tmp_path / "out").classifier().predict([picture(0)])
+
+
 def test_killed_and_started_again_it_ends_the_same(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = toy(training={"checkpoint_every": 2})
     command = [sys.executable, str(ROOT / "tests/tiny_prompt.py"), str(path)]

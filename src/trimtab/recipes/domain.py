@@ -136,8 +136,8 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     if general:
         outcome |= remembered(recipe, method, pairs.validation, general, before, outcome["logit_scale"])
     outcome["seconds"] = {"encoding": encoding, "training": result.seconds, "total": time.monotonic() - started}
+    save(recipe, method, pairs, outcome)  # before the page, which may fail
     outcome["report"] = str(write_domain_report(recipe, pairs.train, hardness, outcome, base))
-    save(recipe, method, pairs, outcome)
     return outcome
 
 

@@ -139,7 +139,7 @@ def _report(
         reproducibility(
             {
                 "seed": recipe.seed,
-                "base": f"{base.name}, {base.fingerprint[:16]}",
+                "base": f"{recipe.base}, {base.fingerprint[:16]}",
                 "steps": outcome["steps"],
                 **{f"gate, {name}": value for name, value in outcome.get("gate", {}).items()},
                 **_of_memory(outcome.get("memory")),

@@ -112,8 +112,8 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         "encoding": encoding, "training": fitted.seconds, "total": time.monotonic() - started
     }  # fmt: skip
     shown = "validation" if sets.test is None else "test"
+    save(recipe, base, sets, fitted, outcome)  # before the page, which may fail
     outcome["report"] = str(write_prompt_report(recipe, fitted, labelled[shown], outcome, name=shown))
-    save(recipe, base, sets, fitted, outcome)
     return outcome
 
 

@@ -107,7 +107,8 @@ def near_words(fitted: FittedPrompt) -> list[NearWords]:
     """The General tokens, what they started from, and the whole words that are nearest to each."""
     tower: PromptTower = fitted.task.classes.tower
     tokenizer: Any = tower.base.text_inputs.tokenizer
-    table = tower._table.weight.detach().float()
+    # Tables may have more rows than there are tokens, and a tokenizer written in Python raises an error at these.
+    table = tower._table.weight[: len(tokenizer)].detach().float()
     general = fitted.prompt.general.detach().float()
     init = fitted.prompt.config.general.init
     start = tower.tokens_of([init])[0] if init else []
