@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,43 @@ def test_missing_tokenizer_is_refused(clip_copy: Path) -> None:
 def test_damaged_tokenizer_is_refused(clip_copy: Path) -> None:
     (clip_copy / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
+        load(clip_copy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("SiglipTokenizer", ImportError("SiglipTokenizer requires the SentencePiece library")),
+        ("XLMRobertaTokenizer", ValueError("`tiktoken` is required to read a `tiktoken` file")),
+    ],
+)
+def test_a_missing_sentencepiece_is_told_with_the_extra(
+    kind: str, error: Exception, clip_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    (clip_copy / "tokenizer.json").rename(clip_copy / "spiece.model")
+    edit_json(clip_copy / "tokenizer_config.json", tokenizer_class=kind)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r'needs the package sentencepiece: pip install "trimtab\[siglip\]"'):
+        load(clip_copy)
+
+
+def test_another_missing_package_is_told_in_the_words_of_transformers(
+    clip_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("this needs jieba")
+
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ModelError, match="needs another package: this needs jieba"):
         load(clip_copy)
 
 

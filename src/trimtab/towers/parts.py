@@ -6,6 +6,7 @@ Where transformers would go on with random weights or an empty vocabulary, these
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -166,9 +167,13 @@ def load_tokenizer(
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        raise ModelError(f"the tokenizer of {folder} needs another package: {str(error).strip()}") from error
     except Exception as error:  # the tokenizers library raises bare Exception on damaged files
+        if _lacks_sentencepiece(folder, error):
+            raise ModelError(
+                f'the tokenizer of {folder} needs the package sentencepiece: pip install "trimtab[siglip]"'
+            ) from error
+        if isinstance(error, ImportError):
+            raise ModelError(f"the tokenizer of {folder} needs another package: {str(error).strip()}") from error
         raise ModelError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
     embeddings = getattr(text_config, "vocab_size", None)
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -240,6 +245,13 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _lacks_sentencepiece(folder: Path, error: Exception) -> bool:
+    if importlib.util.find_spec("sentencepiece") is not None:
+        return False
+    unread = any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file()
+    return unread or "sentencepiece" in str(error).lower()
 
 
 def _register_own_types() -> None:
