@@ -97,6 +97,12 @@ def test_full_keeps_eval_mode_and_leaves_what_no_tower_uses(tiny_folder: Any) ->
     assert not any(name.startswith(("text_model", "image_projection")) for name in frozen)
 
 
+def test_lora_leaves_what_no_tower_uses(tiny_folder: Any) -> None:
+    names = [name.replace("|", ".") for name in make(tiny_folder("flava"), "lora").updates]  # type: ignore[union-attr]
+    assert {name.partition(".")[0] for name in names} == {"image_model", "text_model"}
+    assert len(names) == 2 * 2 * 3 * 2  # towers, layers, products and halves of an update
+
+
 def test_cuts(tiny_folder: Any) -> None:
     def cut(name: str, **changes: Any) -> list[str]:
         method = make(tiny_folder(FAMILY), name, **changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -149,11 +149,9 @@ class Full(Method):
     def __init__(self, base: DualEncoder, recipe: DomainRecipe) -> None:
         super().__init__(base, recipe)
         self.model = base.model
-        towers: tuple[TowerName, ...] = ("image", "text")
-        paths = [path for tower in towers for path in TowerCut(base, tower, None).paths_below()]
+        in_towers = _in_towers(base)
         for name, parameter in base.model.named_parameters():
-            mine = any(name == path or name.startswith(f"{path}.") for path in paths)
-            parameter.requires_grad_(mine and parameter.is_floating_point())
+            parameter.requires_grad_(in_towers(name) and parameter.is_floating_point())
         self._before: dict[str, Tensor] = {
             name: one.detach().clone() for name, one in base.model.state_dict().items() if one.is_floating_point()
         }
@@ -257,11 +255,13 @@ class Lora(Method):
     def _targets(self) -> list[str]:
         model, lora = self.base.model, self.recipe.lora
         endings = tuple(f".{target}" for target in lora.targets)
+        in_towers = _in_towers(self.base)
         below = [f"{site.path}." for site in self._sites("image", "blocks")[: lora.first_block or 0]]
         named = [
             name
             for name, module in model.named_modules()
             if f".{name}".endswith(endings)
+            and in_towers(name)
             and isinstance(module, (nn.Linear, nn.Conv2d))
             # Its attention reads the weights of this part without calling it.
             and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
@@ -334,6 +334,13 @@ class Probe(Method):
             with torch.no_grad():
                 for one, was in zip(parameters, kept, strict=True):
                     one.copy_(was)
+
+
+def _in_towers(base: DualEncoder) -> Callable[[str], bool]:
+    """Whether a module or parameter of that name is of one of the towers: FLAVA has layers that no features pass."""
+    towers: tuple[TowerName, ...] = ("image", "text")
+    paths = [path for tower in towers for path in TowerCut(base, tower, None).paths_below()]
+    return lambda name: any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
 METHODS: dict[str, type[Method]] = {"adapter": Adapters, "full": Full, "lora": Lora, "probe": Probe}
