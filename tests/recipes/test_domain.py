@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny_domain
@@ -313,6 +313,50 @@ def test_any_base(family: str, toy: Any, tiny_folder: Any, tmp_path: Path) -> No
     outcome = adapt(toy(base=str(tiny_folder(family)), training={"epochs": 2}, objective={"hard_negatives": 4}))
     assert outcome is not None
     assert trimtab.load(str(tmp_path / "out")).encode_text(CAPTIONS).shape[0] == len(CAPTIONS)
+
+
+def siglip_of_117(tiny_folder: Any, folder: Path) -> Path:
+    """With the scale and bias of SigLIP's checkpoints."""
+    shutil.copytree(tiny_folder("siglip"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"logit_scale": torch.tensor([117.3]).log(), "logit_bias": torch.tensor([-12.9])}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_scale_above_that_of_clip_is_learned_from_where_it_is(
+    toy: Any, tiny_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(siglip_of_117(tiny_folder, tmp_path / "siglip"))
+    starts, original = [], domain.make_task
+
+    def make_task(*args: Any) -> DomainTask:
+        task = original(*args)
+        starts.append(task.logit_scale.item())
+        return task
+
+    monkeypatch.setattr(domain, "make_task", make_task)
+    outcome = adapt(toy(base=base, training={"epochs": 1, "learning_rate": 1e-4}))
+    assert starts == [pytest.approx(117.3, abs=0.01)]
+    assert outcome is not None
+    assert 116 < outcome["logit_scale"] < 117.31
+    assert "has a logit_bias, which stays as it is" in caplog.text
+    given = {"learn_logit_scale": False, "logit_scale": 117.0}
+    caplog.clear()
+    outcome = adapt(toy(base=base, out=str(tmp_path / "given"), training={"epochs": 1}, objective=given))
+    assert outcome is not None
+    assert outcome["logit_scale"] == pytest.approx(117.0)
+    assert "logit_bias" not in caplog.text
+
+
+@pytest.mark.parametrize(("family", "largest"), [("clip", "100"), ("siglip", r"117\.3")])
+def test_a_scale_above_the_bound_is_refused(
+    family: str, largest: str, toy: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_training(monkeypatch)
+    base = tiny_folder(family) if family == "clip" else siglip_of_117(tiny_folder, tmp_path / "siglip")
+    with pytest.raises(RecipeError, match=rf"objective\.logit_scale=118 must be above 0 to {largest}, or null"):
+        adapt(toy(base=str(base), objective={"logit_scale": 118}))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,11 @@ class Stand(nn.Module):
 
 
 def make(
-    objective: ContrastiveConfig | None = None, *, logit_scale: float = 10.0, **bank: Any
+    objective: ContrastiveConfig | None = None,
+    *,
+    logit_scale: float = 10.0,
+    largest_scale: float = LARGEST_SCALE,
+    **bank: Any,
 ) -> tuple[Stand, DomainTask]:
     stand = Stand()
     config = MemoryBankConfig(momentum=0.0, **bank)
@@ -71,6 +75,7 @@ def make(
         objective=objective or ContrastiveConfig(),
         bank=held,
         logit_scale=logit_scale,
+        largest_scale=largest_scale,
     )
 
 
@@ -143,6 +148,15 @@ def test_a_learned_logit_scale_comes_down_from_its_ceiling(start: float) -> None
     sum(task.step(batch(0, 2, 4)).values(), torch.zeros(())).backward()
     assert task.log_scale.grad is not None
     assert task.log_scale.grad.abs() > 0
+
+
+def test_a_learned_logit_scale_starts_at_the_own_of_a_base_that_has_more() -> None:
+    """SigLIP's checkpoints have 117."""
+    _, task = make(ContrastiveConfig(learn_logit_scale=True), logit_scale=117.5, largest_scale=117.5)
+    assert task.logit_scale.item() == pytest.approx(117.5)
+    with torch.no_grad():
+        task.log_scale.add_(1)
+    assert task.logit_scale.item() == pytest.approx(117.5)
 
 
 def test_a_logit_scale_that_is_not_learned_stays_as_it_is() -> None:

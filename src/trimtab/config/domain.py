@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,7 +11,8 @@ from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 
 LARGEST_SCALE = 100.0
-"""A logit_scale that is given or learned is kept at or below this, as in CLIP's own training."""
+"""A logit_scale that is given or learned is kept at or below this, as in CLIP's own training, or at or below the base's
+own where that is larger, as SigLIP's is."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ class ContrastiveConfig:
         image_to_text: weight of finding an image's captions among the texts; with the default of both terms their
             sum is CLIP's loss.
         text_to_image: weight of finding a text's images in the batch.
-        logit_scale: multiplies cosines, at most 100; null starts from the base's own.
-        learn_logit_scale: train it with the adapters, up to 100; false keeps it as it is.
+        logit_scale: multiplies cosines, at most 100 or the base's own if that is larger; null starts from the latter.
+        learn_logit_scale: train it with the adapters, up to the same bound; false keeps it as it is.
         label_smoothing: share of every target that is spread over all candidates alike.
         hard_negatives: texts from the memory bank added to every batch as negatives of its images; 0 for none. Without
             ``bank.enabled`` there are none.
@@ -159,9 +161,9 @@ class ContrastiveConfig:
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "image_to_text", self.image_to_text + self.text_to_image > 0, "above 0, or text_to_image")
         scale = self.logit_scale
-        require(
-            self, "logit_scale", scale is None or 0 < scale <= LARGEST_SCALE, f"above 0 to {LARGEST_SCALE:g}, or null"
-        )
+        # Whether it is above the base's own too, the run says, which knows the base.
+        allowed = f"above 0 to {LARGEST_SCALE:g}, or null; to the base's own scale where that is larger"
+        require(self, "logit_scale", scale is None or 0 < scale < math.inf, allowed)
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         require(self, "hard_negatives", self.hard_negatives >= 0, "at least 0")
         useful = self.hard_negatives == 0 or self.image_to_text > 0

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from trimtab.adapters.gate import Gated, fit_gate
-from trimtab.config import DomainRecipe, MemoryBankConfig, to_mapping
+from trimtab.config import LARGEST_SCALE, ContrastiveConfig, DomainRecipe, MemoryBankConfig, to_mapping
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
+from trimtab.errors import RecipeError
 from trimtab.evaluation.forgetting import GeneralSet, alpha_curve, forgetting, mean_score, measure
 from trimtab.evaluation.retrieval import recall_at_k, retrieve
 from trimtab.files import digest_of
@@ -63,6 +64,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     accelerator = distributed.make_accelerator()
     world = distributed.checked_world(accelerator, recipe.training.processes)
     base = load_base(recipe.base, device=str(world.device))
+    check_scale(recipe.objective, base)
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method](base, recipe)
     frozen = frozen_states(recipe, method, pairs.train, pairs.validation)
@@ -155,6 +157,31 @@ def long_enough(recipe: DomainRecipe, pairs: int) -> DomainRecipe:
     return replace(recipe, training=replace(training, epochs=epochs, validate_every=every))
 
 
+def largest_scale(base: DualEncoder) -> float:
+    """Bound of a logit_scale in training: SigLIP's checkpoints have more than CLIP's 100."""
+    return max(LARGEST_SCALE, base.logit_scale)
+
+
+def check_scale(objective: ContrastiveConfig, base: DualEncoder) -> None:
+    """Refuse a logit_scale out of bounds, and warn where one is learned beside a bias that is not.
+
+    Raises:
+        RecipeError: it is too large for this base.
+    """
+    largest = largest_scale(base)
+    if objective.logit_scale is not None and objective.logit_scale > largest:
+        raise RecipeError(
+            f"objective.logit_scale={objective.logit_scale:g} must be above 0 to {largest:.6g}, or null for the base's "
+            f"own ({base.logit_scale:.6g})"
+        )
+    if objective.learn_logit_scale and base.logit_bias:
+        logger.warning(
+            "%s has a logit_bias, which stays as it is while objective.learn_logit_scale changes the scale: sigmoid "
+            "probabilities of what is trained no longer hold. Rankings do not depend on either",
+            base.name,
+        )
+
+
 def make_task(
     recipe: DomainRecipe,
     method: Method,
@@ -184,6 +211,7 @@ def make_task(
         objective=recipe.objective,
         bank=MemoryBank(recipe.bank, captions, texts, difficulty, logit_scale=scale, groups=groups),
         logit_scale=scale,
+        largest_scale=largest_scale(base),
         gather=functools.partial(distributed.gather_rows, world=world),
     )
 

@@ -90,6 +90,7 @@ class DomainTask(nn.Module):
         belong: images (B,), captions (T,) -> (B, T), which are pairs anywhere in the data.
         image_of, caption_of: (N,) image and caption of each pair.
         logit_scale: to start from.
+        largest_scale: bound of one that is learned.
         gather: rows of all ranks with gradient; see `trimtab.training.distributed.gather_rows`.
     """
 
@@ -105,6 +106,7 @@ class DomainTask(nn.Module):
         objective: ContrastiveConfig,
         bank: MemoryBank,
         logit_scale: float,
+        largest_scale: float = LARGEST_SCALE,
         gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> None:
         super().__init__()
@@ -115,6 +117,7 @@ class DomainTask(nn.Module):
         self.objective = objective
         self.bank = bank
         self.gather = gather
+        self.largest_scale = largest_scale
         self.log_scale = nn.Parameter(torch.tensor(logit_scale).log(), requires_grad=objective.learn_logit_scale)
 
     @property
@@ -127,7 +130,7 @@ class DomainTask(nn.Module):
         # A bound on what is computed of it would have no gradient, and CLIP's checkpoints begin at the bound.
         if self.log_scale.requires_grad:
             with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+                self.log_scale.clamp_(max=math.log(self.largest_scale))
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Named loss terms of one batch; each caption passes through the text tower once."""
