@@ -48,6 +48,7 @@ EXCEPTIONS = {
     ("cli/adapting.py", "trimtab.towers.open_clip"),  # a conversion is one call with nothing to compose
     ("recipes/starter.py", "transformers"),  # it makes a tower
     ("serve/merging.py", "transformers"),  # reads what it wrote as a program without Trimtab would
+    ("serve/onnx_runtime.py", "transformers"),  # is itself a program without Trimtab
     ("serve/http/addresses.py", "urllib"),  # takes addresses apart; what is opened it decides itself
 }
 

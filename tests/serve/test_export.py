@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_prompt
-from tiny_models import randomised
+from tiny_models import CONTEXT, build_siglip, randomised
 from tiny_pictures import bmp_with_alpha, tiff_of_12_bits
 from tiny_starter import build_starter
 from trimtab.adapters.adapted import load_adapted
@@ -55,6 +55,43 @@ def test_families(tiny_base: Callable[[str], Any], family: str, pictures: list[I
     assert about["parity"]["image"] < 1e-5
     assert about["parity"]["text"] < 1e-5
     check(model, tmp_path / "out", pictures)
+
+
+def build_siglip_in_python(folder: Path) -> Path:
+    """SigLIP's own tokenizer asks for sentencepiece; this one is written in Python too, and needs no file."""
+    from transformers import ByT5Tokenizer
+
+    return build_siglip(folder, ByT5Tokenizer(model_max_length=CONTEXT))
+
+
+def test_a_tokenizer_written_in_python(pictures: list[Image.Image], tmp_path: Path) -> None:
+    model = load_base(str(build_siglip_in_python(tmp_path / "siglip")), device="cpu")
+    about = export_onnx(model, tmp_path / "out")
+    assert about["texts"][0]["tokenizer"] == "tokenizer"
+    assert about["parity"]["text"] < 1e-5
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    check(model, tmp_path / "out", pictures)
+    export_onnx(model, tmp_path / "out")  # over the one before
+
+
+def test_a_tokenizer_written_in_python_needs_transformers(
+    tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(load_base(str(build_siglip_in_python(tmp_path / "siglip")), device="cpu"), tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers sentencepiece"):
+        Encoder(tmp_path / "out")
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    model = load_base(str(build_siglip_in_python(tmp_path / "siglip")), device="cpu")
+    own = type("OwnTokenizer", (ByT5Tokenizer,), {"__module__": "transformers_modules.own"})
+    model.text_inputs.tokenizer.__class__ = own
+    with pytest.raises(ModelError, match=r"\(OwnTokenizer\) is code of its own, which is not exported"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_varying_sizes_are_refused(tiny_base: Callable[[str], Any], tmp_path: Path) -> None:

@@ -171,6 +171,13 @@ def test_what_no_folder_can_hold_is_refused_with_the_reason(
     assert "base" in {path.name for path in Path(merge(both, tmp_path / "out")["folder"]).iterdir()}
 
 
+def test_a_format_that_cannot_hold_the_model_either_is_not_named(tiny_base: Any, tmp_path: Path) -> None:
+    base = tiny_base("siglip2")
+    model = load_adapted(save_tiny_domain(tmp_path / "shop", base), base=base)
+    assert "ONNX cannot hold it either: the image processor of" in why_not(model)
+    assert "--format onnx" not in why_not(model)
+
+
 def test_another_result_is_not_kept(language: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "TOLERANCE", 1e-12)
     with pytest.raises(ModelError, match="not kept"):

@@ -77,7 +77,9 @@ def export(
         "model": about["model"],
         "largest difference from PyTorch": {what: f"{about['parity'][what]:.1e}" for what in ("image", "text")},
         **({"int8": about["int8"]} if int8 else {}),
-        "files": {path.name: path.stat().st_size for path in sorted(out.iterdir())},
+        "files": {
+            path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()
+        },
     }
 
 

@@ -28,6 +28,7 @@ from trimtab.serve import onnx_runtime
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, lowest_site
 from trimtab.towers.prompting import image_tokens
+from trimtab.towers.tokens import TextInputs
 
 SCHEMA_VERSION = 1
 EXPORT_FILE = "export.json"
@@ -156,9 +157,7 @@ def export_onnx(
     out = Path(out)
     if not replaceable(out, EXPORT_FILE):
         raise ModelError(f"{out} holds something else than an export: choose another folder")
-    # Prompts learn in the classifier alone.
-    core: Any = getattr(model, "core", model)
-    core = core.base if hasattr(core, "prompt_tower") else core
+    core = without_prompts(model)
     core.to("cpu")
     image = describe_processor(core)
     routes = text_routes(core)
@@ -194,6 +193,12 @@ def export_onnx(
             about["parity"]["classes"] = class_parity(model, built, checked, tolerance)
         write_json(built / EXPORT_FILE, about)
     return about
+
+
+def without_prompts(model: Any) -> Any:
+    """Prompts learn in the classifier alone: whose towers those of a model are."""
+    core = getattr(model, "core", model)
+    return core.base if hasattr(core, "prompt_tower") else core
 
 
 def parity(
@@ -336,7 +341,7 @@ def describe_text(route: TextRoute) -> dict[str, Any]:
     return {
         "script": route.script,
         "file": f"{route.name}.onnx",
-        "tokenizer": f"{route.name.replace('text', 'tokenizer')}.json",
+        "tokenizer": route.name.replace("text", "tokenizer") + ("" if _backend(inputs) is None else ".json"),
         "inputs": ["input_ids", "attention_mask"] if inputs.use_mask else ["input_ids"],
         "limit": inputs.limit,
         "pad_to_limit": inputs.pad_to_limit,
@@ -347,11 +352,24 @@ def describe_text(route: TextRoute) -> dict[str, Any]:
 
 
 def _write_tokenizer(model: DualEncoder, path: Path) -> None:
-    backend = getattr(model.text_inputs.tokenizer, "backend_tokenizer", None)
+    tokenizer, backend = model.text_inputs.tokenizer, _backend(model.text_inputs)
     if backend is None:
-        raise ModelError(f"the tokenizer of {model.name} is written in Python, and only fast ones can be exported")
+        _write_python_tokenizer(tokenizer, path, model.name)
+        return
     raw = json.loads(backend.to_str())
     write_json(path, {**raw, "truncation": None, "padding": None})
+
+
+def _backend(inputs: TextInputs) -> Any:
+    """The tokenizer of the library `tokenizers`; None where it is written in Python, as the first SigLIP's is."""
+    return getattr(inputs.tokenizer, "backend_tokenizer", None)
+
+
+def _write_python_tokenizer(tokenizer: Any, folder: Path, name: str) -> None:
+    kind = type(tokenizer)
+    if not kind.__module__.startswith("transformers."):
+        raise ModelError(f"the tokenizer of {name} ({kind.__name__}) is code of its own, which is not exported")
+    tokenizer.save_pretrained(folder)
 
 
 class ClassScores(nn.Module):

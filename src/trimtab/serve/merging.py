@@ -19,7 +19,7 @@ import torch
 from trimtab.adapters.cards import shown_name
 from trimtab.errors import ModelError
 from trimtab.files import atomic_folder, write_json, write_text
-from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, made_pictures
+from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, describe_processor, made_pictures, without_prompts
 from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
@@ -30,7 +30,6 @@ BASE = "base"
 CODE = "text_encoder.py"
 TOLERANCE = 1e-5
 _OURS = "trimtab_"  # how the kinds of our own towers start
-_INSTEAD = "`trimtab export --format onnx` writes it with everything inside"
 _BUT = f"except its classes: {CLASSES_LEFT_OUT}"
 
 
@@ -86,7 +85,7 @@ def why_not(model: Any) -> str:
     """Why no folder can hold what a model learned; empty if one can."""
     links = model.links if hasattr(model, "core") else {"": model}
     prompts = [link for link in links.values() if hasattr(link, "prompt_tower")]
-    instead = f"{_INSTEAD}, {_BUT}" if any(link.prompt.instance is not None for link in prompts) else _INSTEAD
+    instead = _instead(model, leaves_classes=any(link.prompt.instance is not None for link in prompts))
     for link in links.values():
         if link in prompts:
             return (
@@ -104,10 +103,19 @@ def why_not(model: Any) -> str:
         elif hasattr(link, "adapters") and link.alpha != 0:
             return (
                 "the adapters of its domain bend (norm, Down, GELU, Up) beside whole layers, and no change of a "
-                f"layer's weights does the same. {instead}; or train with method=lora, full or probe, whose weights "
-                "are those of a transformers folder"
+                f"layer's weights does the same. {instead}. What method=lora, full or probe trains are weights of a "
+                "transformers folder"
             )
     return ""
+
+
+def _instead(model: Any, *, leaves_classes: bool = False) -> str:
+    """The other format, where that can hold the model."""
+    try:
+        describe_processor(without_prompts(model))
+    except ModelError as error:
+        return f"ONNX cannot hold it either: {error}"
+    return "`trimtab export --format onnx` writes it with everything inside" + (f", {_BUT}" if leaves_classes else "")
 
 
 def own_kinds(model: DualEncoder) -> list[str]:
@@ -188,7 +196,7 @@ def write_text_encoder(link: Any, folder: Path) -> float:
         if lacking:
             raise ModelError(
                 f"the student {student.name} is of a kind that cannot be built anew from its configuration "
-                f"({', '.join(lacking[:3])}). {_INSTEAD}"
+                f"({', '.join(lacking[:3])}). {_instead(link)}"
             )
     merged.save_pretrained(folder)
     inputs.tokenizer.model_max_length = inputs.limit

@@ -2,6 +2,8 @@
 
     pip install onnxruntime tokenizers pillow numpy
 
+and transformers and sentencepiece, where `tokenizer` is a folder rather than a file, as of the first SigLIP.
+
     from runtime import Encoder
     encoder = Encoder("the/exported/folder")
     encoder.encode_text(["红苹果"]) @ encoder.encode_image(["apple.jpg"]).T
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,30 +127,49 @@ class Encoder:
 
 class _TextTower:
     def __init__(self, encoder: Encoder, about: dict[str, Any]) -> None:
-        from tokenizers import Tokenizer
-
         self.about = about
         self.session = encoder._session(about["file"])
-        self.tokenizer: Any = Tokenizer.from_file(str(encoder.folder / about["tokenizer"]))
-        self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(about["limit"])
+        self.token_ids = _tokeniser(encoder.folder / about["tokenizer"], about["limit"])
 
     def reads(self, text: str) -> bool:
         return self.about["script"] == "all" or is_latin(text) == (self.about["script"] == "latin")
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        rows = [one.ids or [self.about["pad_id"]] for one in self._encode(texts)]
+        given = [self.about["prefix"] + text for text in texts]
+        rows = [ids or [self.about["pad_id"]] for ids in self.token_ids(given)]
         length = self.about["limit"] if self.about["pad_to_limit"] else max(map(len, rows))
         ids = np.full((len(rows), length), self.about["pad_id"], np.int64)
         mask = np.zeros_like(ids)
         for at, row in enumerate(rows):
             span = slice(length - len(row), length) if self.about["padding_side"] == "left" else slice(0, len(row))
             ids[at, span], mask[at, span] = row, 1
-        given = {"input_ids": ids, "attention_mask": mask}
-        return np.asarray(self.session.run(None, {name: given[name] for name in self.about["inputs"]})[0])
+        tokens = {"input_ids": ids, "attention_mask": mask}
+        return np.asarray(self.session.run(None, {name: tokens[name] for name in self.about["inputs"]})[0])
 
-    def _encode(self, texts: list[str]) -> list[Any]:
-        return list(self.tokenizer.encode_batch([self.about["prefix"] + text for text in texts]))
+
+def _tokeniser(path: Path, limit: int) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to token ids, at most `limit` of each.
+
+    Raises:
+        ImportError: the tokenizer is a folder, one that is written in Python, and transformers or what it needs is not
+            installed.
+    """
+    tokenizer: Any
+    if path.is_dir():
+        try:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except ImportError as error:
+            raise ImportError(f"{path} needs a package: pip install transformers sentencepiece ({error})") from error
+        return lambda texts: tokenizer(texts, truncation=True, max_length=limit, verbose=False)["input_ids"]
+
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    return lambda texts: [one.ids for one in tokenizer.encode_batch(texts)]
 
 
 def read(image: str | Path | Image.Image) -> Image.Image:
