@@ -124,6 +124,22 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "text.txt").stat().st_mode & 0o777 == 0o640
 
 
+def test_the_umask_is_never_changed_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that another thread makes in that moment would be open to everybody."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+    write_text(tmp_path / "text.txt", "")
+    assert (tmp_path / "text.txt").is_file()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_without_a_list_of_the_system_the_umask_is_that_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: int
+) -> None:
+    monkeypatch.setattr(files, "_UMASK", mask)
+    write_text(tmp_path / "text.txt", "")
+    assert (tmp_path / "text.txt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [

@@ -290,7 +290,27 @@ def digest_of(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
+def _listed_umask() -> int | None:
+    """The umask where the system lists it, None elsewhere."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), None)
+    return None
+
+
+def _umask_by_change() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# A umask can be asked for only by setting another one, and files that other threads make meanwhile would be open to
+# everybody. So it is read where it is listed (Linux); elsewhere once, here, before there are threads.
+_UMASK = _umask_by_change() if _listed_umask() is None else None
+
+
+def _umask() -> int:
+    if _UMASK is not None:
+        return _UMASK
+    found = _listed_umask()
+    return 0o077 if found is None else found  # unreadable all of a sudden: rather too closed than too open
