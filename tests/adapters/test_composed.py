@@ -447,6 +447,8 @@ def test_a_composed_folder_takes_a_further_link(base: Any, folders: dict[str, Pa
     [
         (lambda folder: (folder / "language/adapter.safetensors").unlink(), r"language lacks adapter\.safetensors"),
         (lambda folder: (folder / "composed.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "composed.json").write_text("[" * 100_000), "damaged"),
+        (lambda folder: change(folder, schema_version=float("inf")), "damaged"),
         (lambda folder: change(folder, schema_version=2), "upgrade"),
         (lambda folder: change(folder, links=["../x"]), "none of domain"),
         (lambda folder: change(folder, aliases={"狗": "cat"}), "not what was composed"),

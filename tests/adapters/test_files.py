@@ -203,6 +203,19 @@ def test_damaged_descriptions_are_named(folder: Path) -> None:
         read_adapter(folder)
 
 
+def test_a_description_that_is_nested_too_deeply_is_damaged(folder: Path) -> None:
+    (folder / "adapter.json").write_text('{"schema_version": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ModelError, match=r"adapter\.json is damaged"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("versions", [[1], "2.0", None, {}])
+def test_a_newer_schema_may_have_versions_of_any_shape(folder: Path, versions: Any) -> None:
+    edit(folder, schema_version=SCHEMA_VERSION + 1, versions=versions)
+    with pytest.raises(ModelError, match="by trimtab a newer version: upgrade"):
+        read_adapter(folder)
+
+
 def test_another_base_or_student_is_refused(folder: Path) -> None:
     adapter = read_adapter(folder)
     check_base(adapter, SimpleNamespace(name="a copy", fingerprint=BASE.fingerprint))

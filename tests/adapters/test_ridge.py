@@ -26,3 +26,26 @@ def test_batches_give_what_all_rows_at_once_give(dtype: torch.dtype, weighted: b
     weight, bias = sums.solve(ridge=0.2)
     torch.testing.assert_close(weight, expected.T, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(bias, y_mean - x_mean @ expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1e-7])
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_rows_that_are_all_but_equal_give_their_target(spread: float, ridge: float) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 6) + spread * torch.randn(20, 6), torch.randn(1, 3).expand(20, -1)
+    sums = RidgeSums(6, 3)
+    sums.add(x, y)
+    weight, bias = sums.solve(ridge=ridge)
+    assert weight.isfinite().all()
+    torch.testing.assert_close(x.double() @ weight.T + bias, y.double(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_singular_system_has_its_smallest_solution() -> None:
+    """Two inputs that are the same share the weight that one of them would have."""
+    torch.manual_seed(0)
+    one = torch.randn(50, 1)
+    sums = RidgeSums(2, 1)
+    sums.add(one.expand(-1, 2), 3 * one + 1)
+    weight, bias = sums.solve(ridge=0.0)
+    torch.testing.assert_close(weight, torch.full((1, 2), 1.5, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(bias, torch.ones(1, dtype=torch.float64), atol=1e-4, rtol=0)

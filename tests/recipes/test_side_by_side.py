@@ -83,7 +83,7 @@ def test_results_of_evaluate_and_of_few_shot_runs(tmp_path: Path) -> None:
     evaluation = {"task": "classification", "model": "runs/a", "manifest": "data/shop.csv", "top1": 71.5, "top5": 90.0}
     (tmp_path / "a.json").write_text(json.dumps(evaluation), encoding="utf-8")
     lines = [{"method": "coop", "shots": 4, "seed": seed, "top1": value} for seed, value in ((1, 60.0), (2, 62.0))]
-    text = "\n".join([*map(json.dumps, lines), '{"method": "coop", "sho'])
+    text = "\n".join([*map(json.dumps, lines), "[" * 100_000, '{"method": "coop", "sho'])
     (tmp_path / "b.jsonl").write_text(text, encoding="utf-8")
     first, second = read_runs([tmp_path / "a.json", tmp_path / "b.jsonl"])[0]
     assert first.headline == ("Top-1", 71.5, "model, on shop")

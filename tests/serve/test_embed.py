@@ -442,9 +442,10 @@ def test_another_job_is_refused(model: Any, tiny_base: Any, photos: Path, tmp_pa
         embed(photos, tiny_base("siglip"), tmp_path / "e", shard_size=4)
     with pytest.raises(DataError, match="other files"):
         embed(photos, model, photos)
-    (tmp_path / "e/plan.json").write_text("{")
-    with pytest.raises(DataError, match="damaged"):
-        embed(photos, model, tmp_path / "e", shard_size=4)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "e/plan.json").write_text(text)
+        with pytest.raises(DataError, match="damaged"):
+            embed(photos, model, tmp_path / "e", shard_size=4)
 
 
 def test_two_at_once_are_refused(model: Any, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tiny_vectors import MODEL, made, write_embeddings
 from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.files import sha256_of
 from trimtab.serve import index as module
 from trimtab.serve.index import Index
 from trimtab.serve.indexing import build_index, choose_kind
@@ -155,6 +156,49 @@ def test_damage_in_a_description_is_told(folders: dict[str, Path], tmp_path: Pat
     (folder / "index.json").write_text(json.dumps({**about, **change}))
     with pytest.raises(DataError, match="index again"):
         Index.open(folder, verify=False)
+
+
+def sealed(folder: Path, **changes: Any) -> Path:
+    """An index folder whose description has the checksums of its files as they are now."""
+    about = {**json.loads((folder / "index.json").read_text()), **changes}
+    about["files"] = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in about["files"]
+    }
+    (folder / "index.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("path", ["index.json", "embeddings.json"])
+def test_descriptions_that_are_nested_too_deeply_are_damaged(tmp_path: Path, path: str) -> None:
+    (tmp_path / path).write_text('{"schema_version": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DataError, match=rf"{path} is damaged"):
+        (Index if path == "index.json" else Embeddings).open(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 1500 * 16 * 2 + 1])
+def test_vectors_of_another_size_are_told(folders: dict[str, Path], tmp_path: Path, size: int) -> None:
+    folder = Path(shutil.copytree(folders["ivfpq"], tmp_path / "i"))
+    (folder / "vectors.f16").write_bytes(bytes(size))
+    with pytest.raises(DataError, match=r"vectors\.f16 has .* where 48,000 should be: index again"):
+        Index.open(sealed(folder))
+
+
+@pytest.mark.parametrize("lacking", ["id", "image", "price"])
+def test_items_that_lack_a_column_are_told(folders: dict[str, Path], tmp_path: Path, lacking: str) -> None:
+    import pyarrow as pa
+
+    folder = Path(shutil.copytree(folders["flat"], tmp_path / "i"))
+    table = pa.table({name: ["a"] * 1500 for name in ("id", "image", "price") if name != lacking})
+    with pa.OSFile(str(folder / "items.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=rf"items\.arrow has no column '{lacking}'"):
+        Index.open(sealed(folder, columns=["id", "image", "price"]))
+
+
+def test_settings_that_faiss_cannot_hold_are_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["hnsw"], tmp_path / "i"))
+    with pytest.raises(DataError, match="index again"):
+        Index.open(sealed(folder, search={"ef_search": 10**12}))
 
 
 @pytest.mark.parametrize("when", ["_check_files", "_map_items", "import_faiss", "read_description"])

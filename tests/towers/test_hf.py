@@ -222,6 +222,7 @@ def test_damaged_configurations_are_named(clip_copy: Path) -> None:
     for text, message in (
         ("{", "is not a JSON object"),
         ("[]", "is not a JSON object"),
+        ("[" * 100_000, "is not a JSON object"),
         ("{}", "has no model_type"),
         ('{"model_type": "clip", "projection_dim": "x"}', "cannot be used"),
         ('{"model_type": "bert"}', "is a 'bert' model; a base must be one of clip, siglip"),

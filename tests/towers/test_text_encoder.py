@@ -138,6 +138,10 @@ def test_prefix_is_set_before_each_text(student: Any, tiny_folder: Callable[[str
     (folder / "trimtab.json").write_text(json.dumps({"prefix": "query: "}))
     assert TextEncoder.load(folder, device="cpu").prefix == "query: "
     assert TextEncoder.load(folder, device="cpu", prefix="").prefix == ""
+    for text in ("{", "[]", "[" * 100_000):
+        (folder / "trimtab.json").write_text(text)
+        with pytest.raises(ModelError, match=r"trimtab\.json is damaged"):
+            TextEncoder.load(folder, device="cpu")
 
 
 def test_prefix_of_e5_on_the_hub(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,7 +270,7 @@ def build_language_adapter(described: AdapterFile) -> LanguageAdapter:
     try:
         config = from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder))
         sizes = {name: int(described.config[name]) for name in ("input_dim", "output_dim")}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong size ({error})"
         raise ModelError(f"{described.folder}/adapter.json {reason}: copy the folder again") from error
     return LanguageAdapter(config, **sizes)

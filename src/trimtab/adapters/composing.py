@@ -219,7 +219,7 @@ def read_composed(folder: str | Path) -> dict[str, Any]:
         raw["base"] = asdict(BaseReference(**raw["base"]))
         raw["aliases"] = {str(name): str(own) for name, own in raw["aliases"].items()}
         raw["fingerprint"] = str(raw["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}): compose again, or copy the folder again") from error
     if schema > SCHEMA_VERSION:
         raise ModelError(f"{path} has schema {schema}; this trimtab reads up to {SCHEMA_VERSION}: upgrade trimtab")

@@ -192,7 +192,7 @@ def read_adapter(folder: str | Path, *, tensors: bool = True) -> AdapterFile:
         raise ModelError(f"{folder} is not an adapted folder: it has no {DESCRIPTION_FILE}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}): copy the folder again") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path} is not a JSON object: it was not written by trimtab")
@@ -200,7 +200,8 @@ def read_adapter(folder: str | Path, *, tensors: bool = True) -> AdapterFile:
     if not isinstance(schema, int) or schema < 1:
         raise ModelError(f"{path} has no valid schema_version: it was not written by trimtab")
     if schema > SCHEMA_VERSION:
-        writer = (raw.get("versions") or {}).get("trimtab", "a newer version")
+        versions = raw.get("versions")  # of whatever shape newer schemas have
+        writer = versions.get("trimtab", "a newer version") if isinstance(versions, dict) else "a newer version"
         raise ModelError(
             f"{path} has schema {schema}; this trimtab reads up to {SCHEMA_VERSION}. It was written by "
             f"trimtab {writer}: upgrade with `pip install -U trimtab`"
@@ -409,5 +410,5 @@ def reading_config(where: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ModelError(f"{where} lacks config {error}: copy the folder again") from error
-    except (TypeError, ValueError, DataError) as error:
+    except (TypeError, ValueError, OverflowError, DataError) as error:
         raise ModelError(f"{where} has a wrong value ({error}): copy the folder again") from error

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+
+_ROUNDING = torch.finfo(torch.float32).eps
 
 
 class RidgeSums:
@@ -33,12 +37,26 @@ class RidgeSums:
         """Weight (D, H) and bias (D,), float64; the bias is not penalised.
 
         Args:
-            ridge: penalty, relative to the mean variance of the inputs.
+            ridge: penalty, relative to the mean variance of the inputs. Directions in which the inputs do not vary get
+                no weight where it is too small to settle them.
         """
         total = self.gram[-1, -1]
         x_mean, y_mean = self.gram[-1, :-1] / total, self.cross[-1] / total
         gram = self.gram[:-1, :-1] / total - torch.outer(x_mean, x_mean)  # (H, H)
         cross = self.cross[:-1] / total - torch.outer(x_mean, y_mean)  # (H, D)
         gram.diagonal().add_(ridge * gram.diagonal().mean())
-        solution = torch.linalg.solve(gram, cross)  # (H, D)
+        solution = _solved(gram, cross, noise=_ROUNDING * float((self.gram.diagonal()[:-1] / total).max()))  # (H, D)
         return solution.T, y_mean - x_mean @ solution
+
+
+def _solved(gram: Tensor, cross: Tensor, *, noise: float) -> Tensor:
+    """The solution (H, D); of rows that are all but equal the smallest one.
+
+    Args:
+        noise: eigenvalues up to it are rounding of the products and tell nothing.
+    """
+    with contextlib.suppress(torch.linalg.LinAlgError):
+        solution = torch.linalg.solve(gram, cross)
+        if solution.isfinite().all():
+            return solution
+    return torch.linalg.pinv(gram, atol=noise, rtol=0.0, hermitian=True) @ cross

@@ -53,7 +53,7 @@ _BLOCK = 1 << 24  # bytes per checksum
 _CHUNK_BYTES = 1 << 28  # of rows as stored, about; while they are computed they take twice as much
 _USUAL_SIZE = 2048  # numbers per token, until the first rows tell
 _BLOCKS_CHECKED = 64  # of one call's rows, so everything up to 1 GiB; of more an even sample
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -403,7 +403,7 @@ def _recover(part: Path, cache: Path, layout: Layout) -> None:
     try:
         segment = _publish(part, cache, layout)
         logger.info("cache %s: %d items of an interrupted run are kept", cache, len(segment.digests))
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
+    except (ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
         with explain_disk_errors(part):
             shutil.rmtree(part)
 

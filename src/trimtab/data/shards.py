@@ -334,7 +334,7 @@ def _find_damaged(
     pictures: Sequence[PictureFile], note: Path | None, pool: ThreadPoolExecutor
 ) -> dict[PictureFile, str]:
     if note is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError, IndexError):
+        with contextlib.suppress(OSError, ValueError, TypeError, IndexError, RecursionError):
             return {pictures[int(position)]: str(reason) for position, reason in json.loads(note.read_text("utf-8"))}
     damaged = [(position, reason) for position, reason in enumerate(pool.map(_why_unusable, pictures)) if reason]
     if note is not None:

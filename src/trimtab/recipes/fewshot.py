@@ -317,7 +317,7 @@ def read_runs(path: str | Path) -> list[Run]:
         raise DataError(f"{path}: cannot be read as a file of runs ({error}); choose another --out") from error
     runs = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             run = json.loads(line)
             if isinstance(run, dict):
                 runs.append(run)

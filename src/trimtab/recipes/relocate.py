@@ -67,5 +67,5 @@ def _descriptions(folder: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}): copy the folder again") from error

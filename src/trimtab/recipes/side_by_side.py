@@ -183,7 +183,7 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
-        with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError):
+        with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
             with safe_open(path, framework="numpy") as file:  # the head alone
                 state = json.loads((file.metadata() or {})["document"])
             return [dict(record) for record in state["history"]]
@@ -263,7 +263,7 @@ def _few_shot(path: Path, name: str) -> RunResult:
     groups: dict[tuple[str, str, int, str], dict[Any, float]] = {}
     lines = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)  # a line that a kill cut off is none
             value = float(record["top1"])
             if math.isfinite(value):

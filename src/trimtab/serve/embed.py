@@ -303,7 +303,7 @@ def _check_plan(out: Path, job: Job, source: Input, shard_size: int) -> None:
     if path.is_file():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({error}): delete {out}, or choose another folder") from error
         before.setdefault("preparing", job.preparing)  # earlier versions did not write it
         if other := [name for name, value in plan.items() if before.get(name) != value]:

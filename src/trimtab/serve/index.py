@@ -7,6 +7,7 @@ again with their vectors on disk. How many of the true neighbours are found is m
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,24 +104,23 @@ class Index:
         try:
             model = ModelReference(**about["model"])
             files, count, dim = dict(about["files"]), int(about["count"]), int(about["dim"])
+            columns = ("id", SOURCE_COLUMN[about["of"]], *about.get("columns", ()))
             _check_facts(about, files)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"{folder / DESCRIPTION_FILE} is damaged ({error}): index again") from error
         _check_files(folder, files, verify=verify)
         faiss = import_faiss()
         try:
             found = faiss.read_index(str(folder / FAISS_FILE))
             set_search(found, about["search"])
-            items = _map_items(folder / ITEMS_FILE)
-        except (RuntimeError, OSError, ValueError, AttributeError) as error:
+            items = _map_items(folder / ITEMS_FILE, columns)
+        except (RuntimeError, OSError, ValueError, TypeError, OverflowError, AttributeError) as error:
             raise DataError(f"{folder} cannot be read ({str(error).strip()[-200:]}): index again") from error
         if not len(items) == found.ntotal == count:
             raise DataError(f"{folder}: {found.ntotal} vectors, {len(items)} items and a count of {count}: index again")
         if found.d != dim:
             raise DataError(f"{folder}: vectors of {found.d} numbers where {dim} should be: index again")
-        vectors = None
-        if VECTORS_FILE in files:
-            vectors = np.memmap(folder / VECTORS_FILE, np.float16, mode="r", shape=(count, dim))
+        vectors = _map_vectors(folder / VECTORS_FILE, (count, dim)) if VECTORS_FILE in files else None
         return cls(folder, about, model, found, items, vectors)
 
     def __len__(self) -> int:
@@ -282,11 +282,22 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify
             raise DataError(f"{path} is damaged (the checksum differs): index again, or copy the folder again")
 
 
-def _map_items(path: Path) -> pa.Table:
-    """The items, read from disk where they are asked for."""
+def _map_items(path: Path, columns: Sequence[str]) -> pa.Table:
+    """The items, read from disk where they are asked for; each of `columns` is one of theirs."""
     import pyarrow as pa
 
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        items = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read ({error}): index again, or copy the folder again") from error
+    if lacking := [name for name in columns if items.column_names.count(name) != 1]:
+        raise DataError(f"{path} has no column {lacking[0]!r}: index again, or copy the folder again")
+    return items
+
+
+def _map_vectors(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Vectors of a shape, read from disk where they are asked for."""
+    wanted = math.prod(shape) * np.dtype(np.float16).itemsize
+    if (size := path.stat().st_size) != wanted:
+        raise DataError(f"{path} has {size:,} bytes where {wanted:,} should be: index again, or copy the folder again")
+    return np.memmap(path, np.float16, mode="r", shape=shape)

@@ -212,7 +212,7 @@ def _write_parquet(path: Path, columns: Mapping[str, Sequence[str]], vectors: np
 
 def read_note(folder: Path, number: int) -> ShardNote | None:
     """The note of a finished shard whose files are there, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raw = json.loads((folder / note_file(number)).read_text(encoding="utf-8"))
         listed = tuple(Skipped(**one) for one in raw.pop("listed"))
         note = ShardNote(**{**raw, "columns": tuple(raw["columns"]), "listed": listed})
@@ -254,7 +254,7 @@ def read_description(path: Path, schema: int, kind: str) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         found = int(raw["schema_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): make the {kind} again") from error
     if found > schema:
         raise DataError(f"{path} has schema {found}; this trimtab reads up to {schema}: upgrade trimtab")
@@ -356,5 +356,5 @@ class Embeddings:
                 raise ValueError(f"column {VECTOR!r} is {column.type}, not a list of a fixed size")
             vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), column.type.list_size)
             return whole.select(list(self.about.columns)), vectors
-        except (OSError, EOFError, ValueError, KeyError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read ({error}): embed again, or copy the folder again") from error

@@ -302,7 +302,7 @@ def _refuse_foreign(checkpoint: Path, state: StateDict) -> None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as an OpenCLIP configuration: {error}") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} is not an OpenCLIP configuration: it is no JSON object")

@@ -49,7 +49,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         text = path.read_text(encoding="utf-8")
         raw = json.loads(text)
         model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a JSON object ({error}): fetch it again") from error
     if '"trimtab_' in text:
         _register_own_types()  # which imports half of transformers
@@ -269,7 +269,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object: fetch it again")

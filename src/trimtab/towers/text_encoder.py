@@ -308,7 +308,10 @@ def _known_prefix(name: str, folder: Path) -> str:
     """What a model wants before short texts: noted in its folder by us, or known of the e5 models."""
     note = folder / "trimtab.json"
     if note.is_file():
-        return str(json.loads(note.read_text(encoding="utf-8")).get("prefix", ""))
+        try:
+            return str(json.loads(note.read_text(encoding="utf-8")).get("prefix", ""))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{note} is damaged ({error}): fetch the model again") from error
     if is_hub_id(name):
         owner, _, model = name.rpartition("/")
         known = owner == "intfloat" and "e5" in model
