@@ -260,6 +260,17 @@ def open_up(folder: str | Path) -> None:
             path.chmod(0o666 & ~_umask())
 
 
+def plain_name(name: Any) -> str:
+    """A name of a file that lies in the folder of the description that names it.
+
+    Raises:
+        ValueError: it leads to another place, on this system or on another.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+        raise ValueError(f"{name!r} is no plain file name")
+    return name
+
+
 def write_text(target: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(target) as temporary:

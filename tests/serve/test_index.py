@@ -201,6 +201,29 @@ def test_settings_that_faiss_cannot_hold_are_told(folders: dict[str, Path], tmp_
         Index.open(sealed(folder, search={"ef_search": 10**12}))
 
 
+OUTSIDE = ["../x", "/etc/hostname", "..", ".", "", "a/b", "..\\x", "C:x", "a\0"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_files_outside_the_folder_are_not_looked_at(folders: dict[str, Path], tmp_path: Path, name: Any) -> None:
+    folder = Path(shutil.copytree(folders["flat"], tmp_path / "i"))
+    about = json.loads((folder / "index.json").read_text())
+    about["files"][name] = {"bytes": 1, "sha256": ""}
+    (folder / "index.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match=r"is damaged .* is no plain file name"):
+        Index.open(folder)
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, 3])
+def test_shards_outside_the_folder_are_not_read(tmp_path: Path, name: Any) -> None:
+    folder = write_embeddings(tmp_path / "e", VECTORS[:5])
+    about = json.loads((folder / "embeddings.json").read_text())
+    about["shards"][0]["file"] = name
+    (folder / "embeddings.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match=r"is damaged .* is no plain file name"):
+        Embeddings.open(folder)
+
+
 @pytest.mark.parametrize("when", ["_check_files", "_map_items", "import_faiss", "read_description"])
 def test_an_index_that_is_replaced_while_it_is_opened(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from trimtab.errors import DataError, ModelError, TrimtabError
-from trimtab.files import sha256_of
+from trimtab.files import plain_name, sha256_of
 from trimtab.serve.store import SOURCE_COLUMN, ModelReference, read_description
 
 if TYPE_CHECKING:
@@ -267,8 +267,8 @@ def _check_facts(about: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]
     needed = (FAISS_FILE, ITEMS_FILE, *((VECTORS_FILE,) if about["kind"] == "ivfpq" else ()))
     if unnamed := [name for name in needed if name not in files]:
         raise ValueError(f"its files lack {unnamed[0]}")
-    for facts in files.values():
-        int(facts["bytes"]), facts["sha256"]
+    for name, facts in files.items():
+        plain_name(name), int(facts["bytes"]), facts["sha256"]
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:

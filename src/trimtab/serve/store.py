@@ -19,7 +19,7 @@ import numpy as np
 
 from trimtab import __version__
 from trimtab.errors import DataError
-from trimtab.files import atomic_path, explain_disk_errors, sha256_of, write_json, write_text
+from trimtab.files import atomic_path, explain_disk_errors, plain_name, sha256_of, write_json, write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -216,7 +216,7 @@ def read_note(folder: Path, number: int) -> ShardNote | None:
         raw = json.loads((folder / note_file(number)).read_text(encoding="utf-8"))
         listed = tuple(Skipped(**one) for one in raw.pop("listed"))
         note = ShardNote(**{**raw, "columns": tuple(raw["columns"]), "listed": listed})
-        if all(path.is_file() for path in shard_paths(folder / note.file)):
+        if all(path.is_file() for path in shard_paths(folder / plain_name(note.file))):
             return note
     return None
 
@@ -292,7 +292,7 @@ class Embeddings:
                 shards=tuple(raw["shards"]),
                 input=dict(raw.get("input") or {}),
             )
-            files = [path for shard in about.shards for path in shard_paths(folder / shard["file"])]
+            files = [path for shard in about.shards for path in shard_paths(folder / plain_name(shard["file"]))]
             if sum(shard["rows"] for shard in about.shards) != about.count:
                 raise ValueError("the rows of its shards are not as many as its count")
         except (KeyError, TypeError, ValueError) as error:
