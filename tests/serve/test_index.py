@@ -18,7 +18,7 @@ from trimtab.serve.index import Index
 from trimtab.serve.indexing import build_index, choose_kind
 from trimtab.serve.store import Embeddings
 
-pytest.importorskip("faiss")
+faiss = pytest.importorskip("faiss")
 
 VECTORS = made(1500)
 
@@ -173,6 +173,48 @@ def test_descriptions_that_are_nested_too_deeply_are_damaged(tmp_path: Path, pat
     (tmp_path / path).write_text('{"schema_version": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(DataError, match=rf"{path} is damaged"):
         (Index if path == "index.json" else Embeddings).open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_an_index_of_another_class_is_not_read(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    other = {"flat": "hnsw", "hnsw": "ivfpq", "ivfpq": "flat"}[kind]
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "i"))
+    shutil.copy(folders[other] / "index.faiss", folder)
+    with pytest.raises(DataError, match=rf"index\.faiss begins with .*, as no {kind} index does"):
+        Index.open(sealed(folder))
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_an_index_of_another_class_inside_is_refused(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "i"))
+    found = faiss.read_index(str(folder / "index.faiss"))
+    inner = faiss.IndexScalarQuantizer(16, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    inner.train(VECTORS)
+    inner.add(VECTORS if kind == "hnsw" else VECTORS[: found.nlist])
+    found.own_fields = False
+    setattr(found, "storage" if kind == "hnsw" else "quantizer", inner)
+    faiss.write_index(found, str(folder / "index.faiss"))
+    with pytest.raises(DataError, match="IndexScalarQuantizer where IndexFlatIP should be"):
+        Index.open(sealed(folder))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["elsewhere", "in its folder"])
+def test_lists_in_another_file_are_never_opened(folders: dict[str, Path], tmp_path: Path, inside: bool) -> None:
+    folder = Path(shutil.copytree(folders["ivfpq"], tmp_path / "i"))
+    lists = (folder if inside else tmp_path) / "lists.bin"
+    found = faiss.read_index(str(folder / "index.faiss"))
+    on_disk = faiss.OnDiskInvertedLists(found.nlist, found.code_size, str(lists))
+    on_disk.merge_from(found.invlists, 0)
+    found.replace_invlists(on_disk, False)
+    faiss.write_index(found, str(folder / "index.faiss"))
+    lists.chmod(0o400)
+    before = lists.stat()
+    with pytest.raises(DataError, match=r"cannot be read .*: index again"):
+        Index.open(sealed(folder))
+    assert (lists.stat().st_mtime_ns, lists.stat().st_atime_ns) == (before.st_mtime_ns, before.st_atime_ns)
+    lists.unlink()
+    with pytest.raises(DataError, match="IO_FLAG_ONDISK_SAME_DIR"):  # not: there is no such file
+        Index.open(sealed(folder))
 
 
 @pytest.mark.parametrize("size", [0, 10, 1500 * 16 * 2 + 1])

@@ -31,6 +31,8 @@ FAISS_FILE = "index.faiss"
 ITEMS_FILE = "items.arrow"
 VECTORS_FILE = "vectors.f16"
 KINDS = ("flat", "hnsw", "ivfpq")
+# By kind, the first bytes of the file and the class that these stand for.
+_CLASSES = {"flat": (b"IxFI", "IndexFlatIP"), "hnsw": (b"IHNf", "IndexHNSWFlat"), "ivfpq": (b"IwPQ", "IndexIVFPQ")}
 _REPLACED_WITHIN = 0.1  # seconds that renaming the files of an index may take
 
 
@@ -111,7 +113,7 @@ class Index:
         _check_files(folder, files, verify=verify)
         faiss = import_faiss()
         try:
-            found = faiss.read_index(str(folder / FAISS_FILE))
+            found = _read_faiss(faiss, folder / FAISS_FILE, about["kind"])
             set_search(found, about["search"])
             items = _map_items(folder / ITEMS_FILE, columns)
         except (RuntimeError, OSError, ValueError, TypeError, OverflowError, AttributeError) as error:
@@ -280,6 +282,28 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify
             raise DataError(f"{path} is cut short or damaged ({path.stat().st_size:,} of {facts['bytes']:,} bytes)")
         if verify and sha256_of(path) != facts["sha256"]:
             raise DataError(f"{path} is damaged (the checksum differs): index again, or copy the folder again")
+
+
+def _read_faiss(faiss: Any, path: Path, kind: str) -> Any:
+    """What `trimtab index` writes of a kind, and nothing else that FAISS could read.
+
+    Other classes may name files anywhere, which FAISS would open for writing.
+    """
+    start, name = _CLASSES[kind]
+    with path.open("rb") as stream:
+        found = stream.read(len(start))
+    if found != start:
+        raise DataError(f"{path} begins with {found!r}, as no {kind} index does: index again, or copy the folder again")
+    # Lists on disk may lie deeper in the file. With this flag FAISS wants to know the file's own folder for them, which
+    # it cannot of a reader that is no file, and so it refuses them before any is opened.
+    file = faiss.FileIOReader(str(path))
+    index = faiss.read_index(faiss.BufferedIOReader(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    inner = {"hnsw": "storage", "ivfpq": "quantizer"}.get(kind)
+    read = [(index, name)] if inner is None else [(index, name), (getattr(index, inner), "IndexFlatIP")]
+    for one, wanted in read:
+        if (given := type(faiss.downcast_index(one)).__name__) != wanted:
+            raise DataError(f"{path} holds a {given} where {wanted} should be: index again, or copy the folder again")
+    return index
 
 
 def _map_items(path: Path, columns: Sequence[str]) -> pa.Table:
