@@ -318,6 +318,18 @@ def test_descriptions_that_do_not_fit_are_refused(adapted: LanguageAdapted, tmp_
         assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [-1, 10**13, 10**30, float("inf")])
+@pytest.mark.parametrize("key", ["input_dim", "output_dim", "width", "hidden", "feedforward", "memory"])
+def test_described_sizes_take_no_memory(adapted: LanguageAdapted, tmp_path: Path, key: str, size: Any) -> None:
+    folder = save(tmp_path / "a", adapted)
+    raw = json.loads((folder / "adapter.json").read_text())
+    (raw["config"] if key in raw["config"] else raw["config"]["adapter"])[key] = size
+    (folder / "adapter.json").write_text(json.dumps(raw))
+    with pytest.raises(TrimtabError) as caught:
+        load_adapted(folder, base=adapted.base, student=adapted.student)
+    assert str(folder) in str(caught.value)
+
+
 def test_other_links_are_refused(adapted: LanguageAdapted, tmp_path: Path) -> None:
     for changes in ({"link": "prompt"}, {"link": "domain"}, {"student": None}, {"link": "fusion", "student": None}):
         with pytest.raises(ModelError, match="adapter, which this version cannot load"):

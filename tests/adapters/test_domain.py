@@ -587,6 +587,8 @@ def test_damaged_descriptions_are_refused(load: Load, tmp_path: Path) -> None:
         ({"adapters": [], "alpha": 1.0}, "at least one group"),
         ({"adapters": [{**one, "depth": 1}], "alpha": 1.0}, "depth"),
         ({"adapters": [{**one, "width": 5}], "alpha": 1.0}, "does not fit the domain adapter"),
+        ({"adapters": [{**one, "width": 10**13}], "alpha": 1.0}, "does not fit the domain adapter|wrong size"),
+        ({"adapters": [{**one, "width": 10**30}], "alpha": 1.0}, "wrong size"),
         ({"adapters": [{**one, "last": 9}], "alpha": 1.0}, "is no range of the 2 layers"),
     ]
     for config, message in cases:

@@ -124,3 +124,15 @@ def test_a_memory_of_another_space_is_refused(base: DualEncoder, plain: DomainAd
     folder = save_domain(tmp_path / "shop", plain.adapters, base=base, memory=PairMemory(2, base.embedding_dim + 1))
     with pytest.raises(ModelError, match="memory that does not fit"):
         load(folder, base=base)
+
+
+@pytest.mark.parametrize("shape", [(10**13, 0), ()], ids=str)
+def test_a_memory_of_nothing_takes_no_memory(
+    base: DualEncoder, plain: DomainAdapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    memory = PairMemory(2, base.embedding_dim)
+    memory.keys = torch.zeros(shape, dtype=torch.int8)
+    monkeypatch.setattr(PairMemory, "__len__", lambda _: 2)
+    folder = save_domain(tmp_path / "shop", plain.adapters, base=base, memory=memory)
+    with pytest.raises(ModelError, match="memory that does not fit"):
+        load(folder, base=base)

@@ -188,6 +188,9 @@ def test_an_incomplete_description_is_refused(adapted: FusionAdapted, tmp_path: 
         ("english", "maybe", "english='maybe' rather than 'route'"),
         ("input_dim", "x", "wrong value"),
         ("adapter", 1, "must be a section"),
+        ("input_dim", 10**13, "does not fit the fusion adapter|wrong size"),
+        ("output_dim", 10**30, "wrong size"),
+        ("resampler", {"tokens": 10**13, "heads": 1}, "does not fit the fusion adapter|wrong size"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_towers import BUILDERS, inputs_of
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, best_classes, extended
 from trimtab.config import DomainPartConfig, GeneralConfig, InstanceConfig, PromptConfig
-from trimtab.errors import RecipeError
+from trimtab.errors import ModelError, RecipeError
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.prefix_reuse import can_reuse
@@ -217,6 +218,29 @@ def test_learned_classes_are_known_in_other_case_and_white_space(
     assert classifier.classes[3] == "bear"
     scores = classifier.scores(pictures)[:, :3]
     assert np.allclose(scores / scores.sum(axis=1, keepdims=True), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [10**13, 10**30])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("patch_width",),
+        ("prompt", "general", "tokens"),
+        ("prompt", "instance", "width"),
+        ("prompt", "domain", "tokens"),
+    ],
+)
+def test_described_sizes_take_no_memory(base_of: Any, tmp_path: Path, keys: tuple[str, ...], size: int) -> None:
+    base = base_of("clip")
+    folder = save_tiny_prompt(tmp_path / "prompt", base, instance=True)
+    raw = json.loads((folder / "adapter.json").read_text())
+    section = raw["config"]
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = size
+    (folder / "adapter.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"does not fit the prompt adapter|has a wrong size"):
+        load_adapted(folder, base=base)
 
 
 def test_best_classes_have_the_true_one() -> None:

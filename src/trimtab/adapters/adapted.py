@@ -20,8 +20,8 @@ from trimtab.adapters.files import (
     find_place,
     is_adapted_folder,
     is_composed_folder,
-    load_into,
     read_adapter,
+    rebuilt,
 )
 from trimtab.adapters.language import LanguageAdapter
 from trimtab.adapters.prompted import load_prompt
@@ -239,8 +239,7 @@ def load_language(described: AdapterFile, base: DualEncoder, student: TextEncode
         ModelError: the description is incomplete or does not fit its tensors.
     """
     assert described.student is not None
-    adapter = build_language_adapter(described)
-    load_into(adapter, described)
+    adapter = rebuilt(described, lambda: build_language_adapter(described))
     english = where_english_goes(described)
     return LanguageAdapted(
         base,

@@ -22,9 +22,9 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     check_still_there,
-    load_into,
     read_adapter,
     reading_config,
+    rebuilt,
     save_adapter,
 )
 from trimtab.adapters.gate import DomainGate, mixed
@@ -437,13 +437,12 @@ def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
     with reading_config(where):
         mappings, alpha = list(described.config["adapters"]), float(described.config["alpha"])
     groups = tuple(from_mapping(DomainAdapterConfig, mapping, str(where)) for mapping in mappings)
-    adapters = DomainAdapters(base, groups, alpha=alpha)
     tensors = dict(described.tensors)
     scale = tensors.pop(_LOGIT_SCALE, None)
     if scale is not None and (scale.numel() != 1 or scale <= 0):
         raise ModelError(f"{where} has a logit_scale that is no number above 0: copy the folder again")
-    gate, memory = _load_gate(tensors, base, where), _load_memory(tensors, base, where)
-    load_into(adapters, replace(described, tensors=tensors))
+    gate, memory = _load_gate(tensors, base, where), _load_memory(tensors, base, described)
+    adapters = rebuilt(replace(described, tensors=tensors), lambda: DomainAdapters(base, groups, alpha=alpha))
     number = None if scale is None else float(scale)
     return DomainAdapted(base, adapters, gate=gate, memory=memory, logit_scale=number, name=name, folder=folder)
 
@@ -460,19 +459,19 @@ def _load_gate(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> Do
     return DomainGate(found["centres"], float(found["low"]), float(found["high"]))
 
 
-def _load_memory(tensors: dict[str, Tensor], base: DualEncoder, where: Path) -> PairMemory | None:
+def _load_memory(tensors: dict[str, Tensor], base: DualEncoder, described: AdapterFile) -> PairMemory | None:
     """Take the memory's tensors out of `tensors`; None if there are none."""
     found = _taken(tensors, _MEMORY)
     if not found:
         return None
-    memory = PairMemory(len(found.get("keys", ())), base.embedding_dim)
+    count = next((tensor.shape[0] for name, tensor in found.items() if name == "keys" and tensor.dim()), 0)
     try:
-        memory.load_state_dict(found)
-    except RuntimeError as error:
+        return rebuilt(replace(described, tensors=found), lambda: PairMemory(count, base.embedding_dim))
+    except ModelError as error:
+        where = described.folder / DESCRIPTION_FILE
         raise ModelError(
             f"{where} has a memory that does not fit {base.name} ({error}): copy the folder again"
         ) from None
-    return memory
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ import logging
 import math
 import platform
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trimtab.errors import DataError, ModelError
 from trimtab.files import atomic_path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trimtab.towers.dual_encoder import DualEncoder
 
 logger = logging.getLogger(__name__)
+_Module = TypeVar("_Module", bound="nn.Module")
 
 SCHEMA_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
@@ -225,8 +226,42 @@ def read_adapter(folder: str | Path, *, tensors: bool = True) -> AdapterFile:
     return described
 
 
+def rebuilt(adapter: AdapterFile, build: Callable[[], _Module]) -> _Module:
+    """The module of an adapted folder with its tensors.
+
+    Args:
+        build: makes it by what the description says; it is called twice.
+
+    Raises:
+        ModelError: names or shapes differ, or sizes are described that no module can have.
+    """
+    import torch
+
+    # A description of some lines can ask for any memory: none is taken before its sizes are known to be the tensors'.
+    try:
+        with torch.device("meta"):
+            check_fit(build(), adapter)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        where = adapter.folder / DESCRIPTION_FILE
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{where} has a wrong size ({reason}): copy the folder again") from error
+    module = build()
+    load_into(module, adapter)
+    return module
+
+
 def load_into(module: nn.Module, adapter: AdapterFile) -> None:
     """Put an adapter's tensors into its module: all of them, and nothing else.
+
+    Raises:
+        ModelError: names or shapes differ.
+    """
+    check_fit(module, adapter)
+    module.load_state_dict(adapter.tensors)
+
+
+def check_fit(module: nn.Module, adapter: AdapterFile) -> None:
+    """Refuse tensors that are not those of a module.
 
     Raises:
         ModelError: names or shapes differ.
@@ -238,7 +273,6 @@ def load_into(module: nn.Module, adapter: AdapterFile) -> None:
             f"{adapter.folder / TENSORS_FILE} does not fit the {adapter.link} adapter that "
             f"{DESCRIPTION_FILE} describes: {problem}"
         )
-    module.load_state_dict(adapter.tensors)
 
 
 def find_place(folder: str | Path, role: str, name: str) -> str:

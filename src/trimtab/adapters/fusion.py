@@ -18,9 +18,9 @@ from trimtab.adapters.files import (
     StudentReference,
     check_base,
     find_place,
-    load_into,
     read_adapter,
     reading_config,
+    rebuilt,
     save_adapter,
 )
 from trimtab.adapters.resampler import FusionAdapter, ResamplerConfig
@@ -242,13 +242,10 @@ def load_fusion_adapted(
     check_base(described, base)
     student = load_student(described, student=student, device=device, dtype=dtype)
     with reading_config(described.folder / DESCRIPTION_FILE):
-        adapter = FusionAdapter(
-            from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder)),
-            from_mapping(ResamplerConfig, described.config["resampler"], str(described.folder)),
-            input_dim=int(described.config["input_dim"]),
-            output_dim=int(described.config["output_dim"]),
-        )
-    load_into(adapter, described)
+        language = from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder))
+        resampler = from_mapping(ResamplerConfig, described.config["resampler"], str(described.folder))
+        sizes = {name: int(described.config[name]) for name in ("input_dim", "output_dim")}
+    adapter = rebuilt(described, lambda: FusionAdapter(language, resampler, **sizes))
     return FusionAdapted(
         base,
         student,

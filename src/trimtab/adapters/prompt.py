@@ -229,7 +229,8 @@ def _context(config: PromptConfig, tower: PromptTower) -> Tensor:
             f"general.tokens={count}, but init={general.init!r} has {len(start)} tokens: give at least as many, or a "
             "shorter text"
         )
-    return torch.cat([_INIT_STD * torch.randn(count - len(start), tower.width), start])
+    added = _INIT_STD * torch.randn(count - len(start), tower.width)
+    return torch.cat([added, start.to(added.device)])  # of shapes alone where the prompt is built without memory
 
 
 class PromptedClasses(nn.Module):

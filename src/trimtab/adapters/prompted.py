@@ -18,8 +18,8 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     check_still_there,
-    load_into,
     reading_config,
+    rebuilt,
     save_adapter,
 )
 from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
@@ -246,10 +246,8 @@ def load_prompt(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
     if not class_scale > 0:
         raise ModelError(f"{where} has class_scale={class_scale}, no number above 0: copy the folder again")
     tower = PromptTower(base)
-    prompt = StructuredPrompt(
-        from_mapping(PromptConfig, mapping, str(where)), tower, patch_width=patch_width, classes=len(classes)
-    )
-    load_into(prompt, described)
+    config = from_mapping(PromptConfig, mapping, str(where))
+    prompt = rebuilt(described, lambda: StructuredPrompt(config, tower, patch_width=patch_width, classes=len(classes)))
     return PromptAdapted(
         base,
         prompt,
