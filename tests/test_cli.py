@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 import trimtab
 from tiny_adapted import save_tiny_adapted
 from trimtab.cli import _Warnings, app
+from trimtab.cli.printing import say, show, tell
+from trimtab.recipes.info import describe
 from trimtab.towers.text_encoder import TextEncoder
 
 NAMES = ["cat", "dog", "bird"]
@@ -458,6 +460,31 @@ def test_a_warning_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         logger.removeHandler(handler)
     assert capsys.readouterr().err == "warning: 1 of 2 texts were [cut]\n"
+
+
+STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_nothing_of_a_users_text_steers_the_terminal(
+    tiny_base: Callable[[str], Any], tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    """Described models, messages and warnings are all printed by way of one helper."""
+    student = TextEncoder.load(tiny_folder("bert"), device="cpu")
+    folder = save_tiny_adapted(tmp_path / "zh", tiny_base("clip"), student)
+    raw = json.loads((folder / "adapter.json").read_text())
+    raw["data"][STEERING] = STEERING
+    (folder / "adapter.json").write_text(json.dumps(raw))
+    show(describe(str(folder)))
+    show([STEERING])
+    show({STEERING: {STEERING: [STEERING]}})
+    show(Path(STEERING))
+    say(STEERING, "yellow")
+    tell(STEERING)
+    told = capsys.readouterr()
+    told_by_an_error = refused("info", tmp_path / STEERING)
+    for text in (told.out, told.err, told_by_an_error):
+        assert "owned" in text
+        assert not set(text) & set("\x1b\x07\x9b\u202e")
 
 
 def test_evaluation_is_quiet_beside_its_result(clip: Path, data: Path) -> None:

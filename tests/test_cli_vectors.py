@@ -68,6 +68,25 @@ def test_texts_of_users_are_no_markup(tiny_folder: Callable[[str], Path], tmp_pa
     assert all(word in told for word in ("price [/kg]", "price [eur]", "[red]3", "[/]"))
 
 
+def test_texts_of_users_do_not_steer_the_terminal(
+    tiny_folder: Callable[[str], Path], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    steering = "\x1b[2J\x07\u202e"
+    clip, table, photos = tiny_folder("clip"), tmp_path / "t.csv", tmp_path / "photos"
+    table.write_text(f"text,price {steering}\na cat,{steering}3\n", encoding="utf-8")
+    photos.mkdir()
+    pictures[0].save(photos / "a.png")
+    (photos / f"{steering}.jpg").write_text("no picture")
+    told = run("embed", photos, "--model", clip, "--out", tmp_path / "p")
+    assert "left out" in told
+    keep = ("--keep", f"price {steering}")
+    told += run("embed", table, "--of", "texts", "--model", clip, "--out", tmp_path / "e", *keep)
+    run("index", tmp_path / "e", "--out", tmp_path / "i")
+    told += run("search", "a cat", "--index", tmp_path / "i")
+    assert "price \N{REPLACEMENT CHARACTER}[2J" in told
+    assert not set(told) & set("\x1b\x07\u202e")
+
+
 def test_not_all_of_very_many_skipped_items_are_said_to_be_listed(
     tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

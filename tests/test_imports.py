@@ -15,7 +15,7 @@ import trimtab
 SOURCE = Path(trimtab.__file__).parent
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
-GROUND = {"errors", "files"}
+GROUND = {"errors", "files", "controls"}
 CONFIG = {"config", "strict_yaml"}
 TORCH = {"precision"}
 LIGHT = {"__init__", "__main__", "cli"} | GROUND | CONFIG
@@ -23,6 +23,7 @@ LIGHT = {"__init__", "__main__", "cli"} | GROUND | CONFIG
 # What each room may import of the package, itself apart. `recipes` alone composes everything.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "controls": set(),
     "files": {"errors"},
     "strict_yaml": {"errors"},
     "config": {"errors", "strict_yaml"},

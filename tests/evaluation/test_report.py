@@ -155,6 +155,13 @@ def test_unprintable_characters_can_be_written(tmp_path: Path) -> None:
     assert "a\N{REPLACEMENT CHARACTER}b" in html.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("override", ["\u202e", "\u202a", "\u2066", "\u2069"])
+def test_no_text_turns_around_what_stands_beside_it(override: str) -> None:
+    for rendered in (render_html(report_of(f"a{override}b")), render_markdown(report_of(f"a{override}b"))):
+        assert override not in rendered
+        assert "a\N{REPLACEMENT CHARACTER}b" in rendered
+
+
 def test_nothing_is_fetched_and_nothing_runs(picture: Path) -> None:
     rendered = render_html(report_of("plain", picture))
     without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", rendered)

@@ -17,6 +17,7 @@ from trimtab import __version__
 from trimtab.cli import adapting, prompt, report, serve, vectors  # noqa: F401 - they add their commands
 from trimtab.cli.app import INTERRUPTED, app
 from trimtab.cli.printing import say
+from trimtab.controls import without_controls
 
 __all__ = ["INTERRUPTED", "app", "main"]
 
@@ -59,6 +60,6 @@ def main() -> None:
             if sys.stdout is not None:  # what it still holds would be written, and fail, once more at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(2)
-        traceback.print_exc()
+        print(without_controls(traceback.format_exc()), end="", file=sys.stderr)
         say(f"This is a bug in trimtab {__version__}: please report it with the text above and the command.", "red")
         sys.exit(1)

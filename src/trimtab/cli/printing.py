@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trimtab.controls import without_controls
+
 _SKIPPED_SHOWN = 5
 
 
@@ -21,8 +23,18 @@ def console() -> Console:
 
 
 def say(message: str, style: str) -> None:
-    """One line on stderr, as it is: messages hold paths and users' text, never markup."""
-    Console(stderr=True, highlight=False).print(Text(message, style=style), soft_wrap=True)
+    """One line on stderr: messages hold paths and users' text, never markup."""
+    Console(stderr=True, highlight=False).print(plain(message, style), soft_wrap=True)
+
+
+def tell(line: str) -> None:
+    """One line on stdout, whose text is a user's as in `say`."""
+    console().print(plain(line), soft_wrap=True)
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Text that is shown as it is, be it markup, without characters that steer a terminal. All of users goes by it."""
+    return Text(without_controls(str(text)), style=style)
 
 
 def show(result: Any) -> None:
@@ -32,13 +44,13 @@ def show(result: Any) -> None:
     elif isinstance(result, Path):
         show_written(result)
     elif result is not None:
-        console().print(Text(str(result)), soft_wrap=True)
+        tell(str(result))
 
 
 def show_written(*paths: Path | None) -> None:
     for path in paths:
         if path is not None:
-            console().print(Text(f"wrote {path}", style="green"), soft_wrap=True)
+            console().print(plain(f"wrote {path}", "green"), soft_wrap=True)
 
 
 def _facts(values: Mapping[str, Any]) -> Table:
@@ -47,11 +59,11 @@ def _facts(values: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            table.add_row(Text(str(name), style="bold"), "")
+            table.add_row(plain(name, "bold"), "")
             for inner, item in value.items():
-                table.add_row(Text(f"  {inner}"), Text(_value(item)))
+                table.add_row(plain(f"  {inner}"), plain(_value(item)))
         else:
-            table.add_row(Text(str(name)), Text(_value(value)))
+            table.add_row(plain(name), plain(_value(value)))
     return table
 
 
@@ -70,18 +82,18 @@ def _value(value: Any) -> str:
 
 
 def show_classification(result: Mapping[str, Any]) -> None:
-    table = Table("pictures", "classes", "top-1", "top-5", title=Text(result["model"]))
+    table = Table("pictures", "classes", "top-1", "top-5", title=plain(result["model"]))
     table.add_row(f"{result['n']:,}", f"{result['n_classes']:,}", f"{result['top1']:.2f}", f"{result['top5']:.2f}")
     console().print(table)
     templates = f"templates ({result['templates_for']}): {' | '.join(result['templates'])}"
     scored = "scored by the model's prompts; --template takes hand templates instead"
-    console().print(Text(scored if result["templates_for"] == "prompts" else templates), soft_wrap=True)
+    tell(scored if result["templates_for"] == "prompts" else templates)
     show_skipped(result)
 
 
 def show_retrieval(result: Mapping[str, Any]) -> None:
     recalls = list(result["t2i"])
-    table = Table("", *recalls, title=Text(result["model"]))
+    table = Table("", *recalls, title=plain(result["model"]))
     for key, words in (("t2i", "text finds image"), ("i2t", "image finds text")):
         table.add_row(words, *(f"{result[key][recall]:.2f}" for recall in recalls))
     console().print(table)

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from trimtab.cli.app import app
-from trimtab.cli.printing import console, show_written
+from trimtab.cli.printing import console, plain, show_written
 from trimtab.errors import TrimtabError
 
 
@@ -51,10 +50,10 @@ def fewshot(
     plan = Plan(numbers["shots"], numbers["seeds"], names, dataset)
     out = out or Path(f"{resolved.out.rstrip('/')}.fewshot.jsonl")
     runs = run(resolved, plan, out)
-    title = Text(f"{runs[0]['dataset']}: top-1, percent")
+    title = plain(f"{runs[0]['dataset']}: top-1, percent")
     table = Table("method", *(f"{count} shots" for count in plan.shots), title=title)
     for method, cells in mean_rows(runs).items():
-        table.add_row(method, *cells)
+        table.add_row(plain(method), *cells)
     console().print(table)
     html = write_fewshot_report(report, runs) if report else None
     show_written(out, html)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.app import Model, app
-from trimtab.cli.printing import console
+from trimtab.cli.printing import tell
 
 
 @app.command()
@@ -67,5 +67,5 @@ def serve(
         api_key_env=api_key_env,
         options=options,
         device=device,
-        tell=lambda line: console().print(line, soft_wrap=True, markup=False),
+        tell=tell,
     )

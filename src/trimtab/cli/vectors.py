@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trimtab.cli.app import Model, app
-from trimtab.cli.printing import console, say, show, show_written
+from trimtab.cli.printing import console, plain, say, show, show_written
 from trimtab.errors import TrimtabError
 
 _SHOWN = 5
@@ -223,15 +223,14 @@ def _part(text: str) -> tuple[int, int]:
 
 def _show_hits(found: list[dict[str, Any]]) -> None:
     from rich.table import Column, Table
-    from rich.text import Text
 
     columns = list(found[0]) if found else []
     if columns[:1] == ["id"] and len(columns) > 1 and all(one["id"] == one[columns[1]] for one in found):
         columns = columns[1:]  # a picture without an id of its own is known by its path
     columns = ["score", *(name for name in columns if name != "score")]
-    table = Table(*(Column(Text(name)) for name in columns))
+    table = Table(*(Column(plain(name)) for name in columns))
     for one in found:
-        table.add_row(*(Text(f"{one[name]:.3f}" if name == "score" else one[name]) for name in columns))
+        table.add_row(*(plain(f"{one[name]:.3f}" if name == "score" else one[name]) for name in columns))
     console().print(table)
 
 

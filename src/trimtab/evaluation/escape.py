@@ -6,8 +6,10 @@ import html
 import re
 from typing import NamedTuple
 
-# Control characters that HTML forbids, and lone surrogates, which cannot be written as UTF-8.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+from trimtab.controls import CONTROLS
+
+# Besides what HTML forbids, and lone surrogates, which cannot be written as UTF-8.
+_UNPRINTABLE = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff]")
 _MARKS = re.compile(r"([\\`*\[\]|~])|(?<!\w)(_)|(_)(?!\w)")
 
 

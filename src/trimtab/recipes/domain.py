@@ -17,6 +17,7 @@ import torch
 
 from trimtab.adapters.gate import Gated, fit_gate
 from trimtab.config import LARGEST_SCALE, ContrastiveConfig, DomainRecipe, MemoryBankConfig, to_mapping
+from trimtab.controls import without_controls
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
 from trimtab.errors import RecipeError
@@ -69,7 +70,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     method = METHODS[recipe.method](base, recipe)
     frozen = frozen_states(recipe, method, pairs.train, pairs.validation)
     if dry_run:
-        print(plan(recipe, pairs, method, frozen, asked))
+        print(without_controls(plan(recipe, pairs, method, frozen, asked)))
         return None
 
     before = measure(base, general) if world.is_main else {}

@@ -18,6 +18,7 @@ from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
 from trimtab.adapters.language import LanguageAdapter, masked_mean
 from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageRecipe, to_mapping, to_yaml
+from trimtab.controls import without_controls
 from trimtab.data.cache import CachedArrays, PackedStates, cache_bytes_needed, cached_states, cached_vectors
 from trimtab.data.parallel import ParallelText
 from trimtab.data.sampling import draw_epoch, steps_per_epoch
@@ -90,7 +91,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         output_dim=base.embedding_dim,
     )
     if dry_run:
-        print(plan(recipe, text, base, student, adapter))
+        print(without_controls(plan(recipe, text, base, student, adapter)))
         return None
 
     frozen = encode(recipe, text, base, student)

@@ -21,6 +21,7 @@ from trimtab.adapters.files import is_adapted_folder, is_composed_folder, read_a
 from trimtab.adapters.prompt import LINK, Pictures
 from trimtab.adapters.prompted import save_prompt
 from trimtab.config import PromptRecipe, to_mapping, to_yaml
+from trimtab.controls import without_controls
 from trimtab.data.labelled import LabelledPictures, load_labelled
 from trimtab.data.shots import apart, draw_shots
 from trimtab.errors import RecipeError
@@ -57,7 +58,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     base = load(recipe.base, device=str(make_accelerator().device))
     features = frozen_features(recipe, base, sets)
     if dry_run:
-        print(plan(recipe, base, sets, features))
+        print(without_controls(plan(recipe, base, sets, features)))
         return None
 
     clock = time.monotonic()
