@@ -284,6 +284,45 @@ def test_models_beside_the_folder_are_found(
         trimtab.load(saved, device="cpu")
 
 
+def test_an_uploaded_folder_names_no_place_and_can_be_loaded(
+    adapted: LanguageAdapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        def __init__(self, token: str | None = None) -> None:
+            self.token = token
+
+        def create_repo(self, repo_id: str, **_: Any) -> str:
+            return repo_id
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    folder = save(
+        tmp_path / "zh", adapted, recipe={"out": str(tmp_path / "zh")}, data={str(tmp_path / "pairs.csv"): {"pairs": 3}}
+    )
+    single = trimtab.load(folder, device="cpu")
+    together = trimtab.load(adapted.base.name, links=[folder], device="cpu")
+    for model, repository in ((single, "me/zh"), (together, "me/both")):
+        model.push_to_hub(repository)
+        uploaded = tmp_path / repository
+        texts = [path.read_text(encoding="utf-8") for path in uploaded.rglob("*") if path.suffix in (".json", ".md")]
+        parents = {str(place.parent) for place in (tmp_path, Path(adapted.base.name), Path(adapted.student.name))}
+        assert not [parent for parent in parents for text in texts if parent in text]
+        # What it was trained on is asked for, and not taken from a hub.
+        with pytest.raises(ModelError, match=r"no such folder: put it .*trimtab relocate"):
+            trimtab.load(uploaded, device="cpu")
+        places = {"base": adapted.base.name, "student": adapted.student.name}
+        again = trimtab.load(uploaded, device="cpu", **places)
+        assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
+    assert read_adapter(folder).recipe == {"out": str(tmp_path / "zh")}  # the folder itself keeps what it says
+    for model in (adapted.base, adapted.student):
+        shutil.copytree(model.name, tmp_path / "me" / Path(model.name).name)
+    for name in ("zh", "both"):
+        again = trimtab.load(tmp_path / "me" / name, device="cpu")
+        assert np.array_equal(again.encode_text(CORPUS), adapted.encode_text(CORPUS))
+
+
 def test_another_base_or_student_is_refused(adapted: LanguageAdapted, tiny_folder: Any, tmp_path: Path) -> None:
     import tiny_models
 

@@ -24,6 +24,7 @@ from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
 from trimtab.towers.passes import per_pass, results
+from trimtab.towers.publishing import hide_places
 from trimtab.towers.tokens import TextInputs
 from trimtab.towers.turns import Turn
 
@@ -422,6 +423,8 @@ class DualEncoder:
     ) -> str:
         """Upload what `save_pretrained` writes to a hub repository, made if need be; returns its address.
 
+        Of absolute paths in descriptions only the last part is uploaded.
+
         Raises:
             TrimtabError: the hub refused or cannot be reached.
         """
@@ -429,6 +432,7 @@ class DualEncoder:
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model")
+            hide_places(folder)
             try:
                 api = HfApi(token=token)
                 address = api.create_repo(repo_id, private=private, exist_ok=True)
