@@ -139,6 +139,15 @@ def test_dimensions_that_never_vary_stay_finite() -> None:
     torch.testing.assert_close(output[:, 2], torch.full((50,), -1.0), atol=1e-3, rtol=1e-3)
 
 
+def test_pairs_that_are_all_alike_give_their_target() -> None:
+    module = adapter()
+    states, features = torch.full((1, INPUT), 0.3).expand(20, -1), torch.linspace(-1, 1, OUTPUT).expand(20, -1)
+    module.set_statistics(states, features)
+    module.fit_linear(states, features, ridge=0.01)
+    found = module(states[:1, None], torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(found, features[:1], rtol=0, atol=1e-5)
+
+
 def test_units_are_kept_with_the_weights() -> None:
     module = adapter(trained=True)
     again = adapter(seed=1)

@@ -40,6 +40,21 @@ def test_rows_that_are_all_but_equal_give_their_target(spread: float, ridge: flo
     torch.testing.assert_close(x.double() @ weight.T + bias, y.double(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rows_that_do_not_vary_get_no_weight(value: float) -> None:
+    sums = RidgeSums(6, 3)
+    sums.add(torch.full((20, 6), value), torch.tensor([1.0, 2.0, 3.0]).expand(20, -1))
+    weight, bias = sums.solve(ridge=0.01)
+    assert weight.abs().max() == 0
+    torch.testing.assert_close(bias, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+
+def test_nan_stays_nan() -> None:
+    sums = RidgeSums(2, 1)
+    sums.add(torch.full((5, 2), torch.nan), torch.ones(5, 1))
+    assert sums.solve(ridge=0.01)[0].isnan().all()
+
+
 def test_a_singular_system_has_its_smallest_solution() -> None:
     """Two inputs that are the same share the weight that one of them would have."""
     torch.manual_seed(0)

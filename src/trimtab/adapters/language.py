@@ -138,8 +138,8 @@ class LanguageAdapter(nn.Module):
         ):
             spread = sample.double().std(dim=0)
             mean.copy_(sample.double().mean(dim=0))
-            # Some towers have dimensions that never vary.
-            std.copy_(spread.clamp_min(1e-2 * spread.mean()))
+            # Some towers have dimensions that never vary; texts that are all alike have no others.
+            std.copy_(spread.clamp_min(1e-2 * spread.mean() if spread.any() else 1))
 
     @torch.no_grad()
     def fit_linear(self, pooled: Tensor, targets: Tensor, *, ridge: float, weights: Tensor | None = None) -> None:

@@ -57,6 +57,6 @@ def _solved(gram: Tensor, cross: Tensor, *, noise: float) -> Tensor:
     """
     with contextlib.suppress(torch.linalg.LinAlgError):
         solution = torch.linalg.solve(gram, cross)
-        if solution.isfinite().all():
+        if solution.isfinite().all() or not gram.isfinite().all():  # of NaN there is no other solution
             return solution
     return torch.linalg.pinv(gram, atol=noise, rtol=0.0, hermitian=True) @ cross
