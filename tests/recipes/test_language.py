@@ -242,6 +242,23 @@ def test_the_adapter_starts_in_the_teachers_units(init: str, encoded: Any) -> No
     assert error < 0.6 if init == "ridge" else error > 0.9
 
 
+def test_units_of_the_student_are_estimated_from_what_memory_bears(
+    encoded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text, frozen = encoded
+    sample = np.arange(len(text.train))
+    every = np.concatenate([frozen.states[i] for i in sample])
+    assert np.array_equal(language.some_states(frozen.states, sample).numpy(), every)  # nothing is left out of few
+    few = sum(frozen.states.lengths[:7])
+    for room in (few * frozen.states.dim, (few + 1) * frozen.states.dim):
+        monkeypatch.setattr(language, "_STATE_NUMBERS", room)
+        some = language.some_states(frozen.states, sample)
+        assert some.dtype == torch.float64
+        assert np.array_equal(some.numpy(), every[:few])
+    monkeypatch.setattr(language, "_STATE_NUMBERS", 1)
+    assert len(language.some_states(frozen.states, sample)) == frozen.states.lengths[0]
+
+
 def test_validation_of_the_teacher_itself_is_perfect(encoded: Any) -> None:
     _, text, frozen = encoded
 

@@ -131,13 +131,17 @@ class LanguageAdapter(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, states: Tensor, features: Tensor) -> None:
-        """Fix the units of both ends, from a sample of token states (N, H) and of the teacher's features (M, D)."""
+        """Fix the units of both ends, from a sample of token states (N, H) and of the teacher's features (M, D).
+
+        What is in float64 already is not copied.
+        """
         for mean, std, sample in (
             (self.input_mean, self.input_std, states),
             (self.output_mean, self.output_std, features),
         ):
-            spread = sample.double().std(dim=0)
-            mean.copy_(sample.double().mean(dim=0))
+            wide = sample.double()
+            spread = wide.std(dim=0)
+            mean.copy_(wide.mean(dim=0))
             # Some towers have dimensions that never vary; texts that are all alike have no others.
             std.copy_(spread.clamp_min(1e-2 * spread.mean() if spread.any() else 1))
 

@@ -44,6 +44,7 @@ from trimtab.training.trackers import progress_reporter
 
 RIDGE = 1e-2
 _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
+_STATE_NUMBERS = 250_000_000  # of token states, from which the student's units are estimated: 2 GB in float64
 _BATCH = 1000  # pairs that are pooled at a time
 _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE = 0.3
@@ -232,8 +233,7 @@ def start_adapter(
     rng = np.random.default_rng(recipe.seed)
     sample = rng.choice(len(probability), size=min(_SAMPLE, 4 * len(probability)), p=probability)
     teacher = torch.from_numpy(frozen.teacher[frozen.english[sample]].astype(np.float32))
-    tokens = np.concatenate([frozen.states[i] for i in sample[:5000]]).astype(np.float32)
-    adapter.set_statistics(torch.from_numpy(tokens), teacher)
+    adapter.set_statistics(some_states(frozen.states, sample[:5000]), teacher)
     if recipe.adapter.init == "ridge":
         sums = RidgeSums(len(adapter.input_mean), len(adapter.output_mean))
         # Texts of like length together need little padding; the sums do not depend on the order.
@@ -246,6 +246,15 @@ def start_adapter(
             adapter.add_to(sums, pooled, targets, torch.from_numpy(probability[rows]))
         adapter.set_linear(sums, ridge=RIDGE)
     return Standardiser.fit(teacher)
+
+
+def some_states(states: PackedStates, sample: np.ndarray) -> Tensor:
+    """Token states (N, H) float64 of the sample's first texts, as many as memory bears: wide students of long texts
+    have a thousand times the numbers of short words."""
+    numbers = np.cumsum(states.lengths[sample]) * states.dim
+    count = max(1, int(np.searchsorted(numbers, _STATE_NUMBERS, side="right")))
+    # Widened here, as the statistics are taken in float64 anyway: another copy would be the largest thing in memory.
+    return torch.from_numpy(np.concatenate([states[i] for i in sample[:count]])).double()
 
 
 def validate(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> dict[str, float]:
