@@ -29,7 +29,7 @@ from tiny_language import in_small_chunks, merged, signal_at, toy_mapping, toy_p
 from trimtab.adapters.adapted import LanguageAdapted
 from trimtab.cli import app
 from trimtab.config import load_recipe, recipe_from_mapping, to_yaml
-from trimtab.errors import RecipeError, TrimtabError
+from trimtab.errors import ModelError, RecipeError, TrimtabError
 from trimtab.evaluation.matching import translation_match
 from trimtab.recipes import language
 from trimtab.recipes.adapt import adapt
@@ -340,6 +340,20 @@ def test_a_run_leaves_the_callers_generators_as_they_were(toy: Any) -> None:
     torch.manual_seed(5)
     adapt(toy(training={"epochs": 1}))
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_mistakes_that_cost_hours_are_refused_before_encoding(
+    dry_run: bool, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy(training={"epochs": 1})
+    adapt(recipe)
+    monkeypatch.setattr(language, "encode", None)
+    monkeypatch.setattr(language, "plan", None)
+    with pytest.raises(RecipeError, match=r"out\.training holds a run of another recipe"):
+        adapt(recipe, ["training.epochs=2"], dry_run=dry_run)
+    with pytest.raises(ModelError, match=r"layers=\[7\]: .* has layers 0 to"):
+        adapt(recipe, ["student.layers=[7]", f"out={tmp_path / 'other'}"], dry_run=dry_run)
 
 
 def test_kill_9_in_training_then_resume(toy: Any, tmp_path: Path, finished: dict[str, Any], capfd: Any) -> None:

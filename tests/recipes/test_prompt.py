@@ -214,6 +214,26 @@ def test_killed_and_started_again_it_ends_the_same(toy: Callable[..., Path], tmp
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_another_recipe_in_the_same_folder_is_refused_before_encoding(
+    toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy(context={"steps": 5}, training={"epochs": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTask, "step", PromptTask.step)  # to be put back
+        signal_at(PromptTask, 3, signal.SIGTERM)
+        with pytest.raises(TrainingStopped, match="step 3 of 5"):
+            adapt(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_recipe, "frozen_features", None)
+        with pytest.raises(RecipeError, match=r"out\.training/context holds a run of another recipe \(step 3\)"):
+            adapt(path, ["seed=1"])
+    assert adapt(path) is not None
+    monkeypatch.setattr(prompt_recipe, "frozen_features", None)
+    for dry_run in (False, True):
+        with pytest.raises(RecipeError, match=r"out\.training holds a run of another recipe"):
+            adapt(path, ["seed=1", "context=null"], dry_run=dry_run)
+
+
 def test_the_context_may_learn_first(places: tuple[Path, Path], tmp_path: Path) -> None:
     """And names that training did not have are then read behind what it learned."""
     recipe = toy_recipe(*places, tmp_path / "out", prompt={"domain": {"tokens": 1}}, context={"steps": 8})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import RecipeError, TrimtabError
 from trimtab.training import checkpoint
 from trimtab.training.checkpoint import Checkpoint, CheckpointFolder
 
@@ -37,6 +37,31 @@ def test_round_trip_is_exact_and_keeps_the_last_two(tmp_path):
     for name, tensor in some(300).tensors.items():
         assert loaded.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.tensors[name].nan_to_num(), tensor.nan_to_num())
+
+
+def test_another_digest_is_refused_by_the_header(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path / "new")
+    folder.check("recipe-1")  # nothing is there, nor made
+    assert not folder.folder.exists()
+    folder = CheckpointFolder(tmp_path)
+    for step, digest in ((1, "recipe-1"), (2, "recipe-2")):
+        folder.save(step, Checkpoint(some(step).tensors, {"step": step, "digest": digest}))
+    with pytest.raises(RecipeError, match=r"another recipe \(step 2\).*choose another out=.*delete that folder"):
+        folder.check("recipe-1")
+    monkeypatch.setattr(checkpoint, "read", None)  # tensors are large
+    folder.check("recipe-2")
+
+
+@pytest.mark.parametrize("harm", ["empty", "digest"])
+def test_damage_is_no_other_recipe(tmp_path, harm):
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        path = folder.save(step, Checkpoint(some(step).tensors, {"step": step, "digest": "recipe-1"}))
+    path.write_bytes(b"" if harm == "empty" else path.read_bytes().replace(b"recipe-1", b"recipe-3"))
+    folder.check("recipe-1")
+    assert path in folder.files()  # setting it aside is the run's
+    with pytest.raises(RecipeError, match=r"step 1"):
+        folder.check("recipe-2")
 
 
 def test_shared_memory_can_be_saved(tmp_path):

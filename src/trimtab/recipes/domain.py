@@ -38,6 +38,7 @@ from trimtab.towers.hf import load_base, portable
 from trimtab.towers.map_views import draw_numbers
 from trimtab.towers.memory import PairMemory
 from trimtab.training import distributed
+from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.distributed import World
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
@@ -66,6 +67,8 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     world = distributed.checked_world(accelerator, recipe.training.processes)
     base = load_base(recipe.base, device=str(world.device))
     check_scale(recipe.objective, base)
+    digest = digest_of(recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, *base.digests)
+    CheckpointFolder(training_folder(recipe.out)).check(digest)
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method](base, recipe)
     frozen = frozen_states(recipe, method, pairs.train, pairs.validation)
@@ -90,9 +93,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             steps_per_epoch=steps_per_epoch(drawn, recipe.training.batch_size),
             settings=recipe.training,
             checkpoint_dir=training_folder(recipe.out),
-            digest=digest_of(
-                recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, *base.digests
-            ),
+            digest=digest,
             seed=recipe.seed,
             validate=lambda _: validate(frozen, pairs, gated),
             select=select,

@@ -38,6 +38,7 @@ from trimtab.towers.memory import PairMemory
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 from trimtab.training import distributed
+from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
 from trimtab.training.trackers import progress_reporter
@@ -85,6 +86,15 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     base = load_base(recipe.base, device=device)
     student = TextEncoder.load(recipe.student.name, prefix=recipe.student.prefix, device=device)
     check_pairing(recipe, base, student, text.train)
+    digest = digest_of(
+        recipe_digest(recipe),
+        text.train.digest,
+        text.validation.digest,
+        *base.digests,
+        student.fingerprint,
+        str(student.max_tokens),
+    )
+    CheckpointFolder(training_folder(recipe.out)).check(digest)
     torch.manual_seed(recipe.seed)
     adapter = LanguageAdapter(  # what is trained has no memory yet: what is kept there depends on it
         replace(recipe.adapter, memory=0),
@@ -120,14 +130,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         steps_per_epoch=steps_per_epoch(pairs, recipe.training.batch_size),
         settings=recipe.training,
         checkpoint_dir=training_folder(recipe.out),
-        digest=digest_of(
-            recipe_digest(recipe),
-            text.train.digest,
-            text.validation.digest,
-            *base.digests,
-            student.fingerprint,
-            str(student.max_tokens),
-        ),
+        digest=digest,
         seed=recipe.seed,
         validate=lambda _: validate(task, frozen, text),
         # With few pairs nothing that is trained beats the closed form.
@@ -159,12 +162,14 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
 
 
 def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder, train: ParallelText) -> None:
-    """Refuse a student that cannot read a target language, and routing by script where scripts are the same.
+    """Refuse a student that cannot read a target language or lacks a layer, and routing by script where scripts are the
+    same.
 
     Raises:
-        ModelError: naming base and student.
+        ModelError: naming base and student, or the layers that there are.
         RecipeError: naming the language.
     """
+    student.states(["a"], recipe.student.layers)
     tokenizer = student.text_inputs.tokenizer
     by_language: dict[str, list[str]] = {}
     for target, language in zip(train.targets, train.languages, strict=True):

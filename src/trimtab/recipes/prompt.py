@@ -31,7 +31,15 @@ from trimtab.recipes.decoding import decoding
 from trimtab.recipes.estimates import about
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.prompt_features import PictureFeatures
-from trimtab.recipes.prompt_fit import FittedPrompt, LabelledFeatures, fit_prompt, new_prompt, new_task, steps_per_epoch
+from trimtab.recipes.prompt_fit import (
+    FittedPrompt,
+    LabelledFeatures,
+    check_checkpoints,
+    fit_prompt,
+    new_prompt,
+    new_task,
+    steps_per_epoch,
+)
 from trimtab.recipes.prompt_report import write_prompt_report
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
@@ -56,6 +64,8 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     check_no_prompts(recipe.base)
     sets = read_sets(recipe)
     base = load(recipe.base, device=str(make_accelerator().device))
+    digest = digest_of(recipe_digest(recipe), sets.train.digest, sets.validation.digest, *base.digests)
+    check_checkpoints(recipe, training_folder(recipe.out), digest)
     features = frozen_features(recipe, base, sets)
     if dry_run:
         print(without_controls(plan(recipe, base, sets, features)))
@@ -67,7 +77,6 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
             part.fill(progress=report)
     encoding = time.monotonic() - clock
     labelled = {name: LabelledFeatures(features[name], pictures.labels) for name, pictures in sets.as_dict().items()}
-    digests = [pictures.digest for pictures in (sets.train, sets.validation)]
     fitted = fit_prompt(
         base,
         recipe,
@@ -76,7 +85,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         sets.train.classes,
         recipe.seed,
         checkpoints=training_folder(recipe.out),
-        digest=digest_of(recipe_digest(recipe), *digests, *base.digests),
+        digest=digest,
         run_config=to_mapping(recipe),
         show_progress=True,
     )

@@ -23,11 +23,13 @@ from trimtab.towers.classifier import check_class_names, class_vectors, softmax
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
 from trimtab.towers.scripts import default_templates
+from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
 
 _ORDER_STREAM, _VIEW_STREAM = 5, 6  # so that orders, views and shots are drawn independently
 _EVALUATED_AT_ONCE = 64
+_CONTEXT = "context"  # folder of the checkpoints of tokens that learn first
 # What class vectors are solved with, the strongest penalty first.
 _PENALTIES = (0.3, 0.03, 0.003, 0.0003)
 _TEXT_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
@@ -115,6 +117,21 @@ class FittedPrompt:
         return replace(self, task=task.eval(), validation={}, history=[])
 
 
+def check_checkpoints(recipe: PromptRecipe, checkpoints: Path, digest: str) -> None:
+    """Refuse what `fit_prompt` would refuse to resume once features are there; arguments as for it.
+
+    Raises:
+        RecipeError: the checkpoints are of another recipe.
+    """
+    if recipe.resolved().context is not None:
+        CheckpointFolder(checkpoints / _CONTEXT).check(_of_context(digest))
+    CheckpointFolder(checkpoints).check(digest)
+
+
+def _of_context(digest: str) -> str:
+    return f"{digest} context"
+
+
 def fit_prompt(
     base: DualEncoder,
     recipe: PromptRecipe,
@@ -157,8 +174,8 @@ def fit_prompt(
             validation_set,
             names,
             seed,
-            checkpoints=checkpoints and checkpoints / "context",
-            digest=f"{digest} context",
+            checkpoints=checkpoints and checkpoints / _CONTEXT,
+            digest=_of_context(digest),
             show_progress=show_progress,
             last=False,
         )

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import RecipeError, TrimtabError
 from trimtab.files import atomic_path, explain_disk_errors
 
 _SCHEMA = 1
@@ -120,6 +120,34 @@ class CheckpointFolder:
             raise TrimtabError(f"every checkpoint in {self.folder} is damaged; delete the folder to start again")
         return None
 
+    def check(self, digest: str) -> None:
+        """Refuse, before hours of work, what `compare` would refuse after them. Nothing is written.
+
+        Raises:
+            RecipeError: the newest undamaged checkpoint is of another digest.
+        """
+        for path in reversed(self.files()):
+            try:
+                state = _document(path)
+                if state.get("digest") != digest:
+                    state = read(path).state  # all of it: a digest that was damaged is not another one
+            except _Damaged:
+                continue
+            return self.compare(state, digest)
+
+    def compare(self, state: Mapping[str, Any], digest: str) -> None:
+        """Refuse a checkpoint's state of another digest.
+
+        Raises:
+            RecipeError: with what can be done.
+        """
+        if state["digest"] != digest:
+            raise RecipeError(
+                f"{self.folder} holds a run of another recipe (step {state['step']}), of other data or of another "
+                "base; undo the change to resume it, or keep it and choose another out=..., or delete that folder to "
+                "start again"
+            )
+
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, each with memory of its own, as the format wants it; copied only where that is not so already."""
@@ -136,6 +164,16 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 class _Damaged(Exception):  # noqa: N818 - never leaves this module
     pass
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """A checkpoint's document as its header has it, without its tensors."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            document: dict[str, Any] = json.loads((stream.metadata() or {})["document"])
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise _Damaged(str(error)) from error
+    return document
 
 
 def read(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.config import TrainingConfig
-from trimtab.errors import ModelError, RecipeError, TrainingStopped, TrimtabError
+from trimtab.errors import ModelError, TrainingStopped, TrimtabError
 from trimtab.training import distributed
 from trimtab.training.checkpoint import (
     Checkpoint,
@@ -243,12 +243,7 @@ class Run:
             if self.average:
                 self.average = weight_average(self.named, self.settings, self.total)
             return
-        if saved.state["digest"] != self.digest:
-            raise RecipeError(
-                f"{self.folder.folder} holds a run of another recipe (step {saved.state['step']}), of other data or of "
-                "another base; undo the change to resume it, or keep it and choose another out=..., or delete that "
-                "folder to start again"
-            )
+        self.folder.compare(saved.state, self.digest)
         try:
             self.modules.load_state_dict(saved.part("model"))
             load_optimizer(self.optimizer, self.named, saved.part("optimizer"))
