@@ -204,6 +204,40 @@ def test_split_is_seeded_and_of_the_size_asked_for() -> None:
     assert train.targets == sorted(train.targets, key=lambda text: int(text[1:])), "order is kept"
 
 
+def of_languages(**counts: int) -> ParallelText:
+    parts = [
+        ParallelText.from_pairs([(f"{tag}{i}", f"{tag} e{i}") for i in range(count)], tag)
+        for tag, count in counts.items()
+    ]
+    return parts[0].concat(*parts[1:])
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "expected"),
+    [
+        ({"zh": 3000, "ja": 1000}, 400, {"zh": 300, "ja": 100}),
+        ({"zh": 5000, "de": 200, "ja": 30}, 500, {"zh": 477, "de": 20, "ja": 3}),
+        ({"zh": 60_000, "de": 2000}, 1000, {"zh": 900, "de": 100}),
+        (
+            {"zh": 2000, "de": 2000, "ja": 1000},
+            30,
+            {"zh": 10, "de": 10, "ja": 10},
+        ),  # room for a part of what each needs
+        ({"zh": 40, "de": 9}, 2, {"zh": 2}),
+    ],
+)
+def test_each_language_has_its_part_of_validation(counts: dict[str, int], size: int, expected: dict[str, int]) -> None:
+    _, validation = check_split(of_languages(**counts), size, seed=0)
+    assert validation.language_counts() == expected
+
+
+def test_a_small_language_is_validated_though_its_english_is_another_ones_too() -> None:
+    pairs = ParallelText.from_pairs([(f"zh{i}", f"e{i}") for i in range(3000)], "zh")
+    pairs = pairs.concat(ParallelText.from_pairs([(f"de{i}", f"e{i}") for i in range(500)], "de"))
+    _, validation = check_split(pairs, 300, seed=0)
+    assert validation.language_counts() == {"zh": 250, "de": 50}
+
+
 def test_a_giant_group_stays_in_training() -> None:
     tied = [(f"word{i}", "to do") for i in range(1000)]
     single = [(f"t{i}", f"e{i}") for i in range(300)]

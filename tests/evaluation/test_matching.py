@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import ModelError
 from trimtab.evaluation import mean_pairwise_cosine, translation_match
+from trimtab.evaluation.matching import match_of_parts
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -42,6 +43,17 @@ def test_groups_hold_vectors_together_that_half_precision_set_apart() -> None:
     student = np.array([[1, 0.3], [1, -0.1], [0, 1]], np.float32)
     assert translation_match(student, teacher).accuracy < 100
     assert translation_match(student, teacher, groups=["dog", "dog", "sky"]).accuracy == 100.0
+
+
+def test_parts_look_among_all_pairs() -> None:
+    teacher = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    student = np.array([[1, 0, 0], [0, 1, 0], [0.1, 1, 0.2]], np.float32)  # the last is nearest to another part's
+    parts = {"zh": np.array([True, True, False]), "de": np.array([False, False, True])}
+    found = match_of_parts(student, teacher, parts)
+    assert (found["zh"].accuracy, found["zh"].n) == (100, 2)
+    assert (found["de"].student_to_teacher, found["de"].teacher_to_student, found["de"].n) == (0, 100, 1)
+    whole = translation_match(student, teacher)
+    assert whole.accuracy == pytest.approx((2 * found["zh"].accuracy + found["de"].accuracy) / 3)
 
 
 def test_a_collapsed_student_scores_nothing() -> None:

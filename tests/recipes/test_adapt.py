@@ -177,6 +177,7 @@ def test_it_learns(finished: dict[str, Any]) -> None:
     losses = [record["loss"] for record in outcome["history"] if record["kind"] == "train"]
     assert losses[-1] < 0.8 * losses[0]
     assert (outcome["pairs"], outcome["steps"]) == (350, 100)
+    assert "match_zh" not in outcome["validation"]  # one language needs no figure of its own
     assert outcome["languages"] == {"zh": 350}
     assert outcome["validation"]["match"] == max(
         record["match"] for record in outcome["history"] if record["kind"] == "validation"
@@ -281,6 +282,12 @@ def test_several_languages_are_drawn_in_balance(
     counts = outcome["languages"]
     assert counts["zh"] > 3 * counts["ja"] > 0
     assert outcome["validation"]["match"] > 10 * CHANCE
+    assert outcome["validation_languages"] == {"zh": 40, "ja": 10}
+    one, other = outcome["validation"]["match_zh"], outcome["validation"]["match_ja"]
+    assert outcome["validation"]["match"] == (one + other) / 2
+    described = json.loads((tmp_path / "out" / "adapter.json").read_text(encoding="utf-8"))
+    assert described["metrics"]["match_ja"] == other
+    assert described["data"]["validation_languages"] == {"zh": 40, "ja": 10}
     # Training pairs keep the order of their sources: Chinese first.
     assert np.mean(np.concatenate(drawn) >= counts["zh"]) == pytest.approx(0.5, abs=0.01)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,23 @@ def test_validation_of_the_teacher_itself_is_perfect(encoded: Any) -> None:
     assert figures["collapse"] == pytest.approx(0, abs=1e-6)
 
 
+def test_match_is_the_mean_of_languages(encoded: Any) -> None:
+    _, text, frozen = encoded
+    few = 5
+    languages = ["ja"] * few + ["zh"] * (len(text.validation) - few)
+    text = replace(text, validation=replace(text.validation, languages=languages))
+    teacher = np.asarray(frozen.teacher[frozen.validation], np.float32)
+
+    class KnowsOne:
+        def features(self, states: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+            return np.concatenate([-teacher[:few], teacher[few:]])
+
+    figures = language.validate(KnowsOne(), frozen, text)
+    assert figures["match_ja"] == 0
+    assert figures["match_zh"] > 90
+    assert figures["match"] == figures["match_zh"] / 2
+
+
 def test_a_constant_output_is_a_collapse(encoded: Any) -> None:
     _, text, frozen = encoded
 
@@ -291,6 +309,33 @@ def test_narrowing(student: float, teacher: float, expected: float) -> None:
     assert language.narrowing(student, teacher) == pytest.approx(expected)
 
 
+# Weights of sources
+
+
+@pytest.mark.parametrize(
+    ("sources", "changes", "warned"),
+    [
+        ([{"path": "a.csv", "weight": 3}], {}, ["a.csv"]),
+        ([{"path": "a.csv"}], {}, []),
+        ([{"path": "a.csv", "weight": 3}], {"templates": 5}, []),  # relative to these
+        ([{"path": "a.csv", "weight": 3}, "cedict"], {}, []),
+        ([{"path": "a.csv", "weight": 3}, "cldr:zh"], {}, []),
+        ([{"path": "a.csv", "weight": 3}, {"path": "cldr:de_AT", "weight": 2}], {}, ["a.csv", "cldr:de_AT"]),
+        ([{"path": "a.csv", "weight": 3}, {"path": "b.csv", "language": "ZH"}], {}, []),
+        ([{"path": "a.csv", "weight": 3, "language": "en"}], {}, []),  # a column names them
+        (["cedict", {"path": "imagenet21k", "language": "en", "weight": 2}], {}, []),
+    ],
+)
+def test_a_weight_that_changes_nothing_is_told(
+    sources: list[Any], changes: Any, warned: list[str], make: Any, caplog: Any
+) -> None:
+    data = make(data={"train": sources, **changes}).data
+    found = [("de", ["Hund"])] if "cldr:de_AT" in warned else []
+    language.warn_of_idle_weights(data, texts(("zh", ["狗"]), ("en", ["dog"]), *found))
+    assert [message.split()[0] for message in caplog.messages] == warned
+    assert all("is the only source of its language" in message for message in caplog.messages)
+
+
 # The model card
 
 
@@ -302,6 +347,11 @@ def test_the_card_is_read_by_machines_and_people(make: Any) -> None:
     assert "1,234,567 pairs" in card
     assert "| match | 46.5 |" in card
     assert "sent to the base's own text tower" in card
+    assert "of several languages" not in card
+    several = language.model_card(
+        make(), ["zh", "de"], {}, {**outcome, "validation_languages": {"zh": 900, "de": 1000}}
+    )
+    assert "of several languages the mean (validation pairs: zh 900, de 1,000)" in several
     assert "read by the adapter as well" in language.model_card(make(english="adapter"), ["zh"], {}, outcome)
 
 

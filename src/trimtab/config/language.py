@@ -19,7 +19,8 @@ class TextSource:
         target: column with the target-language text.
         english: column with its English translation.
         language: code of the target language; a column ``language`` in the file takes precedence.
-        weight: how often its pairs are drawn relative to other sources' pairs.
+        weight: how often its pairs are drawn relative to other pairs of the same language; how often languages are
+            drawn says `LanguageData.language_balance`.
         limit: use at most this many pairs, those of highest weight first.
     """
 

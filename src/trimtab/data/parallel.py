@@ -26,6 +26,7 @@ _JUNK = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff]")
 _SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
 # Added to both lengths before their ratio is taken, so that one-word entries with a long gloss stay.
 _RATIO_OFFSET = 16
+_FEWEST_VALIDATED = 100  # pairs of each of several languages; of one that has fewer than 1,000, a tenth of them
 
 
 @dataclass(eq=False)
@@ -248,6 +249,8 @@ def split_validation(pairs: ParallelText, size: int, seed: int) -> tuple[Paralle
     common short glosses tie together, always stay in training. Where groups do not add up to `size`,
     validation is smaller.
 
+    Of several languages each gets its share of `size`, and small ones 100 pairs or a tenth of theirs if there is room.
+
     Returns:
         (train, validation), each in the order of `pairs`.
 
@@ -258,24 +261,50 @@ def split_validation(pairs: ParallelText, size: int, seed: int) -> tuple[Paralle
         raise RecipeError(f"validation size is {size}; it must be at least 1")
     if size >= len(pairs):
         raise DataError(f"cannot set {size} of {len(pairs)} pairs aside for validation: ask for fewer")
-    group = _groups(pairs)
-    group_size = np.bincount(group)
-    largest = max(4, len(pairs) // 100)
-    chosen = np.zeros(len(group_size), bool)
-    room = size
-    for candidate in np.random.default_rng(seed).permutation(len(group_size)).tolist():
-        if group_size[candidate] <= min(room, largest):
-            chosen[candidate] = True
-            room -= int(group_size[candidate])
-            if not room:
-                break
-    held_out = chosen[group]
+    held_out = _draw_groups(pairs, size, seed)
     if not held_out.any():
         raise DataError(
             f"cannot set {size} of {len(pairs)} pairs aside for validation: nearly all share a sentence with "
             "another; give a validation file of its own"
         )
     return pairs.take(np.flatnonzero(~held_out)), pairs.take(np.flatnonzero(held_out))
+
+
+def _draw_groups(pairs: ParallelText, size: int, seed: int) -> np.ndarray:
+    """Which pairs (N,) are of the groups that `split_validation` draws."""
+    group = _groups(pairs)
+    sizes = np.bincount(group)
+    fits = sizes <= max(4, len(pairs) // 100)
+    _, language = np.unique(np.asarray(pairs.languages, dtype=object), return_inverse=True)
+    counts = np.bincount(language)
+    room, left = _shares(counts, size), size
+    by_group, first = np.argsort(group, kind="stable"), np.cumsum(sizes) - sizes
+    chosen = np.zeros(len(sizes), bool)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    # Small languages first: their groups may take pairs of large ones along, which have room for that.
+    for one in np.argsort(counts, kind="stable").tolist():
+        own = np.bincount(group[language == one], minlength=len(sizes))
+        for candidate in order[(own > 0)[order] & (fits & ~chosen)[order]].tolist():
+            if min(room[one], left) <= 0:
+                break
+            if own[candidate] <= room[one] and sizes[candidate] <= left:
+                chosen[candidate] = True
+                members = by_group[first[candidate] : first[candidate] + sizes[candidate]]
+                room -= np.bincount(language[members], minlength=len(room))
+                left -= int(sizes[candidate])
+    return chosen[group]
+
+
+def _shares(counts: np.ndarray, size: int) -> np.ndarray:
+    """How many of `size` pairs are for each language (L,): in proportion to its pairs, of small ones some at least."""
+    least = np.minimum(_FEWEST_VALIDATED, counts // 10)
+    above = np.maximum(size * counts / counts.sum() - least, 0)
+    if least.sum() > size:
+        shares = least * size // least.sum()
+    else:
+        shares = least + ((size - least.sum()) * above / max(above.sum(), 1e-9)).astype(np.int64)
+    shares[counts.argmax()] += size - shares.sum()
+    return shares
 
 
 def _groups(pairs: ParallelText) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -40,11 +41,14 @@ class MatchResult:
         }
 
 
+Groups: TypeAlias = "Sequence[str] | Sequence[int] | np.ndarray | None"
+
+
 def translation_match(
     student: np.ndarray,
     teacher: np.ndarray,
     *,
-    groups: Sequence[str] | Sequence[int] | np.ndarray | None = None,
+    groups: Groups = None,
     chunk: int = CHUNK,
 ) -> MatchResult:
     """Among N pairs, how often each side's nearest vector (by cosine) is its partner's.
@@ -63,6 +67,22 @@ def translation_match(
         ValueError: when shapes differ or there is no pair.
         ModelError: when a value is not finite.
     """
+    return match_of_parts(student, teacher, {"": np.ones(len(student), bool)}, groups=groups, chunk=chunk)[""]
+
+
+def match_of_parts(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    *,
+    groups: Groups = None,
+    chunk: int = CHUNK,
+) -> dict[str, MatchResult]:
+    """As `translation_match`, for the pairs of each part, such as a language; the nearest vector is that of all pairs.
+
+    Args:
+        parts: name -> (N,) bool, which pairs are of it.
+    """
     if student.shape != teacher.shape or student.ndim != 2 or not len(student):
         raise ValueError(f"student {student.shape} and teacher {teacher.shape} must be equal (N, D) with N > 0")
     if groups is not None and len(groups) != len(student):
@@ -75,9 +95,12 @@ def translation_match(
     member = member.reshape(-1)
     pairs = np.stack([np.arange(len(student)), member], axis=1)
     ranks = rank_embeddings(student, teacher[first], pairs, chunk=chunk)
-    forward = 100 * float(np.mean(ranks.rows == 1))
-    backward = 100 * float(np.mean(ranks.columns[member] == 1))
-    return MatchResult((forward + backward) / 2, forward, backward, len(student))
+    found = {}
+    for name, part in parts.items():
+        forward = 100 * float(np.mean(ranks.rows[part] == 1))
+        backward = 100 * float(np.mean(ranks.columns[member[part]] == 1))
+        found[name] = MatchResult((forward + backward) / 2, forward, backward, int(part.sum()))
+    return found
 
 
 def mean_pairwise_cosine(vectors: np.ndarray) -> float:

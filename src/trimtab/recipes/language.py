@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,20 +19,20 @@ from trimtab.adapters.cards import card_head, shown_name
 from trimtab.adapters.files import BaseReference, StudentReference, save_adapter
 from trimtab.adapters.language import LanguageAdapter, masked_mean
 from trimtab.adapters.ridge import RidgeSums
-from trimtab.config import LanguageRecipe, to_mapping, to_yaml
+from trimtab.config import LanguageData, LanguageRecipe, TextSource, to_mapping, to_yaml
 from trimtab.controls import without_controls
 from trimtab.data.cache import CachedArrays, PackedStates, cache_bytes_needed, cached_states, cached_vectors
 from trimtab.data.parallel import ParallelText
 from trimtab.data.sampling import draw_epoch, steps_per_epoch
 from trimtab.errors import ModelError, RecipeError
 from trimtab.evaluation.embedding import normalise
-from trimtab.evaluation.matching import mean_pairwise_cosine, translation_match
+from trimtab.evaluation.matching import match_of_parts, mean_pairwise_cosine, translation_match
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
 from trimtab.recipes.estimates import about
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
-from trimtab.recipes.sources import PreparedText, Words, drawing_probability, prepare
+from trimtab.recipes.sources import PREPARED, PreparedText, Words, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base, portable
@@ -42,6 +44,8 @@ from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
 from trimtab.training.trackers import progress_reporter
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2
 _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
@@ -80,6 +84,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     tune_allocator()
     check_out(recipe.out)  # the user's mistakes first: no model is loaded before the data is known to be good
     text = prepare(recipe)
+    warn_of_idle_weights(recipe.data, text.train)
     accelerator = distributed.make_accelerator()  # each process has a device of its own
     world = distributed.checked_world(accelerator, recipe.training.processes)
     device = str(world.device)
@@ -149,6 +154,7 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         "pairs": len(text.train),
         "counts": text.counts,
         "languages": text.train.language_counts(),
+        "validation_languages": text.validation.language_counts(),
         "seconds": {
             "encoding": frozen.seconds,
             "training": result.seconds,
@@ -159,6 +165,28 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     }
     save(recipe, adapter, base, student, text, outcome)
     return outcome
+
+
+def warn_of_idle_weights(data: LanguageData, train: ParallelText) -> None:
+    """Say where the weight of a source changes nothing, as no other pairs of its language are there to be compared."""
+    if data.phrases or data.templates:  # are such pairs
+        return
+    sources: dict[str, list[TextSource]] = {}
+    for source in data.train:
+        name, _, locale = source.path.partition(":")
+        tag = re.split("[-_]", locale)[0] if name in PREPARED and locale else source.language
+        sources.setdefault(tag.strip().replace("_", "-").lower(), []).append(source)
+    if not {tag.lower() for tag in train.language_counts()} - {"en"} <= set(sources):
+        return  # a file has a column of its own for them
+    for tag, (first, *others) in sources.items():
+        if not others and first.weight != 1 and first.path != "imagenet21k":  # English has other pairs
+            logger.warning(
+                "%s is the only source of its language (%s), so its weight=%g changes nothing: data.language_balance "
+                "says how often languages are drawn",
+                first.path,
+                tag,
+                first.weight,
+            )
 
 
 def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder, train: ParallelText) -> None:
@@ -263,14 +291,21 @@ def some_states(states: PackedStates, sample: np.ndarray) -> Tensor:
 
 
 def validate(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> dict[str, float]:
-    """Translation match of both languages on pairs that no training saw, and the collapse measure."""
+    """Translation match of both languages on pairs that no training saw, and the collapse measure.
+
+    Of several target languages `match` is the mean of what each has (`match_de` ...): none is too small to count.
+    """
     first, count = len(text.train), len(text.validation)
     target = _features(task, frozen.states, np.arange(first, first + count))
     english = _features(task, frozen.states, np.arange(first + count, first + 2 * count))
     teacher = frozen.teacher[frozen.validation].astype(np.float32)
     groups = frozen.validation
+    languages = np.asarray(text.validation.languages, dtype=object)
+    of = {f"match_{name}": languages == name for name in text.validation.language_counts()}
+    matches = {name: one.accuracy for name, one in match_of_parts(target, teacher, of, groups=groups).items()}
     return {
-        "match": translation_match(target, teacher, groups=groups).accuracy,
+        "match": float(np.mean(list(matches.values()))),
+        **(matches if len(matches) > 1 else {}),
         "english_match": translation_match(english, teacher, groups=groups).accuracy,
         "cosine": float(np.mean(np.sum(normalise(target) * normalise(teacher), axis=1))),
         "collapse": narrowing(mean_pairwise_cosine(target), mean_pairwise_cosine(teacher)),
@@ -409,6 +444,7 @@ def save(
             "pairs": len(text.train),
             "validation_pairs": len(text.validation),
             "languages": outcome["languages"],
+            "validation_languages": outcome["validation_languages"],
             "counts": text.counts,
         },
         metrics=metrics,
@@ -448,10 +484,19 @@ English is {"sent to the base's own text tower" if recipe.english == "route" els
 {figures}
 
 `match` is translation match in percent: how often a sentence's vector is nearest to that of its translation among the
-validation pairs, mean of both directions. These are not retrieval figures.
+validation pairs, mean of both directions{_counted(outcome.get("validation_languages", {}))}. These are not retrieval
+figures.
 
 ## Limits
 
 The adapter knows the words and kinds of sentence it was trained on, and the base's own limits remain. Check it on your
 own data with `trimtab evaluate` before you rely on it.
 """
+
+
+def _counted(languages: dict[str, int]) -> str:
+    """Of several languages, the validation pairs of each, for the card."""
+    if len(languages) < 2:
+        return ""
+    counts = ", ".join(f"{name} {count:,}" for name, count in languages.items())
+    return f"; of several languages the mean (validation pairs: {counts})"
