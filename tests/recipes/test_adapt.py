@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,32 @@ def test_dry_run_says_all_and_does_nothing(
     frozen = sum(p.numel() for m in (finished["base"], finished["student"]) for p in m.model.parameters())
     assert f"trained, {frozen:,} frozen" in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_dry_run_knows_what_is_cached_and_what_room_there_is(
+    finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    adapt(finished["recipe"], dry_run=True)
+    printed = capsys.readouterr().out
+    assert "free         0.00 GB on its disk\n" in printed
+    assert "of it are there" not in printed
+    assert not caplog.records  # the toy cache is smaller still
+    usage = usage._replace(free=10)
+    adapt(finished["recipe"], dry_run=True)
+    assert "the cache needs about 0.0 GB more" in caplog.text
+    caplog.clear()
+    capsys.readouterr()
+    monkeypatch.setenv("TRIMTAB_CACHE", str(finished["cache"]))
+    adapt(finished["recipe"], dry_run=True)
+    printed = capsys.readouterr().out
+    assert "GB of it are there\n" in printed
+    assert "time         all is cached, under a minute to train" in printed
+    assert not caplog.records  # what is there needs no room
+    changed = replace(finished["recipe"], student=replace(finished["recipe"].student, layers=(0,)), out="elsewhere")
+    adapt(changed, dry_run=True)
+    assert "under a minute to encode once" in capsys.readouterr().out  # the teacher's are there, the student's not
 
 
 def test_dry_run_counts_the_parameters_that_train(places: Any, finished: dict[str, Any], capsys: Any) -> None:

@@ -22,6 +22,7 @@ from trimtab.adapters.ridge import RidgeSums
 from trimtab.config import LanguageData, LanguageRecipe, TextSource, to_mapping, to_yaml
 from trimtab.controls import without_controls
 from trimtab.data.cache import CachedArrays, PackedStates, cache_bytes_needed, cached_states, cached_vectors
+from trimtab.data.cached import cached_count
 from trimtab.data.parallel import ParallelText
 from trimtab.data.sampling import draw_epoch, steps_per_epoch
 from trimtab.errors import ModelError, RecipeError
@@ -30,7 +31,7 @@ from trimtab.evaluation.matching import match_of_parts, mean_pairwise_cosine, tr
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
-from trimtab.recipes.estimates import about
+from trimtab.recipes.estimates import about, room_on_disk
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.sources import PREPARED, PreparedText, Words, drawing_probability, prepare
 from trimtab.tasks.language import LanguageTask
@@ -226,9 +227,9 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
     """Pass every text through the frozen towers once; those of any earlier run come from the cache."""
     started = time.monotonic()
     folder = cache_home() / "features"
-    precision = "bf16" if has_fast_bf16(base.device) else "fp32"
     words = text.words or _NO_WORDS
-    english = list(dict.fromkeys([*text.train.english, *text.validation.english, *words.pairs.english]))
+    english, items = _to_encode(text)
+    taught_by, read_by = _cache_keys(recipe, base, student)
     place = {sentence: i for i, sentence in enumerate(english)}
 
     def teach(texts: list[str]) -> np.ndarray:
@@ -240,14 +241,9 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
             return student.token_states(texts, recipe.student.layers, batch_size=128)
 
     with progress_reporter("teacher") as report:
-        taught_by = ("teacher", base.fingerprint, base.text_input_digest, precision)
         teacher = cached_vectors(folder, taught_by, english, teach, progress=report)
-    layers = ",".join(map(str, recipe.student.layers))
-    parts = ("student", student.fingerprint, student.prefix, layers, str(student.max_tokens), precision)
-    items = [*text.train.targets, *text.validation.targets, *text.validation.english]
-    items += [*words.pairs.targets, *words.variants]
     with progress_reporter("student") as report, student.one_encoding():
-        states = cached_states(folder, parts, items, read, progress=report)
+        states = cached_states(folder, read_by, items, read, progress=report)
     return FrozenFeatures(
         states,
         teacher,
@@ -255,6 +251,26 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
         np.array([place[sentence] for sentence in text.validation.english]),
         np.array([place[sentence] for sentence in words.pairs.english], dtype=int),
         time.monotonic() - started,
+    )
+
+
+def _to_encode(text: PreparedText) -> tuple[list[str], list[str]]:
+    """Different texts for the teacher; and those for the student, in the order of `FrozenFeatures.states`."""
+    words = text.words or _NO_WORDS
+    english = list(dict.fromkeys([*text.train.english, *text.validation.english, *words.pairs.english]))
+    read = [*text.train.targets, *text.validation.targets, *text.validation.english]
+    return english, [*read, *words.pairs.targets, *words.variants]
+
+
+def _cache_keys(
+    recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What names the caches of the teacher and of the student."""
+    precision = "bf16" if has_fast_bf16(base.device) else "fp32"
+    layers = ",".join(map(str, recipe.student.layers))
+    return (
+        ("teacher", base.fingerprint, base.text_input_digest, precision),
+        ("student", student.fingerprint, student.prefix, layers, str(student.max_tokens), precision),
     )
 
 
@@ -359,9 +375,8 @@ def plan(
     """What a run would do: resolved recipe, parameters, cache, and time measured on a few hundred texts."""
     trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = sum(p.numel() for model in (base.model, student.model) for p in model.parameters())
-    words = text.words or _NO_WORDS
-    targets = list(dict.fromkeys([*text.train.targets, *words.pairs.targets, *words.variants]))
-    english = list(dict.fromkeys([*text.train.english, *words.pairs.english]))
+    english, read = _to_encode(text)
+    targets = list(dict.fromkeys(read))
     sample, sample_english = targets[:: max(1, len(targets) // 256)], english[:: max(1, len(english) // 256)]
     with fast_inference(student.device):
         states = student.token_states(sample, recipe.student.layers)
@@ -379,10 +394,19 @@ def plan(
     adapter_rate = _best_rate(batch, step)
     adapter.zero_grad(set_to_none=True)
     tokens = float(np.mean([len(one) for one in states]))
-    size = cache_bytes_needed(len(targets), width, tokens_per_item=tokens)
-    size += cache_bytes_needed(len(english), base.embedding_dim)
+    folder = cache_home() / "features"
+    taught_by, read_by = _cache_keys(recipe, base, student)
+    new_targets = len(targets) - cached_count(folder, "states", read_by, targets)
+    new_english = len(english) - cached_count(folder, "arrays", taught_by, english)
+
+    def cache_bytes(targets: int, english: int) -> int:
+        read = cache_bytes_needed(targets, width, tokens_per_item=tokens)
+        return read + cache_bytes_needed(english, base.embedding_dim)
+
+    size, missing = cache_bytes(len(targets), len(english)), cache_bytes(new_targets, new_english)
+    there = f", {(size - missing) / 1e9:.2f} GB of it are there" if missing < size else ""
     pairs = recipe.data.epoch_pairs or len(text.train)
-    encoding = len(targets) / student_rate + len(english) / teacher_rate
+    encoding = about(new_targets / student_rate + new_english / teacher_rate) + " to encode once"
     training = recipe.training.epochs * pairs / adapter_rate
     return "\n".join(
         [
@@ -390,8 +414,9 @@ def plan(
             "",
             f"pairs        {len(text.train):,} to train on, {len(text.validation):,} for validation",
             f"parameters   {trained:,} trained, {frozen:,} frozen",
-            f"cache        {size / 1e9:.2f} GB in {cache_home() / 'features'}",
-            f"time         {about(encoding)} to encode once, {about(training)} to train "
+            f"cache        {size / 1e9:.2f} GB in {folder}{there}",
+            f"free         {room_on_disk(folder, missing)} on its disk",
+            f"time         {encoding if missing else 'all is cached'}, {about(training)} to train "
             f"({recipe.training.epochs} epochs of {pairs:,} pairs)",
         ]
     )
