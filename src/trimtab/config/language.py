@@ -111,7 +111,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class LanguageAdapterConfig:
-    """Down linear -> Transformer layers -> Up linear -> pooling, beside paths from the mean of the states.
+    """Down linear -> Transformer layers -> pooling -> Up linear, beside paths from the mean of the states.
 
     Attributes:
         width: inner width, a multiple of `heads`.
