@@ -45,6 +45,23 @@ def test_minimal_recipe_gets_defaults(recipe):
     assert read.languages == ("zh",)
 
 
+@pytest.mark.parametrize(
+    ("lines", "share"),
+    [
+        ("", 0.0),  # English never reaches the adapter
+        ("english: route\n", 0.0),
+        ("english: adapter\n", 0.1),
+        ("english: adapter\ndata: {train: [cedict], english_share: 0}\n", 0.0),
+        ("data: {train: [cedict], english_share: 0.1}\n", 0.1),
+        ("data: {train: [cedict], english_share: null}\n", 0.0),
+    ],
+)
+def test_english_is_mixed_in_where_the_adapter_reads_it(recipe, lines, share):
+    read = recipe("link: language\n" + lines if "data:" in lines else MINIMAL + lines)
+    assert read.data.english_share == share
+    assert to_mapping(read)["data"]["english_share"] == share  # as it is used, in folders and digests too
+
+
 def test_types_follow_the_field_not_yaml_1_1(recipe):
     read = recipe(
         "link: language\nbase: 1.50\nout: yes\nstudent: e5-small\n"

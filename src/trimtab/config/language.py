@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from trimtab.config.checks import expand_home, require
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
+
+_ENGLISH_SHARE = 0.1  # of the pairs drawn, where English goes through the adapter
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class LanguageData:
         validation: sources of validation pairs; when empty, `validation_size` pairs are split off `train`.
         validation_size: pairs used for validation, at most.
         max_chars: longer sides are dropped (and counted).
-        english_share: fraction of English-English pairs mixed into each epoch, 0 <= share < 1.
+        english_share: fraction of English-English pairs mixed into each epoch, 0 <= share < 1; null becomes 0.1 in a
+            recipe of ``english: adapter``, and 0 where English never reaches the adapter.
         language_balance: languages are drawn with probability proportional to pairs ** language_balance:
             1 is proportional to their size, 0 all alike.
         phrases: number of phrases composed from the training pairs' nouns ("two red apples"), for languages
@@ -67,7 +70,7 @@ class LanguageData:
     validation: tuple[TextSource, ...] = ()
     validation_size: int = 1000
     max_chars: int = 300
-    english_share: float = 0.1
+    english_share: float | None = None
     language_balance: float = 0.5
     phrases: int = 0
     templates: int = 0
@@ -78,7 +81,8 @@ class LanguageData:
         require(self, "train", len(self.train) > 0, "at least one source of pairs")
         require(self, "validation_size", self.validation_size >= 2, "at least 2")
         require(self, "max_chars", self.max_chars >= 1, "at least 1")
-        require(self, "english_share", 0 <= self.english_share < 1, "at least 0 and below 1")
+        share = self.english_share
+        require(self, "english_share", share is None or 0 <= share < 1, "at least 0 and below 1, or null")
         require(self, "language_balance", 0 <= self.language_balance <= 1, "from 0 to 1")
         require(self, "phrases", self.phrases >= 0, "at least 0")
         require(self, "templates", self.templates >= 0, "at least 0")
@@ -196,6 +200,9 @@ class LanguageRecipe:
         require(self, "out", bool(self.out.strip()), "the folder to write")
         expand_home(self, "base", "out")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        if self.data.english_share is None:
+            share = _ENGLISH_SHARE if self.english == "adapter" else 0.0
+            object.__setattr__(self, "data", replace(self.data, english_share=share))
         contrastive = self.objective.infonce > 0 or self.objective.gram > 0
         if contrastive and self.training.batch_size < 2:
             raise RecipeError(
