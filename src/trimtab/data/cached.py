@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from trimtab.data.segments import _UNREADABLE, DTYPES, Layout, Segment, _digests, cache_key
+from trimtab.data.segments import DTYPES, UNREADABLE, Layout, Segment, cache_key, item_digests
 
 
 def cached_count(
@@ -20,10 +20,10 @@ def cached_count(
     Args:
         folder, key_parts, items: as for `trimtab.data.cache.cached_states` and `cached_arrays`.
     """
-    wanted = _digests(dict.fromkeys(items))
+    wanted = item_digests(dict.fromkeys(items))
     found = np.zeros(len(wanted), bool)
     for dtype in DTYPES:  # what float16 could not hold is in float32
         for path in (Path(folder) / cache_key(Layout(kind, dtype), key_parts)).glob("[0-9]*"):
-            with contextlib.suppress(*_UNREADABLE):
+            with contextlib.suppress(*UNREADABLE):
                 found |= np.isin(wanted, Segment(path).digests)
     return int(found.sum())

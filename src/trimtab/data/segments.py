@@ -53,7 +53,7 @@ _BLOCK = 1 << 24  # bytes per checksum
 _CHUNK_BYTES = 1 << 28  # of rows as stored, about; while they are computed they take twice as much
 _USUAL_SIZE = 2048  # numbers per token, until the first rows tell
 _BLOCKS_CHECKED = 64  # of one call's rows, so everything up to 1 GiB; of more an even sample
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def ensure(
     if not len(items):
         raise DataError("there is nothing to encode: the list is empty")
     order = {item: number for number, item in enumerate(dict.fromkeys(items))}
-    digests = _digests(order)
+    digests = item_digests(order)
     key = cache_key(layout, key_parts)
     cache, part = folder / key, folder / f"{key}.part"
     wide = replace(layout, dtype="float32")
@@ -202,7 +202,7 @@ def _begun(cache: Path) -> bool:
     return cache.exists() or cache.with_name(f"{cache.name}.part").exists()
 
 
-def _digests(items: Iterable[str]) -> np.ndarray:
+def item_digests(items: Iterable[str]) -> np.ndarray:
     values = (hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES) for item in items)
     return np.frombuffer(b"".join(value.digest() for value in values), _DIGEST)
 
@@ -220,7 +220,7 @@ def _find(cache: Path, digests: np.ndarray, *, mend: bool = False) -> Places:
     for folder in sorted(cache.glob("[0-9]*")):
         try:
             segments.append(Segment(folder))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reject(folder, error)
     places = _among(segments, digests)
     if (places.owners < 0).any() and not mend:
@@ -230,7 +230,7 @@ def _find(cache: Path, digests: np.ndarray, *, mend: bool = False) -> Places:
         try:
             segment.check_rows(max(1, _BLOCKS_CHECKED // len(places.segments)))
             sound.append(segment)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reject(segment.folder, error)
     return places if len(sound) == len(places.segments) else _among(sound, digests)
 
@@ -325,7 +325,7 @@ class _Part:
             lengths = np.array([len(array) for _, array in kept], "<i8")
             self.guessed += sum(_guess_tokens(item) for item, _ in kept)
             with explain_disk_errors(self.folder):
-                self._append(rows, _digests(item for item, _ in kept), lengths)
+                self._append(rows, item_digests(item for item, _ in kept), lengths)
         return bool(kept)
 
     def _fitting(self, items: list[str]) -> list[str]:
