@@ -78,3 +78,13 @@ def bmp_with_alpha(pixels: np.ndarray) -> bytes:
     head += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs"
     start = 14 + 124
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + head.ljust(124, b"\0") + data
+
+
+def many_scans(jpeg: bytes, more: int) -> bytes:
+    """A JPEG whose last scan stands so many times more."""
+    start, end = jpeg.rfind(b"\xff\xda"), jpeg.rfind(b"\xff\xd9")
+    return jpeg[:end] + jpeg[start:end] * more + jpeg[end:]
+
+
+def jpeg_segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 255, marker, len(content) + 2) + content

@@ -27,9 +27,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from trimtab.data.bombs import count_scans
 from trimtab.errors import DataError
 
 DEFAULT_MAX_PIXELS = 120_000_000
+_MAX_SCANS = 100  # of a JPEG; encoders write ten or so
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | StoredPicture"
 
@@ -249,6 +251,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageError(name, _too_large(f"{width}x{height} pixels", max_pixels))
     try:
+        _check_cost(image, name)
         image.load()
         # Only after load(): PNG may carry EXIF behind the pixels, and the TIFF plugin turns by itself.
         orientation = _orientation(image)
@@ -261,6 +264,21 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         rgb = rgb.transpose(_TRANSPOSE[orientation])
     rgb.info = {}  # the EXIF block would turn the picture again if it is read a second time
     return rgb
+
+
+def _check_cost(image: Image.Image, name: str) -> None:
+    """Refuse a picture of few bytes and pixels that would take minutes all the same.
+
+    One that is decoded already has no stream or no parts any more.
+    """
+    stream, parts = getattr(image, "fp", None), getattr(image, "tile", None)
+    if stream is None or not parts:
+        return
+    if isinstance(image, JpegImagePlugin.JpegImageFile):  # those of several pictures too
+        position = stream.tell()
+        if count_scans(stream, parts[0].offset, _MAX_SCANS) > _MAX_SCANS:
+            raise ImageError(name, f"takes too long to decode safely: more than {_MAX_SCANS} scans: save it again")
+        stream.seek(position)
 
 
 def _orientation(image: Image.Image) -> int:
