@@ -6,9 +6,10 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -88,3 +89,39 @@ def many_scans(jpeg: bytes, more: int) -> bytes:
 
 def jpeg_segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 255, marker, len(content) + 2) + content
+
+
+def tiled_tiff(
+    *tiles: tuple[int, int], order: str = "<", big: bool = False, kind: Literal["H", "I", "Q"] = "I"
+) -> bytes:
+    """A grey TIFF of 64x64 pixels with one tile of zeros, told to be of each of these sizes, and deflated.
+
+    The content is that of the last size, if it is small.
+
+    Args:
+        order: of bytes, as `struct` has it.
+        big: a BigTIFF.
+        kind: how the sizes are stored, as `struct` has it.
+    """
+    width, height = tiles[-1]
+    packed = zlib.compress(bytes(width * height if width * height < 1 << 20 else 1))
+    head = 16 if big else 8
+    directory = head + len(packed) + 16  # 16 bytes for two values that do not fit
+    fields: list[tuple[int, str, int]] = [
+        (256, "H", 64), (257, "H", 64), (258, "H", 8), (259, "H", 8), (262, "H", 1), (277, "H", 1),
+        *((322, kind, size) for size, _ in tiles), *((323, kind, size) for _, size in tiles),
+        (324, "I", head), (325, "I", len(packed)),
+    ]  # fmt: skip
+    far, entries = b"", b""
+    for tag, form, value in fields:
+        content = struct.pack(order + form, value)
+        if len(content) > (8 if big else 4):
+            content, far = struct.pack(order + "I", head + len(packed) + len(far) % 16), far + content
+        number = {"H": 3, "I": 4, "Q": 16}[form]
+        entries += struct.pack(order + ("HHQ" if big else "HHI"), tag, number, 1) + content.ljust(
+            8 if big else 4, b"\0"
+        )
+    mark = b"II" if order == "<" else b"MM"
+    start = struct.pack(order + ("HHHQ" if big else "HI"), *((43, 8, 0) if big else (42,)), directory)
+    count = struct.pack(order + ("Q" if big else "H"), len(fields))
+    return mark + start + packed + far.ljust(16, b"\0")[:16] + count + entries + bytes(8)

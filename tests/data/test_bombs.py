@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny_pictures import jpeg_segment, many_scans
-from trimtab.data.bombs import count_scans
+from tiny_pictures import jpeg_segment, many_scans, tiled_tiff
+from trimtab.data.bombs import count_scans, tile_of_tiff
 from trimtab.data.images import ImageError, read_image
 
 COMMENT, APP1 = 0xFE, 0xE1
@@ -136,3 +136,51 @@ def test_what_is_cut_off_has_the_scans_that_are_there() -> None:
     found = [scans(bomb[:end]) for end in range(2, len(bomb))]
     assert found == sorted(found)
     assert found[-1] == scans(bomb)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"order": ">"},
+        {"kind": "H"},
+        {"kind": "H", "order": ">"},
+        {"kind": "Q"},
+        {"big": True},
+        {"big": True, "kind": "Q"},
+    ],
+    ids=str,
+)
+def test_huge_tiles_are_refused_before_they_are_decoded(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = tiled_tiff((64, 64), **options)
+    assert np.asarray(read_image(usual)).shape == (64, 64, 3)
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", lambda image: pytest.fail("was decoded"))
+    with pytest.raises(ImageError, match=r"too large to decode safely: tiles of 32768x16384 pixels.*save it again"):
+        read_image(tiled_tiff((32768, 16384), **options))
+
+
+def test_a_size_that_is_told_twice_counts_as_the_larger() -> None:
+    for sizes in (((64, 64), (16384, 16384)), ((16384, 16384), (64, 64))):
+        with pytest.raises(ImageError, match="tiles of 16384x16384"):
+            read_image(tiled_tiff(*sizes))
+
+
+def test_tiles_up_to_the_limit_are_decoded() -> None:
+    assert read_image(tiled_tiff((128, 64)), max_pixels=128 * 64).size == (64, 64)
+    with pytest.raises(ImageError, match="tiles of 128x64"):
+        read_image(tiled_tiff((128, 64)), max_pixels=128 * 64 - 1)
+
+
+def test_a_tiff_in_strips_has_no_tiles() -> None:
+    stream = io.BytesIO()
+    Image.new("L", (64, 64)).save(stream, "TIFF")
+    opened = Image.open(stream)
+    assert tile_of_tiff(stream, opened.tag_v2.offset) == (0, 0)  # type: ignore[attr-defined]
+
+
+def test_a_caller_s_opened_tiff_is_looked_at_too() -> None:
+    bomb = Image.open(io.BytesIO(tiled_tiff((32768, 16384))))
+    with pytest.raises(ImageError, match="tiles"):
+        read_image(bomb)

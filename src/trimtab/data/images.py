@@ -27,7 +27,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from trimtab.data.bombs import count_scans
+from trimtab.data.bombs import count_scans, tile_of_tiff
 from trimtab.errors import DataError
 
 DEFAULT_MAX_PIXELS = 120_000_000
@@ -251,7 +251,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageError(name, _too_large(f"{width}x{height} pixels", max_pixels))
     try:
-        _check_cost(image, name)
+        _check_cost(image, name, max_pixels)
         image.load()
         # Only after load(): PNG may carry EXIF behind the pixels, and the TIFF plugin turns by itself.
         orientation = _orientation(image)
@@ -266,19 +266,23 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     return rgb
 
 
-def _check_cost(image: Image.Image, name: str) -> None:
-    """Refuse a picture of few bytes and pixels that would take minutes all the same.
+def _check_cost(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Refuse a picture of few bytes and pixels that would take minutes or gigabytes all the same.
 
     One that is decoded already has no stream or no parts any more.
     """
     stream, parts = getattr(image, "fp", None), getattr(image, "tile", None)
     if stream is None or not parts:
         return
+    position = stream.tell()
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # those of several pictures too
-        position = stream.tell()
         if count_scans(stream, parts[0].offset, _MAX_SCANS) > _MAX_SCANS:
             raise ImageError(name, f"takes too long to decode safely: more than {_MAX_SCANS} scans: save it again")
-        stream.seek(position)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        width, height = tile_of_tiff(stream, image.tag_v2.offset)
+        if width * height > max_pixels:
+            raise ImageError(name, _too_large(f"tiles of {width}x{height} pixels", max_pixels, "save it again"))
+    stream.seek(position)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -352,8 +356,8 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
-def _too_large(size: str, max_pixels: int) -> str:
-    return f"is too large to decode safely: {size}, the limit is {max_pixels / 1e6:g} million: scale it down"
+def _too_large(size: str, max_pixels: int, remedy: str = "scale it down") -> str:
+    return f"is too large to decode safely: {size}, the limit is {max_pixels / 1e6:g} million: {remedy}"
 
 
 def _explain(error: Exception, format_name: str, max_pixels: int) -> str:
