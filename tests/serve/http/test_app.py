@@ -547,6 +547,42 @@ def test_forms_that_cannot_be_used(server: Running, options: Any, status: int) -
     assert answer.json()["error"]["message"]
 
 
+def form(charset: str) -> dict[str, Any]:
+    """A form with a text to search, which says how it is encoded."""
+    content = b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\na cat\r\n--b--\r\n'
+    return {"content": content, "headers": {"content-type": f"multipart/form-data; boundary=b{charset}"}}
+
+
+@pytest.mark.parametrize(
+    "charset",
+    [
+        *("; charset=punycode", "; charset=undefined", "; charset=idna", '; charset="utf-7"', "; CHARSET=latin-1"),
+        *("; charset=", "; charset=\xfc"),
+    ],
+)
+def test_forms_in_other_encodings_are_refused(server: Running, charset: str) -> None:
+    sent = form(charset)
+    sent["headers"] = {name: value.encode("latin-1") for name, value in sent["headers"].items()}
+    answer = server.post("/v1/search", **sent)
+    assert answer.status_code == 415, answer.text
+    assert "UTF-8" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("charset", ["", "; charset=utf-8", '; charset="UTF-8"'])
+def test_forms_in_utf8_may_say_so(server: Running, charset: str) -> None:
+    assert server.post("/v1/search", **form(charset)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/search", "/v1/classify"])
+def test_forms_of_pages_elsewhere_are_refused(server: Running, path: str) -> None:
+    for site, refused in (("cross-site", True), ("same-origin", False), ("none", False)):
+        files = {"image": ("a.png", png())}
+        answer = server.post(path, files=files, headers={"sec-fetch-site": site})
+        assert answer.status_code == (403 if refused else 200), answer.text
+        if refused:
+            assert answer.json()["error"]["type"] == "permission_error"
+
+
 @pytest.mark.parametrize(
     "change",
     [

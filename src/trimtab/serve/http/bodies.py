@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -98,6 +99,7 @@ class Form:
 
 
 async def read_form(request: Request) -> Form:
+    _check_sender(request)
     try:
         async with request.form(max_files=_FORM_PARTS, max_fields=_FORM_PARTS) as form:
             files: list[bytes] = []
@@ -114,12 +116,23 @@ async def read_form(request: Request) -> Form:
     return Form(files, fields)
 
 
+def _check_sender(request: Request) -> None:
+    """Refuse forms that a page elsewhere makes a browser here send, and those in an encoding that is slow to decode."""
+    if request.headers.get("sec-fetch-site", "").strip().lower() == "cross-site":
+        # Browsers ask before they send JSON to other sites, but never before a form.
+        raise Problem(403, "a page of another site sent this form: send forms from the server's own page or a program")
+    # Starlette decodes with whatever the client names; it reads the header with this same function.
+    _, options = parse_options_header(request.headers.get("content-type"))
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise Problem(415, "a form must be in UTF-8: leave the charset out of its Content-Type")
+
+
 def problems() -> dict[int | str, dict[str, Any]]:
     """The answers other than the one asked for, as the OpenAPI description names them."""
     fields = {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "integer"}}
     error = {"type": "object", "required": list(fields), "properties": fields}
     problem = {"type": "object", "required": ["error"], "properties": {"error": error}}
-    statuses = (400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+    statuses = (400, 401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
     return {
         status: {"description": "a problem", "content": {"application/json": {"schema": problem}}}
         for status in statuses
