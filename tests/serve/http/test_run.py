@@ -162,6 +162,38 @@ def test_as_many_connections_as_were_allowed(tiny_folder: Callable[[str], Path])
         assert [one.get("/healthz").status_code for one in clients] == [200, 200, 503]
 
 
+def test_connections_without_a_request_make_room_for_others(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread of this process, so that it need not take the seconds of the real one."""
+
+    def run(server: Any, listener: socket.socket) -> None:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        with contextlib.ExitStack() as stack, httpx.Client(trust_env=False) as client:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            for _ in range(2):
+                connection = stack.enter_context(socket.create_connection(listener.getsockname()))
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
+            end = time.monotonic() + 10
+            host, port = listener.getsockname()
+            while not seen or seen[-1] != 200:
+                assert time.monotonic() < end
+                seen.append(client.get(f"http://{host}:{port}/healthz").status_code)
+            server.should_exit = server.force_exit = True
+            thread.join(10)
+
+    seen: list[int] = []
+    monkeypatch.setattr("trimtab.serve.http.run._KEEP_ALIVE", 0.5)
+    monkeypatch.setattr("trimtab.serve.http.run._run", run)
+    monkeypatch.setattr("trimtab.serve.http.run._log_to_stderr", lambda: None)
+    serve(str(tiny_folder("clip")), port=0, device="cpu", options=ServeOptions(connections=2), tell=lambda line: None)
+    assert seen[0] == 503
+    assert set(seen) == {200, 503}
+
+
 def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
     tiny_folder: Callable[[str], Path], tmp_path: Path, tiny_base: Callable[[str], Any]
 ) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 from trimtab.adapters.adapted import load
 from trimtab.data.manifests import read_class_names
 from trimtab.errors import TrimtabError
+from trimtab.serve.http.connections import watched
 from trimtab.serve.http.guards import LOOPBACK_NAMES
 from trimtab.serve.http.options import ServeOptions
 
 logger = logging.getLogger("trimtab.serve")
 
-_KEEP_ALIVE = 10  # seconds that a quiet connection stays open
+_KEEP_ALIVE = 10  # seconds that a connection stays open without a request, or with the beginning of one
 _BACKLOG = 1024
 
 
@@ -65,6 +66,7 @@ def serve(
         app, service = _build(model, index, pictures, names, options, device, key, host_names)
         config = uvicorn.Config(
             app,
+            http=watched(begin_within=_KEEP_ALIVE),
             log_config=None,
             access_log=False,
             lifespan="on",
