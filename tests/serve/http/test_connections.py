@@ -8,15 +8,16 @@ import importlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import uvicorn
 
-from trimtab.serve.http.connections import watched
+from trimtab.serve.http.connections import Unread, watched
 from trimtab.serve.http.run import bind
 
+LARGE = 16 << 20  # more than sockets take on
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -27,6 +28,13 @@ def base(request: Any) -> Any:
     return getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
 
 
+def wait_for(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 async def answer(send: Any, body: bytes) -> None:
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -35,6 +43,16 @@ async def answer(send: Any, body: bytes) -> None:
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
     await answer(send, b"hello")
+
+
+def limited(
+    base: Any = None, *, begin_within: float = 60, read_within: float = 60, unread: Unread | None = None
+) -> Any:
+    return watched(base, begin_within=begin_within, read_within=read_within, unread=unread or Unread())
+
+
+async def large(scope: Any, receive: Any, send: Any) -> None:
+    await answer(send, bytes(LARGE))
 
 
 class Place:
@@ -55,10 +73,7 @@ class Place:
         return len(self.server.server_state.connections)
 
     def wait_for_connections(self, count: int) -> None:
-        end = time.monotonic() + 10
-        while self.connections != count:
-            assert time.monotonic() < end, f"{self.connections} connections, not {count}"
-            time.sleep(0.01)
+        wait_for(lambda: self.connections == count)
 
     def connect(self, **options: int) -> socket.socket:
         found = socket.socket()
@@ -107,7 +122,7 @@ def asked(connection: socket.socket, request: bytes = GET, body: bytes = b"hello
     ("answered", "sent"), [(False, b""), (False, b"G"), (False, GET[:-2]), (True, b"G"), (True, GET[:-2])]
 )
 def test_a_connection_on_which_no_request_begins_is_closed(base: Any, answered: bool, sent: bytes) -> None:
-    with place(hello, watched(base, begin_within=0.3)) as server, server.connect() as connection:
+    with place(hello, limited(base, begin_within=0.3)) as server, server.connect() as connection:
         if answered:
             asked(connection)
         started = time.monotonic()
@@ -118,7 +133,7 @@ def test_a_connection_on_which_no_request_begins_is_closed(base: Any, answered: 
 
 
 def test_bytes_that_trickle_in_do_not_put_it_off(base: Any) -> None:
-    with place(hello, watched(base, begin_within=0.4)) as server, server.connect() as connection:
+    with place(hello, limited(base, begin_within=0.4)) as server, server.connect() as connection:
         started = time.monotonic()
         with contextlib.suppress(OSError):
             for letter in GET[:-10] + b"x" * 1000:
@@ -129,7 +144,7 @@ def test_bytes_that_trickle_in_do_not_put_it_off(base: Any) -> None:
 
 
 def test_a_connection_that_is_used_stays(base: Any) -> None:
-    with place(hello, watched(base, begin_within=0.3)) as server, server.connect() as connection:
+    with place(hello, limited(base, begin_within=0.3)) as server, server.connect() as connection:
         for _ in range(4):
             time.sleep(0.2)
             asked(connection)
@@ -147,7 +162,7 @@ def test_a_request_that_is_answered_slowly_is_not_closed(base: Any) -> None:
         await asyncio.sleep(0.6)
         await hello(scope, receive, send)
 
-    with place(slow, watched(base, begin_within=0.2)) as server, server.connect() as connection:
+    with place(slow, limited(base, begin_within=0.2)) as server, server.connect() as connection:
         asked(connection)
         connection.sendall(GET + GET[:-5])  # the next begins while this one is worked on
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
@@ -159,7 +174,7 @@ def test_a_body_that_comes_slowly_is_not_closed(base: Any) -> None:
             pass
         await hello(scope, receive, send)
 
-    with place(whole, watched(base, begin_within=0.2)) as server, server.connect() as connection:
+    with place(whole, limited(base, begin_within=0.2)) as server, server.connect() as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
         for letter in b"body":
             time.sleep(0.1)
@@ -168,7 +183,49 @@ def test_a_body_that_comes_slowly_is_not_closed(base: Any) -> None:
 
 
 def test_uvicorn_s_choice_is_taken_where_none_is_named() -> None:
-    with place(hello, watched(begin_within=0.3)) as server, server.connect() as connection:
+    with place(hello, limited(begin_within=0.3)) as server, server.connect() as connection:
         asked(connection)
         connection.sendall(b"GET /")
         assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("request_", [GET, GET[:-2] + b"Connection: close\r\n\r\n"], ids=["kept alive", "closed"])
+def test_an_answer_that_is_not_read_is_counted_and_then_dropped(
+    base: Any, request_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serve.http.connections._SLOWEST", 1 << 40)
+    unread = Unread()
+    with place(large, limited(base, read_within=0.5, unread=unread)) as server, server.connect(SO_RCVBUF=4096) as one:
+        one.sendall(request_)
+        wait_for(lambda: LARGE // 4 < unread.size <= LARGE)
+        server.wait_for_connections(0)
+        assert unread.size == 0
+        with server.connect() as other:
+            asked(other, body=bytes(8))
+
+
+def test_large_answers_have_more_time(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.serve.http.connections._SLOWEST", LARGE)
+    with place(large, limited(base, read_within=0.1)) as server, server.connect(SO_RCVBUF=4096) as connection:
+        connection.sendall(GET)
+        started = time.monotonic()
+        server.wait_for_connections(1)
+        server.wait_for_connections(0)
+        assert 0.3 < time.monotonic() - started < 5
+
+
+def test_an_answer_that_is_read_slowly_comes_whole(base: Any) -> None:
+    unread = Unread()
+    with place(large, limited(base, read_within=0.1, unread=unread)) as server, server.connect() as connection:
+        connection.sendall(GET)
+        first = connection.recv(1 << 20)
+        found = len(first) - first.index(b"\r\n\r\n") - 4
+        while found < LARGE:
+            part = connection.recv(1 << 20)
+            assert part, "the connection was closed"
+            found += len(part)
+            time.sleep(0.02)
+        wait_for(lambda: unread.size == 0)
+        time.sleep(0.3)
+        assert server.connections == 1
+        asked(connection, body=bytes(8))

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from trimtab.serve.http.connections import Unread
 from trimtab.serve.http.guards import Bounded, KnownHost, Measured, WithKey
 from trimtab.serve.http.metrics import Metrics
 
@@ -141,6 +142,20 @@ def test_all_bodies_together_have_a_limit() -> None:
 
     assert asyncio.run(talk()) == [200, 503, 200]
     assert app.buffered == 0
+
+
+def test_answers_that_are_not_read_count_beside_bodies() -> None:
+    class Slow(Unread):
+        size = 100
+
+    app = bounded(unread=Slow())
+    assert ask(app, content=b"x" * 50).status_code == 200
+    answer = ask(app, content=b"x" * 51)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+    Slow.size = 1000
+    assert ask(app, content=b"x").status_code == 503
+    assert ask(app, content=b"").status_code == 200, "what brings nothing tells how the server is"
 
 
 def test_a_body_that_does_not_come_gives_408() -> None:

@@ -162,36 +162,67 @@ def test_as_many_connections_as_were_allowed(tiny_folder: Callable[[str], Path])
         assert [one.get("/healthz").status_code for one in clients] == [200, 200, 503]
 
 
-def test_connections_without_a_request_make_room_for_others(
-    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def serve_in_a_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Any, Any], None], **limits: Any
 ) -> None:
-    """In a thread of this process, so that it need not take the seconds of the real one."""
+    """Serve, and use the server and its address; in this process, so that its times can be shorter."""
 
     def run(server: Any, listener: socket.socket) -> None:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        with contextlib.ExitStack() as stack, httpx.Client(trust_env=False) as client:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            for _ in range(2):
-                connection = stack.enter_context(socket.create_connection(listener.getsockname()))
-                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
-            end = time.monotonic() + 10
-            host, port = listener.getsockname()
-            while not seen or seen[-1] != 200:
-                assert time.monotonic() < end
-                seen.append(client.get(f"http://{host}:{port}/healthz").status_code)
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            use(server, listener.getsockname())
+        finally:
             server.should_exit = server.force_exit = True
             thread.join(10)
 
-    seen: list[int] = []
-    monkeypatch.setattr("trimtab.serve.http.run._KEEP_ALIVE", 0.5)
     monkeypatch.setattr("trimtab.serve.http.run._run", run)
     monkeypatch.setattr("trimtab.serve.http.run._log_to_stderr", lambda: None)
-    serve(str(tiny_folder("clip")), port=0, device="cpu", options=ServeOptions(connections=2), tell=lambda line: None)
+    serve(str(folder), port=0, device="cpu", options=ServeOptions(**limits), tell=lambda line: None)
+
+
+def test_connections_without_a_request_make_room_for_others(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def use(server: Any, address: tuple[str, int]) -> None:
+        with contextlib.ExitStack() as stack, httpx.Client(trust_env=False) as client:
+            for _ in range(2):
+                connection = stack.enter_context(socket.create_connection(address))
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
+            end = time.monotonic() + 10
+            while 200 not in seen:
+                assert time.monotonic() < end
+                seen.append(client.get("http://{}:{}/healthz".format(*address)).status_code)
+
+    monkeypatch.setattr("trimtab.serve.http.run._KEEP_ALIVE", 0.5)
+    serve_in_a_thread(tiny_folder("clip"), monkeypatch, use, connections=2)
     assert seen[0] == 503
-    assert set(seen) == {200, 503}
+    assert seen[-1] == 200
+
+
+def test_answers_that_are_not_read_have_large_requests_wait(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck:
+        def get_write_buffer_size(self) -> int:
+            return 1 << 30
+
+    def use(server: Any, address: tuple[str, int]) -> None:
+        with httpx.Client(base_url="http://{}:{}".format(*address), trust_env=False) as client:
+            seen = []
+            for change in (lambda one: None, server.config.http.unread.add, server.config.http.unread.discard):
+                change(stuck)
+                seen.append(client.post("/v1/embeddings", json={"input": "a"}).status_code)
+                assert client.get("/healthz").status_code == 200
+        assert seen == [200, 503, 200]
+
+    stuck = Stuck()
+    serve_in_a_thread(tiny_folder("clip"), monkeypatch, use)
 
 
 def test_the_command_answers_and_on_sigterm_finishes_what_it_began(

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from trimtab import __version__
 from trimtab.serve.http.bodies import as_problem, problems
+from trimtab.serve.http.connections import Unread
 from trimtab.serve.http.guards import Bounded, KnownHost, Measured, WithKey
 from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.routes import add_model_routes, add_state_routes
@@ -22,12 +23,19 @@ from trimtab.serve.http.service import Service
 logger = logging.getLogger(__name__)
 
 
-def create_app(service: Service, *, api_key: str | None = None, host_names: Collection[str] | None = None) -> Any:
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    host_names: Collection[str] | None = None,
+    unread: Unread | None = None,
+) -> Any:
     """The ASGI application over a service, which it starts and stops.
 
     Args:
         api_key: what clients must show; None lets everybody in.
         host_names: the only names that the server answers to; None for any.
+        unread: answers that the server holds until they are read; they count beside the bodies of requests.
     """
 
     @contextlib.asynccontextmanager
@@ -47,7 +55,9 @@ def create_app(service: Service, *, api_key: str | None = None, host_names: Coll
     add_model_routes(app, service)
     routes = [getattr(route, "path", "") for route in app.routes]
     options = service.options
-    inner = Bounded(app, max_body=options.max_body, max_buffered=options.max_buffered, timeout=options.timeout)
+    inner = Bounded(
+        app, max_body=options.max_body, max_buffered=options.max_buffered, timeout=options.timeout, unread=unread
+    )
     return Measured(KnownHost(WithKey(inner, api_key), host_names), service.metrics, routes)
 
 

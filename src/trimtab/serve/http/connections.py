@@ -1,9 +1,29 @@
-"""What uvicorn leaves open for ever: connections on which no request begins."""
+"""What uvicorn leaves open for ever: connections on which no request begins, and answers that nobody reads."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
+
+_SLOWEST = 64 << 10  # bytes a second that a client must read
+
+
+class Unread:
+    """Answers that wait in memory until their clients read them, of all connections together."""
+
+    def __init__(self) -> None:
+        self._transports: set[asyncio.WriteTransport] = set()
+
+    @property
+    def size(self) -> int:
+        """Bytes; may be asked from any thread."""
+        return sum(one.get_write_buffer_size() for one in tuple(self._transports))
+
+    def add(self, transport: asyncio.WriteTransport) -> None:
+        self._transports.add(transport)
+
+    def discard(self, transport: asyncio.WriteTransport) -> None:
+        self._transports.discard(transport)
 
 
 class Watch(asyncio.Protocol):
@@ -14,9 +34,13 @@ class Watch(asyncio.Protocol):
     Attributes:
         begin_within: seconds from the connection, or from the first byte after an answer, until a request's headers
             must be there.
+        read_within: seconds until an answer must be read, above what it takes at `_SLOWEST`.
+        unread: counts what is not read yet.
     """
 
     begin_within: float
+    read_within: float
+    unread: Unread
 
     # Of uvicorn's protocols.
     loop: asyncio.AbstractEventLoop
@@ -24,9 +48,12 @@ class Watch(asyncio.Protocol):
     cycle: Any
 
     _beginning: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        # Tells of every byte that is not gone at once: a connection that is closed waits for its last ones for ever.
+        self.transport.set_write_buffer_limits(high=0)
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
@@ -38,7 +65,18 @@ class Watch(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._await_nothing()
+        self._all_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread.add(self.transport)
+        seconds = self.read_within + self.transport.get_write_buffer_size() / _SLOWEST
+        self._reading = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._all_read()
+        super().resume_writing()
 
     def _await_request(self) -> None:
         """From the first call on, however many bytes come after it."""
@@ -50,8 +88,16 @@ class Watch(asyncio.Protocol):
             self._beginning.cancel()
             self._beginning = None
 
+    def _all_read(self) -> None:
+        self.unread.discard(self.transport)
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
-def watched(base: type[asyncio.Protocol] | None = None, *, begin_within: float) -> type[asyncio.Protocol]:
+
+def watched(
+    base: type[asyncio.Protocol] | None = None, *, begin_within: float, read_within: float, unread: Unread
+) -> type[asyncio.Protocol]:
     """A protocol class for uvicorn that keeps the limits of `Watch`.
 
     Args:
@@ -59,4 +105,5 @@ def watched(base: type[asyncio.Protocol] | None = None, *, begin_within: float) 
     """
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    return type("Watched", (Watch, base or AutoHTTPProtocol), {"begin_within": begin_within})
+    limits = {"begin_within": begin_within, "read_within": read_within, "unread": unread}
+    return type("Watched", (Watch, base or AutoHTTPProtocol), limits)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, TypeAlias
 
+from trimtab.serve.http.connections import Unread
 from trimtab.serve.http.metrics import Metrics
 from trimtab.serve.http.problems import Problem, overloaded
 
@@ -120,12 +121,16 @@ class Bounded:
 
     Args:
         max_body: bytes of one request.
-        max_buffered: bytes of all requests that are not answered yet.
+        max_buffered: bytes of all requests that are not answered yet, and of all answers that are not read yet.
         timeout: seconds for the body to come, and again until the answer begins.
+        unread: the answers that are not read yet, where the server counts them.
     """
 
-    def __init__(self, app: App, *, max_body: int, max_buffered: int, timeout: float) -> None:
+    def __init__(
+        self, app: App, *, max_body: int, max_buffered: int, timeout: float, unread: Unread | None = None
+    ) -> None:
         self.app, self.max_body, self.max_buffered, self.timeout = app, max_body, max_buffered, timeout
+        self.unread = unread or Unread()
         self.buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -196,7 +201,7 @@ class Bounded:
         if size > self.max_body:
             limit = f"{self.max_body / (1 << 20):g} MiB"
             raise Problem(413, f"the request is larger than {limit}: send less at once, or smaller pictures")
-        if self.buffered + added > self.max_buffered:
+        if added and self.buffered + self.unread.size + added > self.max_buffered:
             raise overloaded("the server holds as many large requests as it can: try again", status=503)
 
 

@@ -17,7 +17,8 @@ class ServeOptions:
         max_batch: items of one forward pass.
         max_wait_ms: how long a batch that is not full waits for more.
         queue: items taken on and not yet answered; a request that does not fit gets 429.
-        timeout: seconds until a request gets 504, or 408 where its body does not come.
+        timeout: seconds until a request gets 504, or 408 where its body does not come; of an answer that is not read,
+            beside those for its size, until the connection is ended.
         max_body_mib: size of one request; above it gets 413.
         max_inputs: items of one call; above it gets 422.
         max_text: characters of one text.
@@ -61,7 +62,7 @@ class ServeOptions:
 
     @property
     def max_buffered(self) -> int:
-        """Bytes of all requests that are being received or answered."""
+        """Bytes of all requests that are being received or answered, and of answers that are not read yet."""
         return max(4 * self.max_body, 256 * MIB)
 
     @property

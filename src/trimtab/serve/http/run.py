@@ -16,7 +16,7 @@ from typing import Any
 from trimtab.adapters.adapted import load
 from trimtab.data.manifests import read_class_names
 from trimtab.errors import TrimtabError
-from trimtab.serve.http.connections import watched
+from trimtab.serve.http.connections import Unread, watched
 from trimtab.serve.http.guards import LOOPBACK_NAMES
 from trimtab.serve.http.options import ServeOptions
 
@@ -62,11 +62,12 @@ def serve(
         raise TrimtabError("--pictures needs --index: pictures are shown as what a search finds")
     listener = bind(host, port)  # before minutes are spent on loading
     host_names = called(listener)
+    unread = Unread()
     try:
-        app, service = _build(model, index, pictures, names, options, device, key, host_names)
+        app, service = _build(model, index, pictures, names, options, device, key, host_names, unread)
         config = uvicorn.Config(
             app,
-            http=watched(begin_within=_KEEP_ALIVE),
+            http=watched(begin_within=_KEEP_ALIVE, read_within=options.timeout, unread=unread),
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -126,6 +127,7 @@ def _build(
     device: str,
     key: str | None,
     host_names: frozenset[str] | None,
+    unread: Unread,
 ) -> tuple[Any, Any]:
     from trimtab.serve.http.app import create_app
     from trimtab.serve.http.service import Service, check_index
@@ -144,7 +146,7 @@ def _build(
     service = Service(
         model, name=served_name(model_name), options=options, classes=classes, index=index, thumbnails=thumbnails
     )
-    return create_app(service, api_key=key, host_names=host_names), service
+    return create_app(service, api_key=key, host_names=host_names, unread=unread), service
 
 
 def served_name(model: str) -> str:
