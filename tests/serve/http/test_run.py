@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from trimtab.cli import app
 from trimtab.errors import TrimtabError
 from trimtab.serve.embed import embed
 from trimtab.serve.http.options import ServeOptions
-from trimtab.serve.http.run import bind, called, serve, served_name
+from trimtab.serve.http.run import _log_to_stderr, bind, called, serve, served_name
 from trimtab.serve.indexing import build_index
 
 
@@ -314,3 +315,17 @@ def test_a_server_for_everyone_without_a_key_is_warned_of(
     with caplog.at_level("WARNING"):
         serve(str(tiny_folder("clip")), host=host, port=0, api_key_env=key, device="cpu", tell=lambda line: None)
     assert ("whoever reaches this machine" in caplog.text) == warned
+
+
+def test_the_log_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("trimtab.serve", "uvicorn.error")
+    before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}
+    try:
+        _log_to_stderr()
+        logging.getLogger("trimtab.serve").warning("no picture of %s", "a\x1b[2Jb")
+        assert "no picture of a\N{REPLACEMENT CHARACTER}[2Jb" in capsys.readouterr().err
+    finally:
+        for name, (handlers, propagate) in before.items():
+            logging.getLogger(name).handlers[:] = handlers
+            logging.getLogger(name).propagate = propagate
+        logging.getLogger("trimtab.towers.dual_encoder").setLevel(logging.NOTSET)

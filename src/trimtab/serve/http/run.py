@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters.adapted import load
+from trimtab.controls import without_controls
 from trimtab.data.manifests import read_class_names
 from trimtab.errors import TrimtabError
 from trimtab.serve.http.connections import Unread, watched
@@ -208,10 +209,17 @@ def _address(listener: socket.socket) -> str:
 def _log_to_stderr() -> None:
     """Faults with their tracebacks, each time; and no line for every long text of every request."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
     for name in ("trimtab.serve", "uvicorn.error"):
         chosen = logging.getLogger(name)
         chosen.addHandler(handler)
         chosen.setLevel(logging.WARNING)
         chosen.propagate = False
     logging.getLogger("trimtab.towers.dual_encoder").setLevel(logging.ERROR)
+
+
+class _Plain(logging.Formatter):
+    """Without what steers a terminal: names of files and what clients send stand in messages and tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_controls(super().format(record))
