@@ -61,6 +61,11 @@ def adapters(*changes: str, share: float = 1.0) -> Variant:
     return Variant("adapter_hard", changes, share)
 
 
+def rates(name: str, row: str, *values: str) -> dict[str, Variant]:
+    """A baseline at several learning rates, of which the comparison has 5e-3."""
+    return {f"{name}, rate {value}": Variant(row, (f"training.learning_rate={value}",)) for value in values}
+
+
 def cropped(variants: dict[str, Variant]) -> dict[str, Variant]:
     """The same on maps that are cropped, as in an earlier recipe: most was tried before that was changed."""
     return {f"{CROPPED}: {name}": Variant(one.row, (CROP, *one.changes), one.share) for name, one in variants.items()}
@@ -122,6 +127,8 @@ VARIANTS: dict[str, Variant] = {
         "full", ("objective.label_smoothing=0.2", "training.bell=[0.8, 0.2]")
     ),
     "continual fine-tuning with a quarter": Variant("full", share=0.25),
+    **rates("LoRA", "lora", "2e-3", "5e-3", "1e-2"),
+    **rates("linear maps on both towers", "probe", "2e-3", "5e-3", "1e-2", "2e-2"),
     **cropped({**BANK, DESCRIBED: adapters("bank.epoch_share=0.25"), **PLACES, **STEPS, **SHARES}),
 }
 

@@ -73,6 +73,11 @@ def is_special(path: Path) -> bool:
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
+_DENIED = "permission denied: choose a folder that you may write to"
+if os.name == "nt":
+    _DENIED = f"permission denied, or another program has it open: stop that, or {_DENIED.partition(': ')[2]}"
+
+
 @contextlib.contextmanager
 def explain_disk_errors(target: Path) -> Iterator[None]:
     """Turn "no space", "read-only", "denied", files in the way and names that cannot be into messages with the file and
@@ -86,7 +91,7 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
         errno.ENOSPC: "the disk is full: free some space or choose another folder",
         errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
         errno.EROFS: "the file system is read-only: choose another folder",
-        errno.EACCES: "permission denied: choose a folder that you may write to",
+        errno.EACCES: _DENIED,
         errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
         errno.ELOOP: "its links lead in a circle: choose another place",
         errno.EEXIST: "it is, or lies below, a file: choose another folder",
@@ -274,7 +279,7 @@ def plain_name(name: Any) -> str:
 def write_text(target: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(target: str | Path, value: Any) -> None:

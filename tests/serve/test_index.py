@@ -37,6 +37,24 @@ def folders(embeddings: Path) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="no list of mapped files")
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_no_file_is_deleted_that_is_mapped(
+    kind: str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses it."""
+    unlink, seen = Path.unlink, []
+
+    def watched(self: Path, **options: Any) -> None:
+        seen.append(self.name)
+        assert str(self) not in Path("/proc/self/maps").read_text()
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    build_index(embeddings, tmp_path / "i", kind=kind)
+    assert "vectors.f16" in seen
+
+
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_it_finds_what_comparing_with_all_finds(folders: dict[str, Path], kind: str) -> None:
     index = Index.open(folders[kind])

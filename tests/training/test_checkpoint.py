@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,3 +172,16 @@ def test_generators_come_back_from_a_row_of_several_ranks():
     expected = torch.randn(4)
     checkpoint.restore_rng({name: both[1] for name, both in states.items()})
     assert torch.equal(torch.randn(4), expected)
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="no list of mapped files")
+def test_what_was_read_maps_no_file(tmp_path):
+    """Windows lets nobody replace or delete a file that is mapped, and a resumed run does both."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, some(1))
+    loaded = folder.load_newest()
+    assert loaded is not None
+    assert str(tmp_path) not in MAPS.read_text()

@@ -99,7 +99,7 @@ class LabelledPictures:
 
     def only(self, classes: np.ndarray) -> LabelledPictures:
         """The pictures of some classes, by number; these are then all classes, in the order given."""
-        place = np.full(len(self.classes), -1)
+        place = np.full(len(self.classes), -1, np.int64)
         place[classes] = np.arange(len(classes))
         kept = self.take(place[self.labels] >= 0)
         return dataclasses.replace(

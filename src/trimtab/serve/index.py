@@ -296,8 +296,8 @@ def _read_faiss(faiss: Any, path: Path, kind: str) -> Any:
         raise DataError(f"{path} begins with {found!r}, as no {kind} index does: index again, or copy the folder again")
     # Lists on disk may lie deeper in the file. With this flag FAISS wants to know the file's own folder for them, which
     # it cannot of a reader that is no file, and so it refuses them before any is opened.
-    file = faiss.FileIOReader(str(path))
-    index = faiss.read_index(faiss.BufferedIOReader(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    with path.open("rb") as stream:
+        index = faiss.read_index(faiss.PyCallbackIOReader(stream.read), faiss.IO_FLAG_ONDISK_SAME_DIR)
     inner = {"hnsw": "storage", "ivfpq": "quantizer"}.get(kind)
     read = [(index, name)] if inner is None else [(index, name), (getattr(index, inner), "IndexFlatIP")]
     for one, wanted in read:

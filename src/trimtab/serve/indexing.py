@@ -139,8 +139,10 @@ def _build(
     queries = np.concatenate(asked) if typical is None else typical
     options, measured = _tune(index, kind, queries, None if typical is not None else own, stored, recall)
     measured["queries_of"] = "the vectors themselves" if typical is None else "queries"
-    faiss.write_index(index, str(folder / FAISS_FILE))
+    with (folder / FAISS_FILE).open("wb") as stream:  # by FAISS itself, not below every path of Windows
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
     if kind != "ivfpq":
+        del stored  # Windows deletes no file that is mapped
         (folder / VECTORS_FILE).unlink()
     names = [name for name in (FAISS_FILE, ITEMS_FILE, VECTORS_FILE) if (folder / name).is_file()]
     about = {

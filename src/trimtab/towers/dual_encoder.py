@@ -398,6 +398,8 @@ class DualEncoder:
         Everything is written beside `folder` first and moved in when complete, the configuration last.
         """
         folder = Path(folder)
+        if os.name == "nt" and type(self) is DualEncoder and folder.resolve() == Path(self.name).resolve():
+            raise TrimtabError(f"{folder} is where this model was loaded from, and still in use: choose another folder")
         with explain_disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:

@@ -187,6 +187,8 @@ def convert_open_clip(
                 for part in (model, clip_tokenizer, processor):
                     part.save_pretrained(scratch)
                 open_up(scratch)
+                if out_folder.is_dir():
+                    out_folder.rmdir()  # it is empty; Windows replaces no folder
                 scratch.replace(out_folder)
     return out_folder
 

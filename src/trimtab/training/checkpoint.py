@@ -97,7 +97,8 @@ class CheckpointFolder:
         with atomic_path(target) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata=header)
         for old in self.files()[: -self.keep]:
-            old.unlink()
+            with contextlib.suppress(OSError):  # what another program has open goes next time
+                old.unlink()
         return target
 
     def load_newest(self) -> Checkpoint | None:
@@ -180,7 +181,8 @@ def read(path: Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - no mapping
+            # Copied: they are of a mapped file, which Windows lets nobody replace or delete.
+            tensors = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118 - no mapping
         document = json.loads(header["document"])
         if header["sha256"] != _digest(tensors, header["document"]):
             raise _Damaged("its checksum does not match")

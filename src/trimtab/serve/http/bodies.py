@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -115,8 +116,8 @@ async def read_form(request: Request) -> Form:
                     files.append(await value.read())
                 else:
                     raise Problem(422, f"a file must be named image, not {name[:100]!r}", param="image")
-    except HTTPException as error:
-        raise Problem(400, f"the form cannot be read ({error.detail})") from error
+    except (HTTPException, FormParserError) as error:  # Starlette before 1 lets the second through
+        raise Problem(400, f"the form cannot be read ({getattr(error, 'detail', error)})") from error
     return Form(files, fields)
 
 
