@@ -332,7 +332,10 @@ def test_the_keys_of_results_are_documented(
 
 def test_the_changelog_has_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## \[{re.escape(trimtab.__version__)}\] - \d{{4}}-\d\d-\d\d$", text, re.MULTILINE)
+    release, _, under_way = trimtab.__version__.partition(".dev")
+    dated = re.search(rf"^## \[{re.escape(release)}\] - \d{{4}}-\d\d-\d\d$", text, re.MULTILINE)
+    assert bool(dated) == (not under_way), "what a version has that is under way stands below Unreleased"
+    assert text.index("## [Unreleased]") < text.index("## [0.")
 
 
 # The README's figures

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trimtab.recipes.evaluate import evaluate_classification, evaluate_retrieval
     from trimtab.towers.dual_encoder import DualEncoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["DualEncoder", "adapt", "evaluate_classification", "evaluate_retrieval", "load"]
 
 # Looked up on first use, so that `import trimtab` and `trimtab --help` do not wait for torch.
