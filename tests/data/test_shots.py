@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trimtab.data.labelled import LabelledPictures
 from trimtab.data.shards import PictureFile
-from trimtab.data.shots import Shots, apart, draw_shots, take_share
+from trimtab.data.shots import Shots, apart, draw_shots, take_share, warn_of_copies, warn_of_unjudged
 from trimtab.errors import DataError
 
 CLASSES = ("cat", "dog", "bird")
@@ -136,7 +136,10 @@ def test_all_pictures_and_shares_of_them(folder: Path) -> None:
     data = pictures(folder, (8, 16))
     assert len(draw_shots(data, pictures(folder, (2, 2), prefix="v"), None, 0).train) == 24
     whole = draw_shots(data, None, None, 0)
-    assert (len(whole.train), len(whole.validation)) == (16, 8)
+    assert (len(whole.train), len(whole.validation)) == (18, 6)
+    small = draw_shots(pictures(folder, (5, 40, 3)), None, None, 0)  # of a small class most is learnt from
+    assert np.bincount(small.train.labels).tolist() == [4, 36, 2]
+    assert np.bincount(small.validation.labels).tolist() == [1, 4, 1]
     shares = [take_share(data, share, 0) for share in (0.01, 0.125, 0.5, 1.0)]
     assert [np.bincount(one.labels).tolist() for one in shares] == [[1, 1], [1, 2], [4, 8], [8, 16]]
     assert all(names(small) <= names(large) for small, large in itertools.pairwise(shares))
@@ -177,3 +180,24 @@ def test_the_place_of_the_pictures_does_not_matter(tmp_path: Path) -> None:
     (second / "3.bin").unlink()
     with pytest.raises(DataError, match=r"3\.bin: cannot be read any more"):
         draw_shots(lying_in(second, "x"), None, 2, 7)
+
+
+def test_copies_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for at, content in enumerate(["a", "b", "b", "c", "a", "d"]):
+        (tmp_path / f"{at}.png").write_text(content)
+    warn_of_copies(pictures(tmp_path, (3, 3)).take(np.array([0, 1, 3, 5])), name="training")
+    assert not caplog.records
+    warn_of_copies(pictures(tmp_path, (3, 3)), name="training")
+    torn, again = (record.getMessage() for record in caplog.records)
+    assert "1 of 6 training pictures are there under another class too" in torn
+    assert "0.png as 'cat' and " in torn
+    assert "4.png as 'dog'" in torn
+    assert "1 of 6 training pictures are copies of others of their class" in again
+
+
+def test_classes_that_nothing_judges_are_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = pictures(folder, (4, 4))
+    warn_of_unjudged(Shots(data, data))
+    assert not caplog.records
+    warn_of_unjudged(Shots(data, data.take(np.array([0]))))
+    assert "1 of 2 classes have no validation picture, 'dog' for one" in caplog.text

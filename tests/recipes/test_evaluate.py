@@ -22,7 +22,7 @@ from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.evaluation import classify
 from trimtab.files import write_text
-from trimtab.recipes.evaluate import evaluate_classification, evaluate_retrieval
+from trimtab.recipes.evaluate import _prompts, evaluate_classification, evaluate_retrieval
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -320,3 +320,14 @@ def test_pictures_that_prompts_cannot_read(tiny_base: Callable[[str], Any], labe
         (labelled.parent / f"{number}.png").unlink()
     with pytest.raises(DataError, match="none of the 13 images can be read"):
         evaluate_classification(prompted("instance", tiny_base("clip"), tmp_path), labelled, CLASSES)
+
+
+def test_names_that_prompts_were_not_trained_on_are_told(
+    tiny_base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tiny_base("clip")
+    model = load_adapted(save_tiny_prompt(tmp_path / "prompt", base), base=base)
+    assert _prompts(model, ["cat", "Dog", "red_car"]) is not None
+    assert not caplog.records
+    assert _prompts(model, ["cat", "Dog", "lorry"]) is not None
+    assert "1 of 3 classes are none of those that the prompts were trained on, 'lorry' for one" in caplog.text

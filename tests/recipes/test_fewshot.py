@@ -124,6 +124,57 @@ def test_a_finished_run_is_not_repeated_and_an_interrupted_sweep_goes_on(
     assert done[1:] == [("template", 3)] * 2
 
 
+def test_runs_of_a_base_that_read_pictures_otherwise_are_done_again(
+    recipe: PromptRecipe, swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.loads(line) for line in swept[0].read_text().splitlines()]
+    (template,) = (one for one in lines if one["method"] == "template" and one["shots"] == 1)
+    out = tmp_path / "runs.jsonl"
+    done = count_runs(monkeypatch)
+    plan = Plan((1,), (1,), ("template",))
+    older = {name: value for name, value in template.items() if name != "inputs"}  # as versions before wrote them
+    for line, expected in ((template, 0), (older, 0), ({**template, "inputs": "other"}, 1)):
+        out.write_text(json.dumps(line) + "\n")
+        fewshot(recipe, plan, out, progress=lambda _: None)
+        assert len(done) == expected
+    assert len(read_runs(out)) == 2
+
+
+def test_what_another_process_finished_meanwhile_is_not_done_again(
+    recipe: PromptRecipe, swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = swept
+    out = tmp_path / "runs.jsonl"
+    done = count_runs(monkeypatch)
+    counted = module.run_once
+
+    def beside(*arguments: Any) -> Any:
+        found = counted(*arguments)
+        out.write_text(whole.read_text())
+        return found
+
+    monkeypatch.setattr(module, "run_once", beside)
+    fewshot(recipe, Plan((1, 2), (1,), ("template",)), out, progress=lambda _: None)
+    assert done == [("template", 1)]
+
+
+def test_with_fewer_pictures_allowed_every_class_has_some_to_choose_by(
+    recipe: PromptRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        module,
+        "run_once",
+        lambda recipe, method, pictures, draw, seed: drawn.append(draw) or {"top1": 0.0, "seconds": 0.0},
+    )
+    generous = replace(recipe, data=replace(recipe.data, allow_fewer=True))
+    fewshot(generous, Plan((8,), (1,), ("template",)), tmp_path / "runs.jsonl", progress=lambda _: None)
+    assert set(drawn[0].validation.labels.tolist()) == set(range(4))
+    assert "no validation picture" not in caplog.text
+
+
 def test_only_what_decides_a_method_makes_its_runs_new(recipe: PromptRecipe) -> None:
     from dataclasses import replace
 

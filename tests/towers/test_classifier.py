@@ -144,6 +144,10 @@ def test_spellings_are_found_where_they_mean_one_name() -> None:
     assert [spellings.find(name) for name in ("Turkey", "turkey ", "TURKEY", "redcar", "dog")] == [
         "Turkey", "turkey", None, None, None
     ]  # fmt: skip
+    tidied = Spellings(["Granny Smith", "T-shirt", "t shirt", "-1", "1"])
+    assert [tidied.find(name) for name in ("Granny_Smith", "granny-smith", "t_shirt", "T-Shirt", "-1", "_1")] == [
+        "Granny Smith", "Granny Smith", None, "T-shirt", "-1", None
+    ]  # fmt: skip
 
 
 @given(

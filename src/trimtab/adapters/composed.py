@@ -129,13 +129,18 @@ class Composed(DualEncoder):
             return _NamesAlone(self, names)
         return _Prompted(self.prompt, self).classifier(names)
 
+    def trained_name(self, name: str) -> str | None:
+        """The class of training that a name stands for, by itself or by `aliases`; None if it is none."""
+        assert self.prompt is not None
+        if (own := self.prompt.trained_name(name)) is not None:
+            return own
+        alias = self._alias_spellings.find(name)
+        return None if alias is None else self.aliases[alias]
+
     def prompted_name(self, name: str) -> str | None:
         """The name by which the prompts score a class; None if they do not, and the language link's vector does."""
-        assert self.prompt is not None
-        if (own := self.prompt.spellings.find(name)) is not None:
+        if (own := self.trained_name(name)) is not None:
             return own
-        if (alias := self._alias_spellings.find(name)) is not None:
-            return self.aliases[alias]
         return name if self.language is None or is_latin(name) else None
 
     def save_pretrained(self, folder: str | Path) -> Path:

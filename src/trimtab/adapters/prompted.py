@@ -125,6 +125,10 @@ class PromptAdapted(DualEncoder):
             return Classifier(self, names, templates=templates)
         return PromptClassifier(self, names)
 
+    def trained_name(self, name: str) -> str | None:
+        """The class of training that a name is, however it is written; None if it is none."""
+        return self.spellings.find(name)
+
     def prompted(self, names: Sequence[str]) -> PromptedClasses:
         """Classes behind the prompt, of training or not; those of training by the names that they had there."""
         place = {name: at for at, name in enumerate(self.classes)}

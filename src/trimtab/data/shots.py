@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def draw_shots(
     learnt from. A class may have fewer validation pictures than that, or none.
 
     Args:
-        shots: per class; None takes all pictures there are.
+        shots: per class; None takes all pictures there are, but for those that `reserve` would keep.
         allow_fewer: take what there is of a class with fewer than `shots` pictures.
         reserve: without validation pictures, keep a quarter of each class for it, at most 4 and at least one of two,
             even if fewer than `shots` are then left to learn from.
@@ -67,10 +68,13 @@ def draw_shots(
         learnt = ranked if shots is None else [some[:shots] for some in ranked]
         return Shots(train.take(np.concatenate(learnt)), validation.take(np.concatenate(held)))
     # From the other end: as long as there are enough, the pictures of validation stay when the shots grow.
-    held_count = [min(wanted, max(0, len(some) - (shots or 1))) for some in ranked]
-    if reserve:
-        least = [min(wanted, len(some) // 2, max(1, len(some) // 4)) for some in ranked]
-        held_count = [max(pair) for pair in zip(held_count, least, strict=True)]
+    least = [min(wanted, len(some) // 2, max(1, len(some) // 4)) for some in ranked]
+    held_count = least
+    if shots is None:
+        ranked = _those_alone_last(train, ranked)
+    else:
+        beyond = [min(wanted, max(0, len(some) - shots)) for some in ranked]
+        held_count = [max(pair) for pair in zip(beyond, least, strict=True)] if reserve else beyond
     held = [some[len(some) - count :] for some, count in zip(ranked, held_count, strict=True)]
     left = [some[: len(some) - count] for some, count in zip(ranked, held_count, strict=True)]
     drawn = np.concatenate(left if shots is None else [some[:shots] for some in left])
@@ -83,6 +87,13 @@ def draw_shots(
             "is left to choose by: give data.validation, or ask for fewer shots"
         )
     return Shots(train.take(drawn), train.take(np.array(kept)))
+
+
+def _those_alone_last(train: LabelledPictures, ranked: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The same order, but pictures without a copy come last: copies of what is learnt from are no use to choose by."""
+    times = Counter(map(_content, train.images))
+    alone = np.array([times[_content(image)] == 1 for image in train.images], bool)
+    return [np.concatenate([some[~alone[some]], some[alone[some]]]) for some in ranked]
 
 
 def take_share(train: LabelledPictures, share: float, seed: int) -> LabelledPictures:
@@ -112,6 +123,40 @@ def apart(part: LabelledPictures, other: LabelledPictures, *, name: str, where: 
             int((~keep).sum()), len(part), name, where, part.images[int(np.argmin(keep))], name,
         )  # fmt: skip
     return part.take(keep)
+
+
+def warn_of_copies(part: LabelledPictures, *, name: str) -> None:
+    """Warn of pictures that are there twice, by their bytes: each counts as a shot, and of two classes one is wrong."""
+    first: dict[str, int] = {}
+    again: list[tuple[int, int]] = []
+    torn: list[tuple[int, int]] = []
+    for at, image in enumerate(part.images):
+        if (before := first.setdefault(_content(image), at)) != at:
+            (again if part.labels[before] == part.labels[at] else torn).append((before, at))
+    if torn:
+        one, other = torn[0]
+        logger.warning(
+            "%d of %d %s pictures are there under another class too, for example %s as %r and %s as %r: remove one",
+            len(torn), len(part), name, part.images[one], part.classes[part.labels[one]], part.images[other],
+            part.classes[part.labels[other]],
+        )  # fmt: skip
+    if again:
+        one, other = again[0]
+        logger.warning(
+            "%d of %d %s pictures are copies of others of their class, for example %s of %s, and count beside them",
+            len(again), len(part), name, part.images[other], part.images[one],
+        )  # fmt: skip
+
+
+def warn_of_unjudged(drawn: Shots) -> None:
+    """Warn of classes that have no validation picture."""
+    unseen = sorted(set(range(len(drawn.train.classes))) - set(drawn.validation.labels.tolist()))
+    if unseen:
+        logger.warning(
+            "%d of %d classes have no validation picture, %r for one: choices and calibration of scores rest on the "
+            "others alone. Give more pictures of them, or data.validation",
+            len(unseen), len(drawn.train.classes), drawn.train.classes[unseen[0]],
+        )  # fmt: skip
 
 
 def _check_enough(train: LabelledPictures, counts: Sequence[int], shots: int | None, allow_fewer: bool) -> None:

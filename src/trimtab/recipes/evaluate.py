@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,8 @@ from trimtab.towers.scripts import default_templates
 if TYPE_CHECKING:
     from trimtab.adapters.prompted import PromptClassifier
     from trimtab.towers.dual_encoder import DualEncoder
+
+logger = logging.getLogger(__name__)
 
 Model: TypeAlias = "str | Path | DualEncoder"
 
@@ -203,6 +206,13 @@ def _prompts(model: DualEncoder, names: Sequence[str]) -> PromptClassifier | Non
     from trimtab.adapters.prompted import PromptClassifier
 
     classifier = model.classifier(names)
+    prompted: Any = model  # or composed with such
+    if others := [name for name in names if prompted.trained_name(name) is None]:
+        logger.warning(
+            "%d of %d classes are none of those that the prompts were trained on, %r for one: the name is all that is "
+            "known of them",
+            len(others), len(names), others[0],
+        )  # fmt: skip
     return classifier if isinstance(classifier, PromptClassifier) else None
 
 

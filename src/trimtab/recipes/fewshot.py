@@ -26,7 +26,7 @@ from trimtab.adapters.adapted import load
 from trimtab.config import LabelSource, PromptRecipe
 from trimtab.data.labelled import LabelledPictures, load_labelled
 from trimtab.data.shards import PictureFile
-from trimtab.data.shots import Shots, apart, draw_shots
+from trimtab.data.shots import Shots, apart, draw_shots, warn_of_copies, warn_of_unjudged
 from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import digest_of, explain_disk_errors
@@ -112,29 +112,50 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
     check_alone("few-shot methods run", os.environ)
     out = Path(out)
     data = read_fewshot(recipe)
-    allow_fewer = recipe.data.allow_fewer
+    fewer = recipe.data.allow_fewer
     draws = {
-        (seed, shots): draw_shots(data.train, data.validation, shots, seed, allow_fewer=allow_fewer)
+        (seed, shots): draw_shots(data.train, data.validation, shots, seed, allow_fewer=fewer, reserve=fewer)
         for shots in plan.shots
         for seed in plan.seeds
     }
+    warn_of_copies(data.train, name="training")
+    for drawn in draws.values():
+        warn_of_unjudged(drawn)
     base = load(recipe.base, device=str(make_accelerator().device))
     dataset = plan.dataset or dataset_name(recipe)
-    known = {run["key"]: run for run in read_runs(out) if "key" in run}
+    drawn_by = ("reserve",) if fewer and data.validation is None else ()
     keys = {
-        one: digest_of(setting(recipe, one[2]), data.digest, base.fingerprint, dataset, *map(str, one))[:16]
+        one: digest_of(setting(recipe, one[2]), data.digest, base.fingerprint, dataset, *map(str, one), *drawn_by)[:16]
         for one in plan
     }
+    inputs = digest_of(*base.digests[1:])[:16]
     pictures = Pictures(recipe, plan, data, draws, base)
     for (seed, shots, method), key in keys.items():
-        if key in known:
+        if key in _finished(out, inputs):  # by another process meanwhile, perhaps
             continue
         fitted = run_once(recipe, method, pictures, draws[seed, shots], seed)
-        run = {"method": method, "dataset": dataset, "shots": shots, "seed": seed, **fitted, "key": key}
+        run = {
+            "method": method,
+            "dataset": dataset,
+            "shots": shots,
+            "seed": seed,
+            **fitted,
+            "key": key,
+            "inputs": inputs,
+        }
         append_run(out, run)
-        known[key] = run
         progress(f"{dataset}, {method}, {shots} shots, seed {seed}: {run['top1']:.1f}% in {run['seconds']:.0f} s")
+    known = _finished(out, inputs)
     return [known[key] for key in keys.values()]
+
+
+def _finished(out: Path, inputs: str) -> dict[str, Run]:
+    """Runs in the file by their keys, but for those whose base read texts or pictures in another way.
+
+    Args:
+        inputs: digest of how it reads them now; older lines do not say.
+    """
+    return {run["key"]: run for run in read_runs(out) if "key" in run and run.get("inputs", inputs) == inputs}
 
 
 def read_fewshot(recipe: PromptRecipe) -> FewShotData:

@@ -23,7 +23,7 @@ from trimtab.adapters.prompted import save_prompt
 from trimtab.config import PromptRecipe, to_mapping, to_yaml
 from trimtab.controls import without_controls
 from trimtab.data.labelled import LabelledPictures, load_labelled
-from trimtab.data.shots import apart, draw_shots
+from trimtab.data.shots import Shots, apart, draw_shots, warn_of_copies, warn_of_unjudged
 from trimtab.errors import RecipeError
 from trimtab.files import cache_home, digest_of
 from trimtab.precision import fast_training, tune_allocator
@@ -41,7 +41,6 @@ from trimtab.recipes.prompt_fit import (
     steps_per_epoch,
 )
 from trimtab.recipes.prompt_report import write_prompt_report
-from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import portable
 from trimtab.towers.prompting import PromptTower
@@ -185,13 +184,8 @@ def read_sets(recipe: PromptRecipe) -> LabelledSets:
     drawn = draw_shots(train, validation, data.shots, recipe.seed, allow_fewer=fewer, reserve=fewer)
     # Validation pictures that the user gave are all used.
     sets = LabelledSets(drawn.train, drawn.validation if validation is None else validation, test)
-    unseen = sorted(set(range(len(train.classes))) - set(sets.validation.labels.tolist()))
-    if unseen:
-        logger.warning(
-            "%d of %d classes have no validation picture, %r for one: choices and calibration of scores rest on the "
-            "others alone. Give more pictures of them, or data.validation",
-            len(unseen), len(train.classes), train.classes[unseen[0]],
-        )  # fmt: skip
+    warn_of_copies(train, name="training")
+    warn_of_unjudged(Shots(sets.train, sets.validation))
     return sets
 
 
@@ -227,7 +221,7 @@ def adds_nothing(validation: dict[str, float]) -> bool:
 
 def zero_shot(base: DualEncoder, fitted: FittedPrompt, pictures: LabelledFeatures) -> float:
     """Top-1 of the hand templates, in percent, for comparison."""
-    vectors = class_vectors(fitted.task.classes.tower.base, fitted.classes, fitted.templates)
+    vectors = fitted.task.templates.cpu().numpy()  # (C, D)
     found = pictures.features.pictures().embeddings.cpu().numpy() @ vectors.T
     return 100 * float((found.argmax(axis=1) == pictures.labels).mean())
 
@@ -260,7 +254,8 @@ def plan(
         f"pictures     {counts}; {len(sets.train.classes):,} classes",
         f"parameters   {parameters:,} trained ({share}), the others frozen",
         f"cache        {sum(part.nbytes for part in features.values()) / 1e9:.2f} GB in {cache_home() / 'features'}",
-        f"time         {about(passes * each)} to encode once, {about(training)} to train ({sum(steps):,} steps)",
+        f"time         {about(passes * each)} to encode once, {about(training)} to train ({sum(steps):,} steps), "
+        "without the start of class vectors and validation",
     ])  # fmt: skip
 
 

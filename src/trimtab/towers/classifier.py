@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from trimtab.data.captions import fold_name
 from trimtab.data.classes import warn_of_equal
 from trimtab.data.parallel import clean_text
 from trimtab.data.templates import check_template, fill_all
@@ -206,19 +207,22 @@ def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where:
 
 
 class Spellings:
-    """Finds names that are written a little otherwise: with other white space, as labels of training lose it too, or in
-    another case where that leaves one name."""
+    """Finds names that are written a little otherwise: with other white space, as labels of training lose it too; in
+    another case, or with hyphens and underscores as a folder has them, where that leaves one name."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._exact = {name: name for name in names}
         self._cleaned = {clean_text(name): name for name in self._exact}
         folded = Counter(map(str.casefold, self._cleaned))
         self._folded = {key.casefold(): name for key, name in self._cleaned.items() if folded[key.casefold()] == 1}
+        tidied = Counter(map(fold_name, self._cleaned))
+        self._tidied = {fold_name(key): name for key, name in self._cleaned.items() if tidied[fold_name(key)] == 1}
 
     def find(self, name: str) -> str | None:
         """The name as it is known; None if it is not."""
         cleaned = clean_text(name)
-        return self._exact.get(name) or self._cleaned.get(cleaned) or self._folded.get(cleaned.casefold())
+        found = self._exact.get(name) or self._cleaned.get(cleaned) or self._folded.get(cleaned.casefold())
+        return found or self._tidied.get(fold_name(cleaned))
 
 
 def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
