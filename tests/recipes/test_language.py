@@ -348,6 +348,10 @@ def test_the_card_is_read_by_machines_and_people(make: Any) -> None:
     assert "| match | 46.5 |" in card
     assert "sent to the base's own text tower" in card
     assert "of several languages" not in card
+    sources = ["cedict", "cldr:zh_Hant", "/home/me/secret/pairs.csv"]
+    card = language.model_card(make(data={"train": sources}), ["zh"], {}, outcome)
+    assert "- `cedict`: CC-BY-SA-4.0\n- `cldr:zh_Hant`: Unicode-3.0\n- `pairs.csv`\n" in card
+    assert "secret" not in card
     several = language.model_card(
         make(), ["zh", "de"], {}, {**outcome, "validation_languages": {"zh": 900, "de": 1000}}
     )

@@ -33,7 +33,7 @@ from trimtab.objectives.distillation import Standardiser
 from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
 from trimtab.recipes.estimates import about, room_on_disk
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
-from trimtab.recipes.sources import PREPARED, PreparedText, Words, drawing_probability, prepare
+from trimtab.recipes.sources import PREPARED, PreparedText, Words, drawing_probability, prepare, shown_source
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base, portable
@@ -512,11 +512,23 @@ English is {"sent to the base's own text tower" if recipe.english == "route" els
 validation pairs, mean of both directions{_counted(outcome.get("validation_languages", {}))}. These are not retrieval
 figures.
 
+## Sources
+
+{_sources(recipe)}
+
+If you pass this folder on, look at their licences and name those that ask for it.
+
 ## Limits
 
 The adapter knows the words and kinds of sentence it was trained on, and the base's own limits remain. Check it on your
 own data with `trimtab evaluate` before you rely on it.
 """
+
+
+def _sources(recipe: LanguageRecipe) -> str:
+    """Lines for the card."""
+    names = dict.fromkeys(source.path for source in (*recipe.data.train, *recipe.data.validation))
+    return "\n".join(f"- {shown_source(name)}" for name in names)
 
 
 def _counted(languages: dict[str, int]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from trimtab.config import LanguageData, LanguageRecipe, TextSource
 from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
+from trimtab.data.packages import PACKAGES
 from trimtab.data.parallel import CleaningCounts, ParallelText, clean, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
 from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all, known_language, templates_for
@@ -31,10 +32,24 @@ PREPARED: dict[str, Callable[[str], Iterable[corpora.WeightedPair]]] = {
 }
 """Sources known by name; what follows a colon is the locale: `cedict`, `cldr:ja`, `cataclysm:zh_CN`."""
 
+_PACKAGES = {  # that they come out of
+    "cedict": "cc-cedict",
+    "cldr": "cldr-annotations",
+    "cataclysm": "cataclysm-dda",
+    "imagenet21k": "imagenet-names",
+}
 _LOCALES = {"cldr": "cldr:ja", "cataclysm": "cataclysm:zh_CN"}  # sources that need a locale, and an example
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _VARIANTS = 200  # nouns that show in which directions templates differ
 _LONGEST_NOUN = (8, 24)  # characters of the target and of the English name that make a phrase
+
+
+def shown_source(path: str) -> str:
+    """A source as a card names it: a prepared one with its licence, a file without its folders."""
+    name = path.partition(":")[0]
+    if name in _PACKAGES:
+        return f"`{path}`: {PACKAGES[_PACKAGES[name]].licence}"
+    return f"`{Path(path).name}`"
 
 
 @dataclass(frozen=True)
