@@ -203,6 +203,22 @@ def test_names_that_are_not_utf8_cost_their_own_pictures(tmp_path: Path) -> None
         load_pairs(sources)
 
 
+def test_folders_that_may_not_be_meant_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = PairSource(str(tmp_path), templates=("{}",))
+    save_pictures(tmp_path, ["cat/1.png", "animals/dog/1.png"])
+    read_entries(source)
+    assert not caplog.records
+    (tmp_path / "bird").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    save_pictures(tmp_path, ["cat/old/1.png"])
+    assert {entry.texts[0] for entry in read_entries(source)} == {"cat", "dog", "old"}
+    empty, within = (record.getMessage() for record in caplog.records)
+    assert "1 folders hold no pictures and are no classes, 'bird' for one" in empty
+    assert (
+        f"1 folders within the folder of a class are classes of their own, {str(Path('cat/old'))!r} for one" in within
+    )
+
+
 def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"none: holds no class folders with pictures$"):

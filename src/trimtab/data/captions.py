@@ -225,6 +225,7 @@ def _from_folder(folder: Path) -> list[Entry]:
     inside = PictureFolder(root)
     entries: list[Entry] = []
     places: dict[str, str] = {}
+    empty: list[str] = []
     misnamed = False
 
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
@@ -241,9 +242,10 @@ def _from_folder(folder: Path) -> list[Entry]:
                 problem = f"{Path(where) / name}: lies in no class folder"
                 entries.append(Entry(problem, [], str(folder), len(entries) + 1))
             continue
-        if not names:
-            continue
         below = Path(where).relative_to(root)
+        if not names:
+            empty += [] if subfolders else [str(below)]
+            continue
         for name in list(names):
             if (shown := readable_name((below / name).as_posix())) != (below / name).as_posix():
                 names.remove(name)
@@ -265,7 +267,17 @@ def _from_folder(folder: Path) -> list[Entry]:
         shards = next(iter(sorted(folder.glob("*.tar"))), None)
         hint = f"; it holds shards: give a pattern such as {shards}" if shards else ""
         raise DataError(f"{folder}: holds no class folders with pictures{hint}")
+    _warn_of_folders(folder, set(places.values()), empty)
     return entries
+
+
+def _warn_of_folders(folder: Path, classes: set[str], empty: list[str]) -> None:
+    """What is not seen by looking at the pictures: folders that are no classes, and such as only look like a part."""
+    if empty:
+        logger.warning("%s: %d folders hold no pictures and are no classes, %r for one", folder, len(empty), empty[0])
+    if within := sorted(name for name in classes if str(Path(name).parent) in classes):
+        words = "%s: %d folders within the folder of a class are classes of their own, %r for one"
+        logger.warning(words, folder, len(within), within[0])
 
 
 def _from_shards(source: SourceOptions) -> list[Entry]:
