@@ -261,3 +261,24 @@ def test_what_is_no_text(clip: Any) -> None:
 def test_a_loaded_model_says_how_it_gets_to_another_process(clip: Any) -> None:
     with pytest.raises(ModelError, match=r"cannot be pickled: give other processes its name, and trimtab\.load"):
         pickle.dumps(clip)
+
+
+def test_what_has_items_and_a_length_is_taken_as_torch_takes_it(clip: Any, pictures: list[Image.Image]) -> None:
+    class Items:
+        def __init__(self, items: list[Any]) -> None:
+            self.items = items
+
+        def __getitem__(self, at: int) -> Any:
+            return self.items[at]
+
+        def __len__(self) -> int:
+            return len(self.items)
+
+    assert np.array_equal(clip.encode_image(Items(pictures)), clip.encode_image(pictures))
+    assert np.array_equal(clip.encode_text(Items(CORPUS[:3])), clip.encode_text(CORPUS[:3]))
+
+
+def test_a_row_of_zeros_may_stand_for_a_picture_that_was_left_out(clip: Any, pictures: list[Image.Image]) -> None:
+    vectors = clip.encode_image(pictures[:2])
+    vectors[1] = 0
+    assert clip.similarity(vectors, "a")[1] == 0

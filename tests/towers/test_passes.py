@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from trimtab.towers.passes import per_pass, results
+from trimtab.towers.turns import Turn
 
 CPU = torch.device("cpu")
 
@@ -71,3 +74,31 @@ def test_only_a_cpu_has_its_passes_cut() -> None:
     assert per_pass(8, "images", CPU) == 8
     assert per_pass(256, "texts", CPU) == 64
     assert per_pass(256, "texts", torch.device("cuda")) == 256
+
+
+def test_others_are_let_in_between_passes(two_cores: None) -> None:
+    turn, seen = Turn(), []
+
+    def other() -> None:
+        with turn:
+            seen.append("other")
+
+    def run(number: int) -> int:
+        if number == 3:
+            thread.start()
+            while not turn._waiting:
+                time.sleep(0.001)
+        return number
+
+    for threads in (True, False):
+        thread = threading.Thread(target=other)
+        with contextlib.closing(results(run, range(100), CPU, threads=threads, turn=turn)) as found:
+            seen += list(found)
+        thread.join()
+        assert seen.index("other") < 40
+        assert [one for one in seen if one != "other"] == list(range(100))
+        assert turn._holder is None
+        seen.clear()
+    with contextlib.closing(results(lambda number: number, range(100), CPU, turn=turn)) as found:
+        next(found)
+    assert turn._holder is None

@@ -128,7 +128,9 @@ class FusionAdapted(LanguageAdapted):
             for start in range(0, len(chosen), batch_size):
                 part = chosen[start : start + batch_size]
                 encode = self._own_states if own else self._adapted_states
-                for i, states in zip(part, encode([texts[i] for i in part]), strict=True):
+                with self.turn:
+                    found = encode([texts[i] for i in part])
+                for i, states in zip(part, found, strict=True):
                     rows[i] = states
         longest = max(len(row) for row in rows)
         mask = torch.tensor([[k < len(row) for k in range(longest)] for row in rows], device=self.device)
@@ -151,8 +153,9 @@ class FusionAdapted(LanguageAdapted):
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             pixels = torch.cat([self._read(image)["pixel_values"] for image in images[rows]])
-            states = image_sequence(self.model, pixels.to(self.device, self.dtype))
-            parts.append(fuse(self.model, text[rows], mask[rows], states))
+            with self.turn:
+                states = image_sequence(self.model, pixels.to(self.device, self.dtype))
+                parts.append(fuse(self.model, text[rows], mask[rows], states))
         fused = torch.cat(parts).float()  # (N, 1 + P + L, F)
         first = int(self.model.multimodal_model.use_cls_token)
         last = fused.shape[1] - mask.shape[1]

@@ -60,18 +60,22 @@ def draw_shots(
     """
     if shots is not None and shots < 1:
         raise ValueError(f"shots={shots} must be at least 1, or None for all")
-    ranked = _ranked(train, seed, "train")
+    contents = list(map(_content, train.images))
+    ranked = _ranked(train, contents, seed, "train")
     _check_enough(train, [len(some) for some in ranked], shots, allow_fewer)
     wanted = VALIDATION_SHOTS if shots is None else min(shots, VALIDATION_SHOTS)
     if validation is not None:
-        held = [some if shots is None else some[:wanted] for some in _ranked(validation, seed, "validation")]
+        held = [
+            some if shots is None else some[:wanted]
+            for some in _ranked(validation, list(map(_content, validation.images)), seed, "validation")
+        ]
         learnt = ranked if shots is None else [some[:shots] for some in ranked]
         return Shots(train.take(np.concatenate(learnt)), validation.take(np.concatenate(held)))
     # From the other end: as long as there are enough, the pictures of validation stay when the shots grow.
     least = [min(wanted, len(some) // 2, max(1, len(some) // 4)) for some in ranked]
     held_count = least
     if shots is None:
-        ranked = _those_alone_last(train, ranked)
+        ranked = _those_alone_last(contents, ranked)
     else:
         beyond = [min(wanted, max(0, len(some) - shots)) for some in ranked]
         held_count = [max(pair) for pair in zip(beyond, least, strict=True)] if reserve else beyond
@@ -79,8 +83,8 @@ def draw_shots(
     left = [some[: len(some) - count] for some, count in zip(ranked, held_count, strict=True)]
     drawn = np.concatenate(left if shots is None else [some[:shots] for some in left])
     # A picture that lies there under two names must not be on both sides.
-    seen = {_content(train.images[at]) for at in drawn}
-    kept = [at for at in np.concatenate(held).tolist() if _content(train.images[at]) not in seen]
+    seen = {contents[at] for at in drawn}
+    kept = [at for at in np.concatenate(held).tolist() if contents[at] not in seen]
     if not kept:
         raise DataError(
             f"no class has more than the {shots or 1} training pictures that are learnt from, copies aside, so none "
@@ -89,10 +93,10 @@ def draw_shots(
     return Shots(train.take(drawn), train.take(np.array(kept)))
 
 
-def _those_alone_last(train: LabelledPictures, ranked: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _those_alone_last(contents: Sequence[str], ranked: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The same order, but pictures without a copy come last: copies of what is learnt from are no use to choose by."""
-    times = Counter(map(_content, train.images))
-    alone = np.array([times[_content(image)] == 1 for image in train.images], bool)
+    times = Counter(contents)
+    alone = np.array([times[content] == 1 for content in contents], bool)
     return [np.concatenate([some[~alone[some]], some[alone[some]]]) for some in ranked]
 
 
@@ -100,7 +104,7 @@ def take_share(train: LabelledPictures, share: float, seed: int) -> LabelledPict
     """A share of every class's pictures, at least one of each; a smaller share lies within a larger one."""
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be above 0 and at most 1")
-    ranked = _ranked(train, seed, "share")
+    ranked = _ranked(train, list(map(_content, train.images)), seed, "share")
     return train.take(np.concatenate([some[: max(1, round(share * len(some)))] for some in ranked]))
 
 
@@ -148,15 +152,19 @@ def warn_of_copies(part: LabelledPictures, *, name: str) -> None:
         )  # fmt: skip
 
 
-def warn_of_unjudged(drawn: Shots) -> None:
-    """Warn of classes that have no validation picture."""
-    unseen = sorted(set(range(len(drawn.train.classes))) - set(drawn.validation.labels.tolist()))
-    if unseen:
-        logger.warning(
-            "%d of %d classes have no validation picture, %r for one: choices and calibration of scores rest on the "
-            "others alone. Give more pictures of them, or data.validation",
-            len(unseen), len(drawn.train.classes), drawn.train.classes[unseen[0]],
-        )  # fmt: skip
+def warn_of_unjudged(*draws: Shots) -> None:
+    """Warn of classes that have no validation picture, of many draws once."""
+    for unseen, classes in {_unjudged(drawn): drawn.train.classes for drawn in draws}.items():
+        if unseen:
+            logger.warning(
+                "%d of %d classes have no validation picture, %r for one: choices and calibration of scores rest on "
+                "the others alone. Give more pictures of them, or data.validation",
+                len(unseen), len(classes), classes[unseen[0]],
+            )  # fmt: skip
+
+
+def _unjudged(drawn: Shots) -> tuple[int, ...]:
+    return tuple(sorted(set(range(len(drawn.train.classes))) - set(drawn.validation.labels.tolist())))
 
 
 def _check_enough(train: LabelledPictures, counts: Sequence[int], shots: int | None, allow_fewer: bool) -> None:
@@ -174,9 +182,12 @@ def _check_enough(train: LabelledPictures, counts: Sequence[int], shots: int | N
     )
 
 
-def _ranked(part: LabelledPictures, seed: int, stream: str) -> list[np.ndarray]:
+def _ranked(part: LabelledPictures, contents: Sequence[str], seed: int, stream: str) -> list[np.ndarray]:
     """Positions of each class's pictures in the order in which they are drawn."""
-    keys = [(digest_of(stream, str(seed), _content(image)), image.name) for image in part.images]
+    keys = [
+        (digest_of(stream, str(seed), content), image.name)
+        for content, image in zip(contents, part.images, strict=True)
+    ]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     return [order[part.labels[order] == label] for label in range(len(part.classes))]
 

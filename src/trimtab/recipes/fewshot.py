@@ -119,8 +119,7 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
         for seed in plan.seeds
     }
     warn_of_copies(data.train, name="training")
-    for drawn in draws.values():
-        warn_of_unjudged(drawn)
+    warn_of_unjudged(*draws.values())
     base = load(recipe.base, device=str(make_accelerator().device))
     dataset = plan.dataset or dataset_name(recipe)
     drawn_by = ("reserve",) if fewer and data.validation is None else ()

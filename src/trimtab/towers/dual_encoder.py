@@ -290,9 +290,8 @@ class DualEncoder:
         # Adapted models change their base while a pass runs.
         several = type(self) is DualEncoder
         with (
-            self.turn,  # whole, as the passes are those of other threads
             _progress_bar(texts, "texts", progress) as advance,
-            contextlib.closing(results(embed, batches, self.device, threads=several)) as found,
+            contextlib.closing(results(embed, batches, self.device, threads=several, turn=self.turn)) as found,
         ):
             for positions, some, cut in found:
                 embeddings[positions] = some
@@ -476,7 +475,7 @@ class DualEncoder:
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape[1:] != (self.embedding_dim,):
             return False
         norms = np.linalg.norm(value.astype(np.float32), axis=1)
-        if not (np.abs(norms - 1) < _UNIT).all():
+        if not ((np.abs(norms - 1) < _UNIT) | (norms == 0)).all():  # zeros stand for pictures that were left out
             raise DataError(
                 f"floats {value.shape} are taken for embeddings, whose rows have unit norm, and these have not: divide "
                 "them by their norms, or give a picture as uint8 or in a list"
@@ -523,9 +522,10 @@ def as_texts(texts: Iterable[str] | str) -> list[str]:
     """
     if isinstance(texts, str):
         return [texts]
-    if not isinstance(texts, Iterable):
-        raise DataError(f"texts are a {type(texts).__name__}: give a text, or several")
-    return list(texts)
+    try:
+        return list(texts)
+    except TypeError as error:
+        raise DataError(f"texts are a {type(texts).__name__}: give a text, or several") from error
 
 
 def _as_sources(images: Any) -> Iterable[ImageSource]:
@@ -544,12 +544,15 @@ def _as_sources(images: Any) -> Iterable[ImageSource]:
         return [images] if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in channels) else images
     if isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image, StoredPicture)):
         return [images]  # type: ignore[list-item]
-    if isinstance(images, Tensor) or hasattr(images, "read") or not isinstance(images, Iterable):
+    try:
+        if isinstance(images, Tensor) or hasattr(images, "read"):  # these have rows and lines
+            raise TypeError
+        return iter(images) if not isinstance(images, Iterable) else images  # as torch's data sets
+    except TypeError as error:
         raise DataError(
             f"pictures are a {type(images).__name__}: give paths, the bytes of files, PIL images or NumPy arrays "
             "(H, W, 3)"
-        )
-    return images
+        ) from error
 
 
 def _check_batch_size(batch_size: int) -> None:

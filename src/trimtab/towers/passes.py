@@ -6,16 +6,19 @@ A GPU wants large batches. A CPU wants what its caches hold, and a core that has
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 
 # More of them fall out of a core's caches and are slower.
 _ON_CPU = {"images": 16, "texts": 64}
 _MOST_THREADS = 8
+_PASSES_A_TURN = 16  # of those on several cores at once, before other threads are let in
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -27,7 +30,12 @@ def per_pass(wanted: int, kind: str, device: torch.device) -> int:
 
 
 def results(
-    run: Callable[[Batch], Result], batches: Iterable[Batch], device: torch.device, *, threads: bool = True
+    run: Callable[[Batch], Result],
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    threads: bool = True,
+    turn: AbstractContextManager[Any] | None = None,
 ) -> Generator[Result, None, None]:
     """`run` of each batch, in order, without gradients; on a CPU several at a time, each on a core of its own.
 
@@ -35,7 +43,9 @@ def results(
 
     Args:
         threads: whether `run` may be called by several threads at once.
+        turn: is held during passes, and given up between one and the next, or after some where several run at once.
     """
+    turn = contextlib.nullcontext() if turn is None else turn
     rest = iter(batches)
     # One batch is not worth a pool: it has all cores for itself.
     first = list(itertools.islice(rest, 2))
@@ -43,7 +53,7 @@ def results(
     cores = torch.get_num_threads()
     if not threads or device.type != "cpu" or cores == 1 or len(first) < 2:
         for batch in rest:
-            with torch.inference_mode():
+            with torch.inference_mode(), turn:
                 result = run(batch)
             yield result
         return
@@ -59,12 +69,18 @@ def results(
     pool = ThreadPoolExecutor(count)
     torch.set_num_threads(max(1, cores // count))
     try:
-        for batch in rest:
-            waiting.append(pool.submit(one, batch))
-            if len(waiting) > count:  # one more than can run, so that no thread waits for the next batch to be made
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        more = True
+        while more:
+            with turn:
+                passes = 0
+                for batch in itertools.islice(rest, _PASSES_A_TURN):
+                    passes += 1
+                    waiting.append(pool.submit(one, batch))
+                    if len(waiting) > count:  # one more than can run, so that no thread waits for the next batch
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            more = passes == _PASSES_A_TURN
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)

@@ -45,5 +45,6 @@ def _hidden(value: Any) -> Any:
 
 def _last_part(text: str) -> str:
     """A path of this or another system without its parents; any other text as it is."""
-    path = next((path for path in (PurePosixPath(text), PureWindowsPath(text)) if path.is_absolute()), None)
+    paths = (PurePosixPath(text), PureWindowsPath(text))
+    path = next((path for path in paths if path.is_absolute() or path.parts[:1] in (("~",), ("..",))), None)
     return text if path is None else f"/{path.name}"

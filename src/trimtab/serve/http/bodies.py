@@ -128,7 +128,7 @@ def _check_sender(request: Request) -> None:
         raise Problem(403, "a page of another site sent this form: send forms from the server's own page or a program")
     # Starlette decodes with whatever the client names; it reads the header with this same function.
     _, options = parse_options_header(request.headers.get("content-type"))
-    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii", b"ascii"):
         raise Problem(415, "a form must be in UTF-8: leave the charset out of its Content-Type")
 
 
