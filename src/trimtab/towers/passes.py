@@ -18,7 +18,7 @@ import torch
 # More of them fall out of a core's caches and are slower.
 _ON_CPU = {"images": 16, "texts": 64}
 _MOST_THREADS = 8
-_PASSES_A_TURN = 16  # of those on several cores at once, before other threads are let in
+_PASSES_A_TURN = 8  # of those on several cores at once, before other threads are let in
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -45,6 +45,7 @@ def results(
         threads: whether `run` may be called by several threads at once.
         turn: is held during passes, and given up between one and the next, or after some where several run at once.
     """
+    at_once = None if turn is None else _PASSES_A_TURN
     turn = contextlib.nullcontext() if turn is None else turn
     rest = iter(batches)
     # One batch is not worth a pool: it has all cores for itself.
@@ -73,14 +74,14 @@ def results(
         while more:
             with turn:
                 passes = 0
-                for batch in itertools.islice(rest, _PASSES_A_TURN):
+                for batch in itertools.islice(rest, at_once):
                     passes += 1
                     waiting.append(pool.submit(one, batch))
                     if len(waiting) > count:  # one more than can run, so that no thread waits for the next batch
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
-            more = passes == _PASSES_A_TURN
+            more = passes == at_once
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)

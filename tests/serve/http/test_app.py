@@ -568,7 +568,9 @@ def test_forms_in_other_encodings_are_refused(server: Running, charset: str) -> 
     assert "UTF-8" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("charset", ["", "; charset=utf-8", '; charset="UTF-8"'])
+@pytest.mark.parametrize(
+    "charset", ["", "; charset=utf-8", '; charset="UTF-8"', "; charset=utf8", "; charset=us-ascii"]
+)
 def test_forms_in_utf8_may_say_so(server: Running, charset: str) -> None:
     assert server.post("/v1/search", **form(charset)).status_code == 200
 
