@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,24 +14,26 @@ from trimtab.adapters.domain import load_domain
 from trimtab.adapters.files import (
     AdapterFile,
     check_base,
-    check_still_there,
     check_student,
+    copy_adapted,
     find_place,
     is_adapted_folder,
     is_composed_folder,
     read_adapter,
     rebuilt,
+    saved_folder,
 )
 from trimtab.adapters.language import LanguageAdapter
 from trimtab.adapters.prompted import load_prompt
 from trimtab.config import LanguageAdapterConfig, from_mapping
-from trimtab.errors import DataError, ModelError
+from trimtab.errors import ModelError
 from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder, as_texts
 from trimtab.towers.freezing import freeze
 from trimtab.towers.hf import BUILT_IN, fetch_links, is_hub_id, load_base, resolve_folder
 from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
+from trimtab.towers.tokens import check_texts
 
 # The links that can be loaded.
 _HAS_STUDENT = {"language": True, "fusion": True, "domain": False, "prompt": False}
@@ -78,10 +79,7 @@ class LanguageAdapted(DualEncoder):
     @property
     def fingerprint(self) -> str:
         """See `DualEncoder.fingerprint`; a domain below may have been turned since it was last asked for."""
-        below = self.base.fingerprint
-        if self._known_fingerprint[0] != below:
-            self._known_fingerprint = below, self.fingerprint_on(self.base)
-        return self._known_fingerprint[1]
+        return self._once_for(self.base.fingerprint, lambda: self.fingerprint_on(self.base))
 
     def fingerprint_on(self, base: DualEncoder) -> str:
         """The fingerprint that this link has on a base."""
@@ -140,12 +138,7 @@ class LanguageAdapted(DualEncoder):
         return self.adapter(states, mask)
 
     def _write(self, folder: str) -> None:
-        if self.folder is None:
-            raise ModelError("this adapted model was never saved: train it with `trimtab adapt`")
-        check_still_there(self.folder)
-        for path in self.folder.iterdir():
-            if path.name in ("adapter.json", "adapter.safetensors", "README.md"):
-                shutil.copy(path, folder)
+        copy_adapted(saved_folder(self.folder, "train it with `trimtab adapt`"), folder)
 
 
 def _which_are_latin(texts: Sequence[str]) -> np.ndarray:
@@ -154,9 +147,7 @@ def _which_are_latin(texts: Sequence[str]) -> np.ndarray:
     Raises:
         DataError: an item is not a text.
     """
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"text {index} is a {type(text).__name__}, not a string: {text!r:.80}")
+    check_texts(texts)
     return np.array([is_latin(text) for text in texts], dtype=bool)
 
 

@@ -81,10 +81,7 @@ class Composed(DualEncoder):
     @property
     def fingerprint(self) -> str:
         """See `DualEncoder.fingerprint`; it follows the dials of the links."""
-        below = self.core.fingerprint
-        if self._known_fingerprint[0] != below:
-            self._known_fingerprint = below, self._digest()
-        return self._known_fingerprint[1]
+        return self._once_for(self.core.fingerprint, self._digest)
 
     @property
     def image_fingerprint(self) -> str:

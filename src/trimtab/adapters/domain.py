@@ -21,11 +21,11 @@ from trimtab.adapters.files import (
     DESCRIPTION_FILE,
     AdapterFile,
     BaseReference,
-    check_still_there,
     read_adapter,
     reading_config,
     rebuilt,
     save_adapter,
+    saved_folder,
 )
 from trimtab.adapters.gate import DomainGate, mixed
 from trimtab.adapters.kinds import KINDS
@@ -354,12 +354,10 @@ class DomainAdapted(DualEncoder):
         return digest_of(*parts)
 
     def _write(self, folder: str) -> None:
-        if self.folder is None:
-            raise ModelError("this adapted model was never saved: save it with save_domain")
-        check_still_there(self.folder)
+        before = saved_folder(self.folder, "save it with save_domain")
         # As it is now, which the folder may not be: the dial can be turned, gate and memory taken out or exchanged.
-        kept = read_adapter(self.folder)
-        card = self.folder / CARD_FILE
+        kept = read_adapter(before)
+        card = before / CARD_FILE
         tensors = _tensors(self.adapters, self.gate, self.memory)
         if (scale := kept.tensors.get(_LOGIT_SCALE)) is not None:
             tensors[_LOGIT_SCALE] = scale

@@ -13,6 +13,7 @@ import logging
 import math
 import platform
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -304,14 +305,27 @@ def find_place(folder: str | Path, role: str, name: str) -> str:
     )
 
 
-def check_still_there(folder: Path) -> None:
-    """Refuse to copy an adapted folder that a model was loaded from, and that was moved or deleted since.
+def saved_folder(folder: Path | None, how: str) -> Path:
+    """The adapted folder that a model was loaded from.
+
+    Args:
+        how: to get one, for a model that has none.
 
     Raises:
-        ModelError: it has no description any more.
+        ModelError: the model was never saved, or its folder was moved or deleted since.
     """
+    if folder is None:
+        raise ModelError(f"this adapted model was never saved: {how}")
     if not (folder / DESCRIPTION_FILE).is_file():
         raise ModelError(f"{folder}, which this model was loaded from, is not there any more: load it from where it is")
+    return folder
+
+
+def copy_adapted(folder: Path, target: str | Path) -> None:
+    """Copy the files of an adapted folder, and no others that lie in it."""
+    for path in folder.iterdir():
+        if path.name in (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE):
+            shutil.copy(path, target)
 
 
 def check_base(adapter: AdapterFile, base: DualEncoder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from trimtab.adapters.files import (
-    CARD_FILE,
     DESCRIPTION_FILE,
-    TENSORS_FILE,
     AdapterFile,
     BaseReference,
-    check_still_there,
+    copy_adapted,
     reading_config,
     rebuilt,
     save_adapter,
+    saved_folder,
 )
 from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptConfig, from_mapping, to_mapping
@@ -137,12 +135,7 @@ class PromptAdapted(DualEncoder):
         return PromptedClasses(self.prompt_tower, prompt, [own or name for own, name in zip(known, names, strict=True)])
 
     def _write(self, folder: str) -> None:
-        if self.folder is None:
-            raise ModelError("this adapted model was never saved: save it with save_prompt")
-        check_still_there(self.folder)
-        for path in self.folder.iterdir():
-            if path.name in (DESCRIPTION_FILE, TENSORS_FILE, CARD_FILE):
-                shutil.copy(path, folder)
+        copy_adapted(saved_folder(self.folder, "save it with save_prompt"), folder)
 
 
 class PromptClassifier(Classifier):

@@ -96,7 +96,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or unreadable, is no UTF-8 or no YAML, or describes no valid recipe.
     """
-    path = _shipped(Path(path))
+    path = Path(path)
+    if path.parent == Path("recipes") and not path.exists():  # away from a clone
+        path = shipped_recipe(path.name) or path
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -108,10 +110,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_mapping(strict_yaml.parse(text, str(path)), str(path), overrides)
 
 
-def _shipped(path: Path) -> Path:
-    """The path; of `recipes/NAME` that is not there, the recipe that comes with the installed package."""
-    shipped = Path(__file__).parents[1] / "recipes" / "yaml" / path.name
-    return shipped if path.parent == Path("recipes") and not path.exists() and shipped.is_file() else path
+def shipped_recipe(name: str) -> Path | None:
+    """A recipe that comes with trimtab, from the repository or from the installed package; None if there is none."""
+    package = Path(__file__).parents[1]
+    places = (package.parents[1] / "recipes" / name, package / "recipes" / "yaml" / name)
+    return next((place for place in places if place.is_file()), None)
 
 
 def recipe_from_mapping(mapping: Any, where: str, overrides: Sequence[str] = ()) -> Recipe:

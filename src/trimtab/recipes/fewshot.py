@@ -129,8 +129,9 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
     }
     inputs = digest_of(*base.digests[1:])[:16]
     pictures = Pictures(recipe, plan, data, draws, base)
+    known = _finished(out, inputs)
     for (seed, shots, method), key in keys.items():
-        if key in _finished(out, inputs):  # by another process meanwhile, perhaps
+        if key in known or key in (known := _finished(out, inputs)):  # by another process meanwhile
             continue
         fitted = run_once(recipe, method, pictures, draws[seed, shots], seed)
         run = {

@@ -15,7 +15,16 @@ from typing import Any
 
 import trimtab
 from trimtab.adapters.adapted import load_adapted
-from trimtab.config import DomainRecipe, LanguageRecipe, PairSource, PromptRecipe, load_recipe, to_mapping, to_yaml
+from trimtab.config import (
+    DomainRecipe,
+    LanguageRecipe,
+    PairSource,
+    PromptRecipe,
+    load_recipe,
+    shipped_recipe,
+    to_mapping,
+    to_yaml,
+)
 from trimtab.data.fashion import FashionFiles, write_fashion
 from trimtab.data.packages import PACKAGES, fetch
 from trimtab.errors import RecipeError
@@ -138,12 +147,10 @@ def few_shot_recipe(out: Path, files: FashionFiles) -> PromptRecipe:
 
 
 def recipe_file(name: str) -> Path:
-    """A recipe that comes with trimtab, from the repository or from the installed package."""
-    places = [Path(__file__).parents[3] / "recipes" / name, Path(__file__).parent / "yaml" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise RecipeError(f"recipe {name} is not in this installation: install trimtab again")
+    """A recipe that comes with trimtab."""
+    if (found := shipped_recipe(name)) is None:
+        raise RecipeError(f"recipe {name} is not in this installation: install trimtab again")
+    return found
 
 
 def make_report(

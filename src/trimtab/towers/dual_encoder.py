@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -102,6 +102,7 @@ class DualEncoder:
         self.name = name
         self.family = family
         self._fingerprint = fingerprint
+        self._known_fingerprint = "", ""  # of the model below, and the one here
         self.last_skipped = SkippedImages()
         self.last_truncated = 0
         self.turn = Turn()
@@ -130,6 +131,12 @@ class DualEncoder:
     def fingerprint(self) -> str:
         """Names its weights and configuration, as they are now; see `trimtab.towers.freezing.fingerprint`."""
         return self._fingerprint
+
+    def _once_for(self, below: str, make: Callable[[], str]) -> str:
+        """The fingerprint that `make` gives, made again when that of the model below is another."""
+        if self._known_fingerprint[0] != below:
+            self._known_fingerprint = below, make()
+        return self._known_fingerprint[1]
 
     @property
     def image_fingerprint(self) -> str:

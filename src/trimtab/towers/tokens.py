@@ -25,6 +25,16 @@ _DEFAULT_LIMIT = 512
 _UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
 
 
+def check_texts(texts: Sequence[object]) -> None:
+    """
+    Raises:
+        DataError: an item is not a text.
+    """
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {index} is a {type(text).__name__}, not a string: {text!r:.80}")
+
+
 @dataclass(frozen=True)
 class TextInputs:
     """What one text tower expects as input.
@@ -114,9 +124,8 @@ class TextInputs:
             start += len(some)
 
     def _checked(self, texts: Sequence[str]) -> list[str]:
+        check_texts(texts)
         for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"text {index} is a {type(text).__name__}, not a string: {text!r:.80}")
             if not text.isascii():
                 try:
                     text.encode()
