@@ -5,7 +5,7 @@
 Every row trains the recipe with one change, and is judged on training pictures in scenes of their own, which are held
 out (`domain_scenes`), and on those of validation: by the share that gets its own fine class. Rows with a quarter of the
 pairs draw as many of them, in four times the epochs. Rows that stand in the output file already, with the same recipe,
-are not repeated. docs/domain.md has what became of the best.
+are not repeated. docs/domain-measured.md has what became of the best.
 """
 
 from __future__ import annotations
