@@ -127,7 +127,7 @@ def shares(
                     episode = Episode(base, draw, views, split(data.validation), replace(recipe, seed=seed), seed)
                     fitted = METHODS[method](episode)
                     test = split(data.test)
-                    top1 = right(fitted.logits(test), test.labels)
+                    top1 = right(fitted.logits(test), test.labels, fitted.scale)
                 run: dict[str, Any] = {
                     "method": method, "dataset": "grocery", "share": share, "seed": seed, "top1": top1,
                     "n_train": len(train), "n_test": len(data.test), "seconds": round(time.monotonic() - started, 1),

@@ -19,6 +19,7 @@ from tiny_prompt import NAMES, toy_mapping, toy_recipe, write_labelled
 from trimtab.cli import app
 from trimtab.config import PromptRecipe, load_recipe
 from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
+from trimtab.evaluation.classification import classify_embeddings
 from trimtab.files import digest_of
 from trimtab.recipes import fewshot as module
 from trimtab.recipes import fewshot_methods as methods_module
@@ -221,6 +222,31 @@ def test_ties_are_wrong() -> None:
     assert module.mean_per_class(torch.zeros(4, 3), torch.tensor([0, 0, 1, 2])) == 0
     scores = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     assert module.mean_per_class(scores, torch.tensor([0, 0, 0, 1])) == pytest.approx((100 / 3 + 100) / 2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_equal_classes_tie_whatever_the_last_bits_of_their_products(scale: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    classes = torch.nn.functional.normalize(torch.randn(10, 128, generator=rng), dim=1)
+    classes[-1] = classes[0]
+    pictures = torch.nn.functional.normalize(classes[0] + 0.05 * torch.randn(997, 128, generator=rng), dim=1)
+    logits, labels = scale * pictures @ classes.T, torch.zeros(997, dtype=torch.long)
+    logits[::2, 0] += scale * 1e-7  # as far as sums in another order differ
+    assert right(logits, labels, scale) == classify_embeddings(pictures.numpy(), classes.numpy(), labels.numpy()).top1
+    assert module.mean_per_class(logits, labels, scale) == 0
+    assert right(logits[:, :-1], labels, scale) == 100, "without its double the class is ahead of all"
+
+
+def test_shares_are_the_percent_that_evaluate_writes() -> None:
+    logits = torch.eye(2)[(torch.arange(1000) >= 862).long()]
+    assert right(logits, torch.zeros(1000, dtype=torch.long)) == 86.2
+    assert module.mean_per_class(logits, torch.zeros(1000, dtype=torch.long)) == 86.2
+
+
+def test_equal_class_names_are_named(recipe: PromptRecipe, caplog: pytest.LogCaptureFixture) -> None:
+    base = module.load(recipe.base, device="cpu")
+    methods_module._class_texts(base, ("red", "green", "Red"), ("a photo of a {}",))
+    assert "reads the class names 'red' and 'Red' alike" in caplog.text
 
 
 def test_prompt_methods_are_the_recipe_less_some_parts(recipe: PromptRecipe) -> None:

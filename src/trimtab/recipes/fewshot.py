@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -258,12 +259,12 @@ def run_once(recipe: PromptRecipe, method: str, pictures: Pictures, draw: Shots,
     fitted = METHODS[method](episode)
     seconds = time.monotonic() - started
     with torch.no_grad():
-        held = right(fitted.logits(validation), validation.labels)
+        held = right(fitted.logits(validation), validation.labels, fitted.scale)
         labels = pictures.test.labels
         logits = fitted.logits(pictures.test)
     return {
-        "top1": right(logits, labels),
-        "mean_per_class": mean_per_class(logits, labels),
+        "top1": right(logits, labels, fitted.scale),
+        "mean_per_class": mean_per_class(logits, labels, fitted.scale),
         "validation_top1": held,
         "n_classes": len(draw.train.classes),
         "n_train": len(train),
@@ -278,11 +279,11 @@ def run_once(recipe: PromptRecipe, method: str, pictures: Pictures, draw: Shots,
     }
 
 
-def mean_per_class(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean of the classes' own top-1, in percent; classes without pictures do not count."""
-    count = torch.bincount(labels)
-    correct = torch.bincount(labels[ahead(logits, labels)], minlength=len(count))
-    return 100 * float((correct[count > 0] / count[count > 0]).mean())
+def mean_per_class(logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0) -> float:
+    """Mean of the classes' own top-1, in percent; classes without pictures do not count. `scale` as for `ahead`."""
+    counts = torch.bincount(labels)
+    correct = torch.bincount(labels[ahead(logits, labels, scale)], minlength=len(counts))
+    return fmean(100 * some / of for some, of in zip(correct.tolist(), counts.tolist(), strict=True) if of)
 
 
 def setting(recipe: PromptRecipe, method: str) -> str:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from trimtab.adapters.prompt import Pictures
 from trimtab.config import ContextConfig, DomainPartConfig, PromptRecipe
+from trimtab.data.classes import warn_of_equal
 from trimtab.data.shots import Shots
 from trimtab.errors import RecipeError
+from trimtab.evaluation.ranking import TIE
 from trimtab.objectives.probes import KeyCache, Linear, fit_logistic, fit_lp_plus_plus, train_keys
 from trimtab.recipes.fewshot_lora import STEPS, LowRank
 from trimtab.recipes.prompt_features import PictureFeatures
@@ -117,11 +119,13 @@ class Fitted:
         logits: (N, C) of pictures.
         parameters: trained numbers.
         chosen: what validation chose.
+        scale: what cosines are multiplied with in the logits; 1 where there are none.
     """
 
     logits: Callable[[Split], Tensor]
     parameters: int = 0
     chosen: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
 
 
 Method = Callable[[Episode], Fitted]
@@ -130,7 +134,9 @@ Method = Callable[[Episode], Fitted]
 @functools.lru_cache(maxsize=4)
 def _class_texts(base: DualEncoder, classes: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
     """Encoded once for all runs of a sweep."""
-    return torch.from_numpy(class_vectors(base, classes, templates))
+    vectors = class_vectors(base, classes, templates)
+    warn_of_equal(classes, vectors, tie=TIE)
+    return torch.from_numpy(vectors)
 
 
 def _seen(pictures: Pictures) -> tuple[Tensor, Tensor]:
@@ -231,14 +237,14 @@ def tip_adapter_f(episode: Episode) -> Fitted:
 
     # The keys cannot move without a weight: the training starts from the best that has one.
     weighted = ((name, one) for name, one in candidates(keys) if name[0] > 0)
-    _, start = _best(episode, weighted)
+    _, start = _best(episode, weighted, scale)
     tried = (
         ((alpha, beta, epoch), cache)
         for epoch, moved in enumerate(train_keys(start, draw))
         for (alpha, beta), cache in candidates(moved)
     )
-    (alpha, beta, epoch), cache = _best(episode, tried)
-    return Fitted(_on_embeddings(cache), keys.numel(), {"alpha": alpha, "beta": beta, "epoch": epoch})
+    (alpha, beta, epoch), cache = _best(episode, tried, scale)
+    return Fitted(_on_embeddings(cache), keys.numel(), {"alpha": alpha, "beta": beta, "epoch": epoch}, scale)
 
 
 def clip_lora(episode: Episode) -> Fitted:
@@ -248,29 +254,35 @@ def clip_lora(episode: Episode) -> Fitted:
     lora = LowRank(episode.base, episode.classes, templates[0], views=data.views, options=data.augmentation)
     train = episode.draw.train
     lora.train(train.images, train.labels, episode.seed)
-    return Fitted(lambda pictures: lora.logits(tuple(pictures.features.files)), lora.parameters, {"steps": STEPS})
+
+    def logits(pictures: Split) -> Tensor:
+        return lora.logits(tuple(pictures.features.files))
+
+    return Fitted(logits, lora.parameters, {"steps": STEPS}, episode.base.logit_scale)
 
 
 def _by_text(text: Tensor, scale: float) -> Fitted:
-    return Fitted(_on_embeddings(lambda images: scale * images @ text.T))
+    return Fitted(_on_embeddings(lambda images: scale * images @ text.T), scale=scale)
 
 
 def _on_embeddings(classify: Callable[[Tensor], Tensor]) -> Callable[[Split], Tensor]:
     return lambda pictures: classify(pictures.embeddings[0])
 
 
-def _best(episode: Episode, candidates: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
+def _best(episode: Episode, candidates: Iterable[tuple[Any, Any]], scale: float = 1.0) -> tuple[Any, Any]:
     """Name and classifier of the candidate with most of the validation pictures right; among equal ones with the least
     cross-entropy, then the first."""
-    return _best_on(episode.validation.embeddings[0], episode.validation.labels, candidates)
+    return _best_on(episode.validation.embeddings[0], episode.validation.labels, candidates, scale)
 
 
-def _best_on(images: Tensor, labels: Tensor, candidates: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
+def _best_on(
+    images: Tensor, labels: Tensor, candidates: Iterable[tuple[Any, Any]], scale: float = 1.0
+) -> tuple[Any, Any]:
     found: tuple[Any, Any] | None = None
     mark = (-1.0, 0.0)
     for name, classify in candidates:
         logits = classify(images)
-        mine = (right(logits, labels), -float(F.cross_entropy(logits, labels)))
+        mine = (right(logits, labels, scale), -float(F.cross_entropy(logits, labels)))
         if mine > mark:
             found, mark = (name, classify), mine
     if found is None:
@@ -295,7 +307,7 @@ def learned(change: Callable[[PromptRecipe], PromptRecipe]) -> Method:
             )
 
         chosen = {"select": recipe.select, "class_scale": fitted.class_scale}
-        return Fitted(logits, fitted.prompt.trained_parameters, chosen)
+        return Fitted(logits, fitted.prompt.trained_parameters, chosen, fitted.class_scale)
 
     return method
 

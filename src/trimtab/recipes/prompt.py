@@ -38,6 +38,7 @@ from trimtab.recipes.prompt_fit import (
     fit_prompt,
     new_prompt,
     new_task,
+    right,
     steps_per_epoch,
 )
 from trimtab.recipes.prompt_report import write_prompt_report
@@ -223,7 +224,7 @@ def zero_shot(base: DualEncoder, fitted: FittedPrompt, pictures: LabelledFeature
     """Top-1 of the hand templates, in percent, for comparison."""
     vectors = fitted.task.templates.cpu().numpy()  # (C, D)
     found = pictures.features.pictures().embeddings.cpu().numpy() @ vectors.T
-    return 100 * float((found.argmax(axis=1) == pictures.labels).mean())
+    return right(torch.from_numpy(found), torch.from_numpy(pictures.labels))
 
 
 def plan(

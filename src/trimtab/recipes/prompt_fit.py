@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptRecipe
+from trimtab.evaluation.ranking import TIE
 from trimtab.objectives.class_vectors import best_factor, solve_vectors
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.tasks.prompt import Batch, PromptTask
@@ -89,7 +90,8 @@ class FittedPrompt:
     def figures(self, pictures: LabelledFeatures) -> dict[str, float]:
         """Top-1 in percent, and the loss of the scores as they were calibrated on validation."""
         found, labels = torch.from_numpy(self.logits(pictures.features)), torch.from_numpy(pictures.labels)
-        return {"top1": right(found, labels), "loss": float(F.cross_entropy(found, labels))}
+        top1 = right(found, labels, self.class_scale)
+        return {"top1": top1, "loss": float(F.cross_entropy(found, labels))}
 
     def top1(self, pictures: LabelledFeatures) -> float:
         """Percent of pictures whose class scores highest."""
@@ -212,7 +214,7 @@ def fit_prompt(
         found = logits(task, validation_set.features)
         labels = torch.from_numpy(validation_set.labels).to(found.device)
         fitted.class_scale = task.logit_scale * best_factor(found, labels, cautious=True)
-        fitted.validation = figures(found, labels)
+        fitted.validation = figures(found, labels, task.logit_scale)
     fitted.seconds = time.monotonic() - started
     return fitted
 
@@ -306,27 +308,32 @@ def logits(task: PromptTask, pictures: PictureFeatures | Pictures) -> Tensor:
 def validate(task: PromptTask, pictures: LabelledFeatures) -> dict[str, float]:
     """`figures` of pictures that no training saw."""
     found = logits(task, pictures.features)
-    return figures(found, torch.from_numpy(pictures.labels).to(found.device))
+    return figures(found, torch.from_numpy(pictures.labels).to(found.device), task.logit_scale)
 
 
-def figures(found: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 in percent, and the loss at the scale with the least: of pictures that choices are made by."""
+def figures(found: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, float]:
+    """Top-1 in percent, and the loss at the factor with the least: of pictures that choices are made by; `scale` as for
+    `ahead`."""
     return {
-        "top1": right(found, labels),
+        "top1": right(found, labels, scale),
         "loss": float(F.cross_entropy(best_factor(found, labels) * found, labels)),
     }
 
 
-def right(logits: Tensor, labels: Tensor) -> float:
-    """Percent of the rows (N, C) whose own class is above all others."""
-    return 100 * float(ahead(logits, labels).float().mean())
+def right(logits: Tensor, labels: Tensor, scale: float = 1.0) -> float:
+    """Percent of the rows (N, C) whose own class is above all others; `scale` as for `ahead`."""
+    return 100 * int(ahead(logits, labels, scale).sum()) / len(labels)
 
 
-def ahead(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) whether a row's own class is above all others: a tie is wrong."""
+def ahead(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+    """(N,) whether a row's own class is above all others: a tie is wrong.
+
+    Args:
+        scale: what cosines were multiplied with to give the logits: they tie as in `trimtab.evaluation.ranking`.
+    """
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return (own > others.max(1, keepdim=True).values)[:, 0]
+    return (own - TIE * scale > others.max(1, keepdim=True).values)[:, 0]
 
 
 def start_vectors(
@@ -363,7 +370,7 @@ def start_vectors(
             ranks = {}
             for option in options:
                 vectors = solve(*option, 1, vectors)
-                found = figures(scale * (option[0] * held_cosines + held @ vectors.T), held_labels)
+                found = figures(scale * (option[0] * held_cosines + held @ vectors.T), held_labels, scale)
                 ranks[option] = (-found["top1"], found["loss"])
             return min(ranks, key=ranks.__getitem__)
 
