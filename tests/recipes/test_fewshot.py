@@ -97,6 +97,9 @@ def test_a_run_is_a_line_with_what_is_worth_knowing(swept: tuple[Path, list[dict
         assert run["n_train"] == 4 * run["shots"]
         assert run["n_validation"] == 4 * run["shots"]
         assert 0 <= run["top1"] <= 100
+        assert run["data"] == lines[0]["data"]
+    by_method = {(run["method"], run["setting"]) for run in lines}
+    assert len(by_method) == len(QUICK), "shots and seeds are no part of a setting"
     by_name = {run["method"]: run for run in lines}
     assert by_name["template"]["trained_parameters"] == 0
     assert set(by_name["tip_adapter_f"]["chosen"]) == {"alpha", "beta", "epoch"}

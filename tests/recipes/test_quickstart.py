@@ -16,6 +16,7 @@ from trimtab.config import recipe_from_mapping
 from trimtab.data.fashion import CHINESE, FashionFiles
 from trimtab.data.pictures import Captioned
 from trimtab.errors import RecipeError
+from trimtab.evaluation.markdown import block_markdown
 from trimtab.recipes import quickstart as module
 from trimtab.recipes import quickstart_language, quickstart_prompt, quickstart_together
 from trimtab.recipes.compose import compose
@@ -178,6 +179,27 @@ def test_the_prompt_part_has_its_rows_and_its_folder(out: Path) -> None:
     assert "Few pictures: clothes from a few pictures" in text
     assert text.index("The dial alpha") < text.index("Few pictures") < text.index("Make it again")
     assert "learns prompts that name" in text
+
+
+@pytest.mark.parametrize(("top1", "caution"), [(86.2, True), (87.8, False), (90.0, False)])
+def test_the_prompt_part_says_what_templates_name_on_the_same_base(top1: float, caution: bool) -> None:
+    runs = [
+        {"method": method, "dataset": "fashion", "shots": shots, "seed": 1, "top1": 50.0}
+        for method in quickstart_prompt.COMPARED
+        for shots in quickstart_prompt.SHOTS
+    ]
+    recipe = recipe_from_mapping(
+        {"link": "prompt", "out": "runs/q/prompt", "base": "runs/q/domain", "seed": 1,
+         "data": {"train": "train.csv", "shots": 16}},
+        "test",
+    )  # fmt: skip
+    adapted = {"test": {"top1": top1, "zero_shot": 87.8}}
+    part = quickstart_prompt.PromptPart({"adapted": adapted}, runs, recipe)
+    told = block_markdown(quickstart_prompt.prompt_section(part))
+    assert f"they name {top1}% of the test pictures, hand templates on that link 87.8%" in told
+    assert ("fewer pictures right than hand templates" in told) == caution
+    shown = told.partition("```yaml")[2]
+    assert all(line in shown for line in ("base: runs/q/domain", "seed: 1", "shots: 16")), "the run's own recipe"
 
 
 def test_its_three_folders_go_together(out: Path) -> None:

@@ -118,6 +118,54 @@ def test_few_shot_runs_of_other_settings_and_bases_are_not_averaged(tmp_path: Pa
     assert values["structured, 4 shots, base runs/domain"] == 90.0
 
 
+def test_few_shot_runs_of_a_changed_recipe_or_test_set_have_rows_and_columns_of_their_own(tmp_path: Path) -> None:
+    common = {"method": "linear_probe", "dataset": "shop", "shots": 2, "base": "starter", "n_train": 6}
+    first = {"views": 2, "n_test": 14, "setting": "a" * 16, "data": "1" * 16}
+    lines = [
+        *({**first, "seed": seed, "top1": 60.0} for seed in (1, 2, 3)),
+        {**first, "seed": 1, "top1": 90.0, "views": 8, "setting": "b" * 16},
+        {**first, "seed": 1, "top1": 100.0, "n_test": 3, "data": "2" * 16},
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n".join(json.dumps({**common, **line}) for line in lines), encoding="utf-8")
+    [found], _ = read_runs([path])
+    assert {(score.dataset, score.row): score.value for score in found.scores} == {
+        ("shop (test pictures 14; data 11111111)", "linear probe, 2 shots, views 2, setting aaaaaaaa"): 60.0,
+        ("shop (test pictures 14; data 11111111)", "linear probe, 2 shots, views 8, setting bbbbbbbb"): 90.0,
+        ("shop (test pictures 3; data 22222222)", "linear probe, 2 shots, views 2, setting aaaaaaaa"): 100.0,
+    }
+    old = [{key: value for key, value in line.items() if key not in ("setting", "data")} for line in lines]
+    path.write_text("\n".join(json.dumps({**common, **line}) for line in old), encoding="utf-8")
+    [found], _ = read_runs([path])
+    assert sorted(score.value for score in found.scores) == [60.0, 90.0, 100.0]
+    assert dict(found.facts)["runs"] == 5
+
+
+def test_evaluations_with_other_templates_say_so(tmp_path: Path) -> None:
+    found = {"task": "classification", "manifest": "shop.csv", "manifest_sha256": "a" * 64, "skipped": []}
+    one = {**found, "top1": 70.0, "templates": ["{}"], "templates_for": "given"}
+    other = {**found, "top1": 80.0, "templates": ["a photo of a {}, on white", "a {}"], "templates_for": "given"}
+    for name, content in (("a", one), ("b", other), ("c", one)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    runs, _ = read_runs([tmp_path / "a.json", tmp_path / "b.json"])
+    assert verdict(runs) == "`b.json` has the highest top-1, 80.0%, on shop."
+    rows = ["model, templates: {}", "model, templates: a photo of a {}, on white; a {}"]
+    assert [run.scores[0].row for run in runs] == rows
+    page = render_html(side_by_side(runs))
+    assert page.count("a photo of a {}, on white; a {}") > 2, "in its row, its tile and its facts"
+    runs, _ = read_runs([tmp_path / "a.json", tmp_path / "c.json"])
+    assert [run.scores[0].row for run in runs] == ["model", "model"]
+    assert dict(runs[0].facts)["templates"] == "{}"
+
+
+def test_figures_that_are_level_as_shown_are_marked_alike() -> None:
+    runs = [
+        RunResult(name, "evaluation", scores=[Score("shop", "model", "top1", value)])
+        for name, value in (("a", 86.2), ("b", 86.19999885559082), ("c", 80.0))
+    ]
+    assert render_html(side_by_side(runs)).count('class="value good"') == 2
+
+
 def test_transductive_figures_are_named(tmp_path: Path) -> None:
     found = {"task": "retrieval", "manifest": "shop.csv", "mR": 50.0, "hubness": "none"}
     (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")

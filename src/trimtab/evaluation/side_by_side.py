@@ -72,6 +72,7 @@ class RunResult:
         data_digest: of the training data; runs with the same one learnt from the same.
         facts: whatever else is worth knowing.
         test_set: of an evaluation, what tells its test set from others of the same name.
+        templates: of an evaluation, what class names stood in.
     """
 
     name: str
@@ -86,6 +87,7 @@ class RunResult:
     data_digest: str = ""
     facts: Sequence[tuple[str, Value]] = ()
     test_set: tuple[str, ...] = ()
+    templates: str = ""
 
     @property
     def headline(self) -> tuple[str, float, str] | None:
@@ -148,7 +150,7 @@ def verdict(runs: Sequence[RunResult]) -> str:
         told = f"{', '.join(f'`{name}`' for name in level[:-1])} and `{level[-1]}` are level at the highest {figure}"
     if head[2] == "on validation data" and len(digests - {""}) != 1:
         return f"{told}, but the runs learnt from different data and were validated on their own parts of it."
-    return f"{told}, {head[2].rpartition(', ')[2]}."
+    return f"{told}, on {head[2].rpartition(', on ')[2].removeprefix('on ')}."
 
 
 def differences(runs: Sequence[RunResult]) -> dict[str, list[Any]]:
@@ -237,7 +239,9 @@ def _best(runs: Sequence[RunResult], key: tuple[str, str]) -> float | None:
 
 
 def _marked(value: float | None, best: float | None) -> Cell:
-    return Cell(value, tone="good" if value is not None and value == best else "plain")
+    # As shown: of two runs that are level to all decimals neither is ahead.
+    level = value is not None and best is not None and f"{value:.1f}" == f"{best:.1f}"
+    return Cell(value, tone="good" if level else "plain")
 
 
 def _test_bars(runs: Sequence[RunResult]) -> Block | None:

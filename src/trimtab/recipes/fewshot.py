@@ -129,6 +129,9 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
         for one in plan
     }
     inputs = digest_of(*base.digests[1:])[:16]
+    settings = {
+        method: digest_of(setting(recipe, method), base.fingerprint, inputs, *drawn_by)[:16] for method in plan.methods
+    }
     pictures = Pictures(recipe, plan, data, draws, base)
     known = _finished(out, inputs)
     for (seed, shots, method), key in keys.items():
@@ -143,6 +146,8 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
             **fitted,
             "key": key,
             "inputs": inputs,
+            "setting": settings[method],
+            "data": data.digest[:16],
         }
         append_run(out, run)
         progress(f"{dataset}, {method}, {shots} shots, seed {seed}: {run['top1']:.1f}% in {run['seconds']:.0f} s")

@@ -110,7 +110,7 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
     sections = [
         *language_sections(results, outcome["history"], sets, pictures, model),
         domain_section(domain, clothes, DATASETS),
-        prompt_section(prompts, few),
+        prompt_section(prompts),
         together_section(together, [recipe.out, clothes.out, few.out]),
     ]
     report = make_report(results, sections, recipe, prompt_sentence(prompts))

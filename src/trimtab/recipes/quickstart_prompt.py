@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.config import LabelSource, PromptRecipe, to_mapping, to_yaml
 from trimtab.data.fashion import FashionFiles
-from trimtab.evaluation.blocks import Block, Code, Details, Group, Tile, Tiles
+from trimtab.evaluation.blocks import Block, Code, Details, Group, Text, Tile, Tiles
 from trimtab.evaluation.fewshot_summaries import MAIN_METHOD, METHODS, fewshot_curves, fewshot_table, spread_of
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.fewshot import Plan, fewshot
@@ -24,10 +24,11 @@ COMPARED = ("template", "linear_probe", "coop", MAIN_METHOD)
 
 @dataclass(frozen=True)
 class PromptPart:
-    """What goes into ``results.json``, and the runs that the report draws."""
+    """What goes into ``results.json``, the runs that the report draws, and the recipe of the folder."""
 
     results: dict[str, Any]
     runs: list[dict[str, Any]]
+    recipe: PromptRecipe
 
 
 def learn_prompts(recipe: PromptRecipe, domain: str) -> PromptPart:
@@ -57,7 +58,7 @@ def learn_prompts(recipe: PromptRecipe, domain: str) -> PromptPart:
         "seconds": {"all": time.monotonic() - started},
         "recipe": to_mapping(final),
     }
-    return PromptPart(results, runs)
+    return PromptPart(results, runs, final)
 
 
 def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -92,8 +93,9 @@ def prompt_sentence(part: PromptPart) -> str:
     )
 
 
-def prompt_section(part: PromptPart, recipe: PromptRecipe) -> Group:
+def prompt_section(part: PromptPart) -> Group:
     """The part of the report."""
+    recipe, test = part.recipe, part.results["adapted"]["test"]
     tiles = []
     for shots in SHOTS:
         found = spread_of(part.runs, DATASET, MAIN_METHOD, shots)
@@ -106,14 +108,20 @@ def prompt_section(part: PromptPart, recipe: PromptRecipe) -> Group:
         Tiles(tiles),
         fewshot_curves(part.runs, title="More pictures, better names", note=note),
         fewshot_table(part.runs, DATASET, title="Same pictures, same test set"),
-        Details("The recipe", [Code(to_yaml(recipe), language="yaml")]),
+        Details(f"The recipe of {recipe.out}", [Code(to_yaml(recipe), language="yaml")]),
     ]
+    if test["top1"] < test["zero_shot"]:
+        told = (
+            "On top of the domain link the prompts name fewer pictures right than hand templates do, "
+            f"{test['top1']:.1f}% against {test['zero_shot']:.1f}%: the link was itself trained on these classes."
+        )
+        blocks.insert(0, Text(told, tone="caution"))
     lead = (
         "A few labelled pictures turn the model into a classifier. All weights stay frozen: what is learned are tokens "
         "in front of the class names, and a small vector for each class. "
         f"The figures here are on the bare base. The prompts in {recipe.out} are learned on top of the domain link in "
-        f"{part.results['adapted']['base']}, so that they go together with it: they name "
-        f"{part.results['adapted']['test']['top1']:.1f}% of the test pictures. "
+        f"{recipe.base}, so that they go together with it: they name {test['top1']:.1f}% of the test pictures, hand "
+        f"templates on that link {test['zero_shot']:.1f}%. "
         f"Where its queries look and what it mistakes shows {recipe.out}.training/report.html."
     )
     return Group(f"Few pictures: {NAME[0].lower()}{NAME[1:]}", blocks, lead=lead)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import trimtab
 from trimtab.adapters.files import COMPOSED_FILE, DESCRIPTION_FILE, TENSORS_FILE, read_adapter
 from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation.blocks import Value
+from trimtab.evaluation.escape import shortened
 from trimtab.evaluation.report import render_html
 from trimtab.evaluation.side_by_side import FIGURES, RunResult, Score, side_by_side
 from trimtab.evaluation.summaries import five_row_labels
@@ -26,6 +28,7 @@ RESULTS_FILE = "results.json"
 # What a run is about, where a result file compares it with others.
 _MAIN_ROWS = ("adapted_target", "adapter_hard", "adapter", "prompt", "structured")
 _LARGEST = 256 << 20  # bytes of a result file
+_SHOWN = 80  # letters of templates in a row
 
 
 def report_runs(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunResult], list[tuple[
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # Files of other programs, or of other versions: one must not cost the page.
             unreadable.append((str(path), f"is not what trimtab writes ({type(error).__name__}: {error})"))
-    return _tell_test_sets_apart(runs), unreadable
+    return _tell_templates_apart(_tell_test_sets_apart(runs)), unreadable
 
 
 def _tell_test_sets_apart(runs: Sequence[RunResult]) -> list[RunResult]:
@@ -87,6 +90,21 @@ def _tell_test_sets_apart(runs: Sequence[RunResult]) -> list[RunResult]:
             differing = [one for one, *rest in zip(run.test_set, *others, strict=True) if len(set(rest)) > 1]
             name = f"{run.scores[0].dataset} ({'; '.join(differing)})"
             run = replace(run, scores=[replace(score, dataset=name) for score in run.scores])
+        named.append(run)
+    return named
+
+
+def _tell_templates_apart(runs: Sequence[RunResult]) -> list[RunResult]:
+    """Evaluations on one test set whose class names stood in other sentences, with these in their rows."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        if run.templates and run.scores:
+            found.setdefault(run.scores[0].dataset, set()).add(run.templates)
+    named = []
+    for run in runs:
+        if run.templates and run.scores and len(found[run.scores[0].dataset]) > 1:
+            row = f"model, templates: {shortened(run.templates, _SHOWN)}"
+            run = replace(run, scores=[replace(score, row=row) for score in run.scores])
         named.append(run)
     return named
 
@@ -201,10 +219,19 @@ def _results(found: Any, path: Path, name: str) -> RunResult:
             dataset = f"{dataset} (transductive: {hubness})"
         scores = [Score(dataset, "model", key, float(value)) for key, value in metrics.items()]
         facts = [(key, value) for key, value in found.items() if isinstance(value, (str, int, float))]
+        templates = "; ".join(map(str, found.get("templates") or [found.get("templates_for", "unknown")]))
+        if found["task"] == "classification":
+            facts.append(("templates", templates))
         base = str(found.get("base") or found.get("model") or "")
         test_set = _test_set(found) if scores else ()
         return RunResult(
-            name, "evaluation", base=base, scores=scores, facts=[("file", str(path)), *facts], test_set=test_set
+            name,
+            "evaluation",
+            base=base,
+            scores=scores,
+            facts=[("file", str(path)), *facts],
+            test_set=test_set,
+            templates=templates,
         )
     rows = [row for part in _row_lists(found) for row in part]
     scores = [score for score in map(_score, rows) if score is not None]
@@ -259,26 +286,37 @@ def _row_name(key: str) -> str:
 
 
 def _few_shot(path: Path, name: str) -> RunResult:
-    """Mean over seeds of each method and number of shots; of runs that were done again the last one counts."""
-    groups: dict[tuple[str, str, int, str], dict[Any, float]] = {}
+    """Mean over seeds of each method and number of shots; of runs that were done again the last one counts.
+
+    Runs of other settings or data are rows and columns of their own.
+    """
+    groups: dict[tuple[str, str, int, str, str, str], dict[Any, float]] = {}
     lines = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)  # a line that a kill cut off is none
             value = float(record["top1"])
             if math.isfinite(value):
-                base = str(record.get("base", ""))
-                key = (str(record.get("dataset", "test")), str(record["method"]), int(record["shots"]), base)
+                dataset, base = str(record.get("dataset", "test")), f"base {record.get('base') or 'unknown'}"
+                key = (dataset, str(record["method"]), int(record["shots"]), base, *_setting_and_data(record))
                 groups.setdefault(key, {})[record.get("seed", f"line {lines}")] = value
                 lines += 1
     if not groups:
         raise DataError("holds no few-shot runs: lines with method, shots and top1")
-    several = len({base for *_, base in groups}) > 1
+    bases = {base for *_, base, _, _ in groups}
+    settings, sets = defaultdict(set), defaultdict(set)
+    for dataset, method, shots, base, setting, data in groups:
+        settings[dataset, method, shots, base].add(setting)
+        sets[dataset].add(data)
     scores, rows = [], {}
-    for (dataset, method, shots, base), values in sorted(groups.items(), key=lambda item: (item[0][0], item[0][2])):
+    for (dataset, method, shots, base, setting, data), values in sorted(
+        groups.items(), key=lambda item: (item[0][0], item[0][2])
+    ):
         row = f"{method.replace('_', ' ')}, {shots} shot{'s' if shots > 1 else ''}"
-        row += f", base {base or 'unknown'}" if several else ""
-        scores.append(Score(dataset, row, "top1", fmean(values.values())))
+        row += f", {base}" if len(bases) > 1 else ""
+        row += f", {setting}" if len(settings[dataset, method, shots, base]) > 1 else ""
+        shown = f"{dataset} ({data})" if len(sets[dataset]) > 1 else dataset
+        scores.append(Score(shown, row, "top1", fmean(values.values())))
         rows[row] = (method in _MAIN_ROWS, shots)
     counted = sum(map(len, groups.values()))
     facts: list[tuple[str, Value]] = [("file", str(path)), ("runs", counted)]
@@ -286,6 +324,16 @@ def _few_shot(path: Path, name: str) -> RunResult:
         facts.append(("runs that were done again", lines - counted))
     # The link's own method at the most shots stands for the file; without it the first method does.
     return RunResult(name, "few-shot", scores=scores, main_row=max(rows, key=rows.__getitem__), facts=facts)
+
+
+def _setting_and_data(record: Mapping[str, Any]) -> tuple[str, str]:
+    """What tells runs of one method apart but for the seed; lines of older versions have counts alone."""
+    setting, data = (str(record.get(key) or "")[:8] for key in ("setting", "data"))
+    views, train, test = (record.get(key, "unknown") for key in ("views", "n_train", "n_test"))
+    return (
+        f"views {views}, " + (f"setting {setting}" if setting else f"training pictures {train}"),
+        f"test pictures {test}" + (f"; data {data}" if data else ""),
+    )
 
 
 def _known(metrics: Mapping[str, Any]) -> dict[str, float]:
