@@ -16,6 +16,7 @@ from trimtab.evaluation.charts import (
     lines_svg,
     marker,
     smoothed,
+    swatch,
     thin,
     ticks,
 )
@@ -143,6 +144,24 @@ def test_labels_never_lie_on_each_other(points: list[tuple[float, float, str]]) 
 
 def test_every_color_has_its_own_mark() -> None:
     assert len({marker(color).replace(f"c{color}", "") for color in range(6)}) == 6
+
+
+def test_lines_are_told_apart_without_colors() -> None:
+    few = [Series(name, [1.0, 2.0, 4.0], [1.0, 2.0, 3.0], spread=[0.0, 0.5, 0.5]) for name in ("a", "b")]
+    panel = LinePanel(few, "t", "shots", "%")
+    svg = lines_svg(panel)
+    assert svg.count('<circle class="point c1"') == svg.count('<polygon class="point c2"') == 3
+    assert "dashed" not in svg
+    assert "<title>b, shots 2: 2 ± 0.5</title>" in svg
+    assert svg.count('class="whisker c2"') == 2
+    assert [marker(number) in swatch(panel, number - 1) for number in (1, 2)] == [True, True]
+    many = [Series(name, list(range(40)), list(range(40))) for name in ("a", "b")]
+    panel = LinePanel(many, "t", "step", "loss")
+    assert re.findall(r'class="line (c\d dashed)"', lines_svg(panel)) == ["c1 dashed", "c2 dashed"]
+    assert 'class="line c2 dashed"' in swatch(panel, 1)
+    alone = LinePanel(many[:1], "t", "step", "loss")
+    assert "dashed" not in lines_svg(alone)
+    assert swatch(alone, 0) == '<i class="c1"></i>'
 
 
 def test_a_series_may_have_its_own_color() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,3 +99,9 @@ def test_mistakes_come_with_the_surest_first() -> None:
     table = confident_mistakes([WHITE] * 3, np.array([1, 1, 1]), scores, ["cat", "dog"], limit=5)
     assert [row.cells[3] for row in table.rows] == pytest.approx([90.0, 60.0])
     assert [row.cells[1:3] for row in table.rows] == [["dog", "cat"]] * 2
+    assert table.rows[0].cells[0] == Cell("picture in memory", "a picture of dog")
+
+
+def test_mistakes_name_their_files() -> None:
+    table = confident_mistakes([Path("shop/7.png")], np.array([1]), np.array([[0.9, 0.1]]), ["cat", "dog"])
+    assert "| 7.png (a picture of dog) |" in block_markdown(table)

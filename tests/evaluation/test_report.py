@@ -162,6 +162,39 @@ def test_no_text_turns_around_what_stands_beside_it(override: str) -> None:
         assert "a\N{REPLACEMENT CHARACTER}b" in rendered
 
 
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("一只猫", "zh"), ("T恤", "zh"), ("直子の骨", "ja"), ("고양이", "ko"), ("חתול", "he"), ("γάτα", "el"),
+        ("naïve", None), ("кот", None), ("قطة", None), ("iPod 壳", None), ("…", None),
+    ],
+)  # fmt: skip
+def test_texts_say_their_language_where_the_script_decides(text: str, language: str | None) -> None:
+    table = Table([Column("Text", numeric=False)], [TableRow([text])])
+    blocks: list[Block] = [Details(text, [Facts([("model", text)]), table])]
+    blocks.append(ImageGrid([GridQuery(text, [GridImage(b"", text)])]))
+    page = Page(render_html(Report("t", sections=blocks)))
+    found = [attrs.get("lang") for tag, attrs in page.elements if tag in ("bdi", "p", "span") and "lang" in attrs]
+    assert found == ([language] * 5 if language else [])
+    assert sum(tag == "bdi" for tag, _ in page.elements) == 3
+
+
+def test_tables_without_a_title_have_the_name_of_what_holds_them() -> None:
+    table = Table([Column("Text", numeric=False)], [TableRow(["a"])])
+    blocks: list[Block] = [Details("Templates", [table]), Group("Left out", [table]), table]
+    page = Page(render_html(Report("t", sections=blocks)))
+    names = [attrs["aria-label"] for _, attrs in page.elements if attrs.get("role") == "region"]
+    assert names == ["Templates", "Left out", "table"]
+
+
+def test_two_panels_of_one_title_are_two_tables_in_markdown() -> None:
+    series = [Series("prompts", [1.0, 2.0], [1.0, 0.5])]
+    lines = Lines([LinePanel(series, "Loss", "step", label) for label in ("training", "validation")])
+    text = render_markdown(Report("t", sections=[lines]))
+    assert "| Loss, training |" in text
+    assert "| Loss, validation |" in text
+
+
 def test_nothing_is_fetched_and_nothing_runs(picture: Path) -> None:
     rendered = render_html(report_of("plain", picture))
     without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", rendered)

@@ -155,7 +155,8 @@ class Series:
     """One line; values that are not finite leave a gap.
 
     Attributes:
-        labels: one per point, empty ones for none; each point is then drawn with a mark of the line's own shape.
+        labels: one per point, empty ones for none; each point is then drawn with a mark of the line's own shape, as
+            few points are in any case.
         color: place in the palette; None for the next by order.
         spread: of each point, drawn as a whisker that far up and down.
     """

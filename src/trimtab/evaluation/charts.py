@@ -32,6 +32,7 @@ _LABEL_WIDTH, _VALUE_WIDTH = 46, 38
 _LINE_HEIGHT = 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 20, 40
 _MOST_TICKS = 8
+_MOST_MARKS = 12
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def panel_values(bars: Bars) -> list[float | None]:
 
 
 def lines_svg(panel: LinePanel) -> str:
-    """Lines with axes, each ending in a dot, or with a mark and a label at each point."""
+    """Lines with axes, told apart without colours too: few points have marks, lines of many are dashed."""
     usable = [_usable(series, panel) for series in panel.series]
     everything = [point for points in usable for point in points if math.isfinite(point[1])]
     if not everything:
@@ -159,15 +160,19 @@ def lines_svg(panel: LinePanel) -> str:
             parts.append(_path(raw, f"line raw c{color}", title))
             points = smoothed(points, panel.smooth)
         placed = [frame.place(*point) for point in (points if series.labels else thin(points, MAX_POINTS))]
-        parts.append(_path(placed, f"line c{color}", title))
+        parts.append(_path(placed, f"line c{color}{' dashed' if _is_dashed(panel, series) else ''}", title))
         ends = [point for point in placed if math.isfinite(point[1])]
         tracks.append(ends)
-        parts += [_whisker(frame.place(*low), frame.place(*high), color) for low, high in _whiskers(series)]
-        if series.labels:
-            for (x, y), hint, text in _labelled(series, panel, frame):
+        for x, y, by in _whiskers(series):
+            hint = f"{series.name}, {panel.x_label} {format_compact(x)}: {format_compact(y)} ± {format_compact(by)}"
+            whisker = [frame.place(x, y - by), frame.place(x, y + by)]
+            parts.append(_path(whisker, f"whisker c{color}", f"<title>{escape(hint)}</title>"))
+        if _is_marked(panel, series):
+            for (x, y), hint, text in _marked(series, panel, frame):
                 marks.append(f"<g><title>{escape(hint)}</title>{marker(color, x, y)}</g>")
-                named.append(((x, y), text))
-                colors.append(color)
+                if series.labels:
+                    named.append(((x, y), text))
+                    colors.append(color)
         elif ends:
             x, y = ends[-1]
             marks.append(f'<circle class="end c{color}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
@@ -182,20 +187,38 @@ def lines_svg(panel: LinePanel) -> str:
     return _svg(frame.height, line_summary(panel), parts, "lines")
 
 
-def _whiskers(series: Series) -> Iterator[tuple[Point, Point]]:
-    """Lower and upper end of the spread of each point that has some."""
+def swatch(panel: LinePanel, number: int) -> str:
+    """What a line looks like, for a legend."""
+    color, series = panel.color(number), panel.series[number]
+    if _is_marked(panel, series):
+        shown = marker(color)
+    elif _is_dashed(panel, series):
+        shown = f'<path class="line c{color} dashed" d="M-14 0H14"/>'
+    else:
+        return f'<i class="c{color}"></i>'
+    side = 7 if _is_marked(panel, series) else 14
+    return f'<svg class="swatch" viewBox="-{side} -7 {2 * side} 14" aria-hidden="true">{shown}</svg>'
+
+
+def _is_marked(panel: LinePanel, series: Series) -> bool:
+    """Whether each point gets a mark of the line's own shape."""
+    return bool(series.labels) or (len(series.xs) <= _MOST_MARKS and panel.smooth <= 1)
+
+
+def _is_dashed(panel: LinePanel, series: Series) -> bool:
+    return len(panel.series) > 1 and not _is_marked(panel, series)
+
+
+def _whiskers(series: Series) -> Iterator[tuple[float, float, float]]:
+    """Each point that has a spread, and how far that reaches up and down."""
     for x, y, by in zip(series.xs, series.ys, series.spread):
         if math.isfinite(y) and by > 0:
-            yield (x, y - by), (x, y + by)
+            yield x, y, by
 
 
 def _whisker_ends(series: Series) -> Iterator[Point]:
-    for low, high in _whiskers(series):
-        yield from (low, high)
-
-
-def _whisker(low: Point, high: Point, color: int) -> str:
-    return _path([low, high], f"line raw c{color}", "")
+    for x, y, by in _whiskers(series):
+        yield from ((x, y - by), (x, y + by))
 
 
 def line_summary(panel: LinePanel) -> str:
@@ -393,12 +416,12 @@ def _path(points: Sequence[Point], classes: str, title: str) -> str:
     return f'<path class="{classes}" d="{" ".join(commands)}">{title}</path>'
 
 
-def _labelled(series: Series, panel: LinePanel, frame: Frame) -> Iterator[tuple[Point, str, str]]:
+def _marked(series: Series, panel: LinePanel, frame: Frame) -> Iterator[tuple[Point, str, str]]:
     """Where each point that can be drawn lies, what it says, and its label."""
-    for label, x, y in zip(series.labels, series.xs, series.ys):
+    for label, x, y in zip(series.labels or [""] * len(series.xs), series.xs, series.ys):
         if _drawable(x, panel.log_x) and _drawable(y, panel.log_y):
             values = f"{panel.x_label} {format_compact(x)}, {panel.y_label} {format_compact(y)}"
-            yield frame.place(x, y), f"{series.name}, {label}: {values}", label
+            yield frame.place(x, y), f"{series.name}{label and f', {label}'}: {values}", label
 
 
 def _nothing(title: str, kind: str) -> str:

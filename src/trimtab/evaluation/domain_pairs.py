@@ -96,13 +96,11 @@ def hardest_pairs(
         return None
     body = []
     for pair in ordered[:limit]:
-        lies = isinstance(pair["image"], (str, Path, StoredPicture))
-        name = Path(str(pair["image"])).name if lies else "picture in memory"
         stuck = pair["drawn"] > 0 and _number(pair["now"], -math.inf) >= _number(pair["before"], math.inf)
         body.append(
             TableRow(
                 [
-                    Cell(name, picture=pair["image"]),
+                    Cell(picture_name(pair["image"]), picture=pair["image"]),
                     shortened(pair["caption"], _CAPTION),
                     shortened(pair["prefers"], _CAPTION) or "nothing else",
                     Cell(pair["before"]),
@@ -148,6 +146,11 @@ def cleaning_table(counts: Mapping[str, Mapping[str, int]], *, title: str = "Pai
     ]
     body.append(TableRow(["kept", *kept], strong=True))
     return Table([Column("Pairs", numeric=False), *map(Column, counts)], body, title=title)
+
+
+def picture_name(source: Any) -> str:
+    """Name of a picture's file, for a table."""
+    return Path(str(source)).name if isinstance(source, (str, Path, StoredPicture)) else "picture in memory"
 
 
 def _round_edges(low: float, high: float, bins: int) -> np.ndarray:

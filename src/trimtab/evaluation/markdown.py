@@ -132,7 +132,8 @@ def _lines(lines: Lines) -> list[str]:
             ys = [y for y in series.ys if math.isfinite(y)]
             figures = [ys[0], min(ys), max(ys), ys[-1]] if ys else []
             rows.append([escape_markdown(series.name), *([format_compact(y) for y in figures] or ["–"] * 4)])
-        head = [escape_markdown(panel.title or panel.y_label), "first", "lowest", "highest", "last"]
+        title = ", ".join(filter(None, (panel.title, panel.y_label)))
+        head = [escape_markdown(title), "first", "lowest", "highest", "last"]
         tables.append(markdown_table(head, rows, [False, True, True, True, True]))
     return tables
 

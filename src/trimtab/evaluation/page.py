@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -36,7 +38,7 @@ from trimtab.evaluation.blocks import (
     format_compact,
     format_value,
 )
-from trimtab.evaluation.charts import bars_svg, histogram_svg, lines_svg, marker
+from trimtab.evaluation.charts import bars_svg, histogram_svg, lines_svg, swatch
 from trimtab.evaluation.escape import code_spans, escape, passages
 
 THUMBNAIL = 224
@@ -48,6 +50,12 @@ _MARK = (
     '<svg class="logo" viewBox="0 0 24 24" aria-hidden="true"><path class="rudder" d="M7 3h6a2 2 0 0 1 2 2v14'
     'a2 2 0 0 1-2 2H9a2 2 0 0 1-2-2z"/><path class="tab" d="M16.5 13l4 6.2a.9.9 0 0 1-.8 1.4h-3.2z"/></svg>'
 )
+
+# By what Unicode's names of letters begin with. Arabic and Cyrillic letters leave open which language it is.
+_LANGUAGES = {
+    **{"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "HEBREW": "he", "GREEK": "el", "THAI": "th"},
+    **{"ARMENIAN": "hy", "GEORGIAN": "ka"},
+}
 
 # The policy is the second lock after escaping: no script runs and nothing is fetched, whatever a caption holds.
 _PAGE = """<!DOCTYPE html>
@@ -95,19 +103,19 @@ def render_page(title: str, verdict: str, tiles: Tiles, sections: Sequence[Block
     )
 
 
-def block_html(block: Block, thumbnails: dict[str, str], level: int = 2) -> str:
-    """One block; `thumbnails` keeps pictures that stand in several places."""
+def block_html(block: Block, thumbnails: dict[str, str], level: int = 2, within: str = "") -> str:
+    """One block; `thumbnails` keeps pictures that stand in several places, `within` is the title of what holds it."""
     if isinstance(block, Details):
         # Its own title is no heading, so headings inside follow on from those outside.
-        inner = "".join(block_html(each, thumbnails, level) for each in block.blocks)
+        inner = "".join(block_html(each, thumbnails, level, block.title) for each in block.blocks)
         state = " open" if block.open else ""
-        return f"<details{state}><summary>{escape(block.title)}</summary><div>{inner}</div></details>"
+        return f"<details{state}><summary>{_bdi(block.title)}</summary><div>{inner}</div></details>"
     if isinstance(block, Text) and block.tone != "plain":
         title = f"<strong>{escape(block.title)}</strong>" if block.title else ""
         return f'<aside class="note {block.tone}" role="note">{title}{prose(block.text)}</aside>'
     depth = min(level, 6)
     heading = f"<h{depth}>{escape(block.title)}</h{depth}>" if block.title else ""
-    return heading + _body(block, thumbnails, level)
+    return heading + _body(block, thumbnails, level, within)
 
 
 def prose(text: str) -> str:
@@ -136,13 +144,13 @@ def thumbnail_uri(source: Any, side: int = THUMBNAIL) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _body(block: Block, thumbnails: dict[str, str], level: int) -> str:
+def _body(block: Block, thumbnails: dict[str, str], level: int, within: str) -> str:
     if isinstance(block, Tiles):
         return _tiles(block)
     if isinstance(block, Text):
         return prose(block.text)
     if isinstance(block, Table):
-        return _table(block, thumbnails) + _note(block.note)
+        return _table(block, thumbnails, within) + _note(block.note)
     if isinstance(block, Bars):
         return _bars(block) + _note(block.note)
     if isinstance(block, Lines):
@@ -155,14 +163,14 @@ def _body(block: Block, thumbnails: dict[str, str], level: int) -> str:
         return f'<div class="queries">{queries}</div>' + _note(block.note)
     if isinstance(block, Facts):
         items = "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(format_value(value))}</dd></div>" for name, value in block.items
+            f"<div><dt>{escape(name)}</dt><dd>{_bdi(format_value(value))}</dd></div>" for name, value in block.items
         )
         return f'<dl class="facts">{items}</dl>'
     if isinstance(block, Code):
         return f'<pre tabindex="0"><code>{escape(block.text.rstrip())}</code></pre>'
     assert isinstance(block, Group)
     lead = f'<div class="lead">{prose(block.lead)}</div>' if block.lead else ""
-    return lead + "".join(block_html(inner, thumbnails, level + 1) for inner in block.blocks)
+    return lead + "".join(block_html(inner, thumbnails, level + 1, block.title) for inner in block.blocks)
 
 
 def _tiles(block: Tiles) -> str:
@@ -189,7 +197,7 @@ def _per_line(count: int, limit: int) -> int:
     return max(1, math.ceil(count / lines))
 
 
-def _table(table: Table, thumbnails: dict[str, str]) -> str:
+def _table(table: Table, thumbnails: dict[str, str], within: str) -> str:
     rows = "".join(_row(row, table.columns, thumbnails) for row in table.rows)
     pictures = any(as_cell(cell).picture is not None for row in table.rows for cell in row.cells)
     # A wide table of few rows, or with pictures, becomes a card per row on a phone; a narrow one of figures needs
@@ -198,7 +206,7 @@ def _table(table: Table, thumbnails: dict[str, str]) -> str:
     if len(table.columns) <= 4 and all(column.numeric and not column.meter for column in table.columns[1:]):
         shape = "narrow"
     caption = f'<caption class="unseen">{escape(table.title)}</caption>' if table.title else ""
-    name = escape(table.title or "table")
+    name = escape(table.title or within or "table")
     return (
         f'<div class="scroll {shape}" tabindex="0" role="region" aria-label="{name}"><table>{caption}'
         f"<thead>{_head(table.columns)}</thead><tbody>{rows}</tbody></table></div>"
@@ -272,11 +280,7 @@ def _line_panel(panel: LinePanel) -> str:
     for at, series in enumerate(panel.series):
         finite = [value for value in series.ys if math.isfinite(value)]
         last = f"<b>{format_compact(finite[-1])}</b>" if finite and not series.labels else ""
-        color = panel.color(at)
-        swatch = f'<i class="c{color}"></i>'
-        if series.labels:
-            swatch = f'<svg class="swatch" viewBox="-7 -7 14 14" aria-hidden="true">{marker(color)}</svg>'
-        legend.append(f"<li>{swatch}{escape(series.name)} {last}</li>")
+        legend.append(f"<li>{swatch(panel, at)}{escape(series.name)} {last}</li>")
     unit = f' <span class="small">{escape(panel.y_label)}</span>' if panel.y_label else ""
     return (
         f"<figure><figcaption>{escape(panel.title)}{unit}</figcaption>"
@@ -297,7 +301,7 @@ def _histogram(block: Histogram) -> str:
 
 
 def _query(query: GridQuery, thumbnails: dict[str, str]) -> str:
-    language = f' lang="{escape(query.language)}"' if query.language else ""
+    language = f' lang="{escape(query.language)}"' if query.language else _lang(query.text)
     meaning = f'<span class="small">{escape(query.meaning)}</span>' if query.meaning else ""
     images = "".join(_grid_image(image, rank, thumbnails) for rank, image in enumerate(query.images, 1))
     columns = _per_line(len(query.images), 6)
@@ -312,7 +316,8 @@ def _grid_image(image: GridImage, rank: int, thumbnails: dict[str, str]) -> str:
     alternative = f"rank {rank}: {image.caption or 'untitled'} ({verdict})"
     picture = _picture(image.source, alternative, thumbnails, THUMBNAIL)
     badge = '<span class="badge" title="right">✓</span>' if image.correct else ""
-    caption = f'<p class="small" dir="auto" title="{escape(image.caption)}">{escape(image.caption)}</p>'
+    told = escape(image.caption)
+    caption = f'<p class="small" dir="auto"{_lang(image.caption)} title="{told}">{told}</p>'
     mark = ' class="right"' if image.correct else ""
     return f'<li{mark}><div class="frame">{picture}{badge}</div>{caption}</li>'
 
@@ -332,7 +337,17 @@ def _picture(source: Any, alternative: str, thumbnails: dict[str, str], side: in
 
 def _bdi(text: str) -> str:
     """Text of unknown direction must not turn what stands around it."""
-    return escape(text) if text.isascii() else f"<bdi>{escape(text)}</bdi>"
+    return escape(text) if text.isascii() else f"<bdi{_lang(text)}>{escape(text)}</bdi>"
+
+
+def _lang(text: str) -> str:
+    """The attribute that says which language to read a text aloud in, where half of its letters decide that."""
+    scripts = [unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha()]
+    found = Counter(_LANGUAGES.get(script, "") for script in scripts)
+    if found["ja"]:  # which is written in Han too
+        found["ja"] += found.pop("zh", 0)
+    language = max(found, key=lambda one: (found[one], one), default="")
+    return f' lang="{language}"' if language else ""
 
 
 def _inline(line: str) -> str:

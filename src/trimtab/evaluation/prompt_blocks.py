@@ -12,6 +12,7 @@ from PIL import Image
 
 from trimtab.data.images import read_image
 from trimtab.evaluation.blocks import Cell, Column, GridImage, GridQuery, ImageGrid, Table, TableRow
+from trimtab.evaluation.domain_pairs import picture_name
 
 MATRIX_CLASSES = 12
 _SIDE = 224
@@ -153,7 +154,7 @@ def confident_mistakes(
     rows = [
         TableRow(
             [
-                Cell(f"a picture of {classes[labels[at]]}", picture=sources[at]),
+                Cell(picture_name(sources[at]), f"a picture of {classes[labels[at]]}", picture=sources[at]),
                 classes[labels[at]],
                 classes[taken[at]],
                 100 * float(sure[at]),
