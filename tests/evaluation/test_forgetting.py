@@ -104,6 +104,18 @@ def test_a_cache_of_another_tower_is_replaced_not_used() -> None:
     assert measure(base(), sets(), cache) == {"photos": 100.0, "emoji": 100.0}
 
 
+def test_a_tower_that_moves_some_pictures_alone_gets_no_other_ones_cache() -> None:
+    plain, gated = base(), Counting({"p": X, "q": X, "e": X, "f": X})  # the first picture of each set stays
+    plain.image_fingerprint, gated.image_fingerprint = "base", "base, adapted"  # type: ignore[attr-defined]
+    cache: dict[str, Any] = {}
+    before = measure(plain, sets(), cache)
+    after = measure(gated, sets(), cache)
+    assert after == measure(gated, sets())
+    assert forgetting(before, after)["points"] > 0
+    measure(gated, sets(), cache)
+    assert gated.image_calls[-2:] == [["p"], ["e"]], "its own it may use again"
+
+
 def test_a_cache_of_other_pictures_or_of_another_width_is_replaced() -> None:
     cache = {"emoji": embed_images(base(), ["e"])}
     assert measure(base(), sets(), cache)["emoji"] == 100.0

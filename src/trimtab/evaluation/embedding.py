@@ -48,12 +48,14 @@ class EmbeddedImages:
         positions: (K,) where each stood in the input, ascending.
         total: number of pictures in the input.
         skipped: the others.
+        tower: names the image tower, where that has a fingerprint.
     """
 
     embeddings: np.ndarray
     positions: np.ndarray
     total: int
     skipped: tuple[Skipped, ...] = ()
+    tower: str = ""
 
 
 def embed_images(model: Encoder, sources: Sequence[Any], *, progress: bool = False) -> EmbeddedImages:
@@ -69,7 +71,13 @@ def embed_images(model: Encoder, sources: Sequence[Any], *, progress: bool = Fal
     positions, skipped = read_and_skipped(range(len(sources)), model.last_skipped)
     check_some_read(skipped, len(sources))
     check_embeddings(embeddings, len(positions), "images")
-    return EmbeddedImages(embeddings, positions, len(sources), skipped)
+    return EmbeddedImages(embeddings, positions, len(sources), skipped, image_tower(model))
+
+
+def image_tower(model: Encoder) -> str:
+    """Names what decides where pictures land: of another `alpha` another one; "" of encoders that do not say."""
+    names = (getattr(model, name, "") for name in ("image_fingerprint", "image_input_digest"))
+    return " ".join(filter(None, names))
 
 
 def read_and_skipped(positions: range, last_skipped: Any) -> tuple[np.ndarray, tuple[Skipped, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from trimtab.errors import DataError
 from trimtab.evaluation.classification import classify
-from trimtab.evaluation.embedding import EmbeddedImages, Encoder, embed_images
+from trimtab.evaluation.embedding import EmbeddedImages, Encoder, embed_images, image_tower
 from trimtab.evaluation.retrieval import Pairs, retrieve
 
 # Distance of unit vectors up to which two embeddings of one picture count as the same tower's. In float32 another
@@ -80,8 +80,9 @@ def measure(
         encoder: base or adapted model.
         sets: names must differ.
         images_cache: pictures embedded before, by the name of the set; missing ones are embedded and put in.
-            Encoders whose image tower is the same (adapted text towers, a probe) may share one. The first
-            picture of each entry is embedded again and compared: an entry of another tower is replaced.
+            Encoders whose image tower is the same (adapted text towers, a probe) may share one. An entry of another
+            tower is replaced: by its fingerprint, or if the first picture, which is embedded again, lands elsewhere.
+            An encoder without an `image_fingerprint` must change all pictures or none.
         progress: show bars.
 
     Raises:
@@ -206,8 +207,11 @@ def _embedded(
 
 
 def _is_of(encoder: Encoder, known: EmbeddedImages, sources: Sequence[Any]) -> bool:
-    """Whether embeddings fit the pictures and the encoder's image tower, by one picture."""
-    if known.total != len(sources) or not len(known.positions):
+    """Whether embeddings fit the pictures and the encoder's image tower.
+
+    One picture does not tell by itself: behind a gate it may be one of those that adapters leave where they were.
+    """
+    if known.tower != image_tower(encoder) or known.total != len(sources) or not len(known.positions):
         return False
     again = encoder.encode_image([sources[int(known.positions[0])]], on_error="skip")
     first = known.embeddings[:1]
