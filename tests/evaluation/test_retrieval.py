@@ -68,6 +68,15 @@ def test_texts_that_the_model_reads_alike_are_named(caplog: pytest.LogCaptureFix
     assert ["'an x' and 'An x' alike:" in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_copies_of_a_picture_with_other_texts_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = TableModel({"x": X, "x2": X, "y": Y, "y2": Y, "bad": "broken"}, {"an x": X, "x too": [1, 0.1, 0], "a y": Y})
+    texts = ["an x", "x too", "a y"]
+    pairs = Pairs(["bad", "x", "x2", "y", "y2"], texts, [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)])
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        assert retrieve(model, pairs, warn=True).recall.t2i["R@1"] < 100
+    assert ["pictures 'x' and 'x2' alike, and" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_images_embedded_once_serve_several_texts() -> None:
     model = TableModel({"x": X, "y": Y, "bad": "broken"}, {"a": X, "b": Y, "甲": X, "乙": Y, "丙": Z})
     images = embed_images(model, ["x", "bad", "y"])

@@ -138,6 +138,19 @@ def test_bad_pictures_are_counted_and_named(model: Any, data: Path) -> None:
     assert (pairs["n_images"], pairs["n_texts"], pairs["n_skipped"], pairs["n_lost_texts"]) == (1, 1, 2, 2)
 
 
+def test_copies_of_pictures_are_named(model: Any, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for copy in ("torn", "again"):
+        (data / f"pictures/{copy}.png").write_bytes((data / "pictures/red.png").read_bytes())
+    rows = ["image,label", "pictures/red.png,red", "pictures/torn.png,blue", "pictures/again.png,red"]
+    write_text(data / "items.csv", "\n".join([*rows, "pictures/gone.png,red"]) + "\n")
+    assert evaluate_classification(model, data / "items.csv", data / "classes.txt")["n"] == 3
+    told = caplog.text
+    assert "1 of 3 test pictures are there under another class too" in told
+    assert "red.png as 'red' and " in told
+    assert "torn.png as 'blue'" in told
+    assert "1 of 3 test pictures are copies of others of their class" in told
+
+
 def test_nothing_is_written_when_every_picture_is_bad(model: Any, data: Path, tmp_path: Path) -> None:
     for path in (data / "pictures").iterdir():
         path.write_bytes(b"nothing")

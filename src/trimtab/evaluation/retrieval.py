@@ -155,7 +155,8 @@ def retrieve(
         hubness: "none" (default), or a transductive correction that is named in the result.
         progress: show bars.
         chunk: see `recall_at_k`.
-        warn: name texts of different images that the model reads alike.
+        warn: name texts of different images that the model reads alike, and images of different texts that it sees
+            alike, such as copies.
 
     Raises:
         DataError: when there is nothing to evaluate or no image can be read.
@@ -187,6 +188,7 @@ def retrieve(
     matches = np.stack([new_place[positives[:, 0]], text_place[positives[:, 1]]], axis=1)
     if warn:
         _warn_of_equal(kept_texts, texts, matches)
+        _warn_of_copies([pairs.images[at] for at in embedded.positions], embedded.embeddings, matches)
     ranks = rank_embeddings(
         embedded.embeddings,
         texts,
@@ -211,20 +213,34 @@ def retrieve(
 
 def _warn_of_equal(texts: Sequence[str], embeddings: np.ndarray, matches: np.ndarray) -> None:
     """Log a warning that names texts of equal embeddings that belong to different images."""
-    alike = equal_rows(embeddings)
-    if not alike:
-        return
-    images: dict[int, set[int]] = {}
-    for image, text in matches.tolist():
-        images.setdefault(text, set()).add(image)
-    alike = [pair for pair in alike if images.get(pair[0], set()) != images.get(pair[1], set())]
-    if alike:
+    if alike := _equal_of_others(embeddings, matches[:, ::-1]):
         logger.warning(
             "the model reads the texts %r and %r alike%s: pictures of one find the other as well, and a tie counts as "
             "wrong. They differ in what its tokenizer drops or does not know, such as another language, or after its "
             "last token: write them otherwise, or give their pictures one text",
             *told_alike(alike, [shortened(text, _SHOWN) for text in texts]),
         )
+
+
+def _warn_of_copies(images: Sequence[Any], embeddings: np.ndarray, matches: np.ndarray) -> None:
+    """The same of images and their texts."""
+    if alike := _equal_of_others(embeddings, matches):
+        logger.warning(
+            "the model sees the pictures %r and %r alike%s, and their texts differ: a text of one finds the other as "
+            "well, and a tie counts as wrong. Of copies keep one, with the texts of all",
+            *told_alike(alike, [str(image) for image in images]),
+        )
+
+
+def _equal_of_others(embeddings: np.ndarray, matches: np.ndarray) -> list[list[int]]:
+    """Pairs of equal rows that do not match the same; `matches` has the rows first."""
+    alike = equal_rows(embeddings)
+    if not alike:
+        return []
+    others: dict[int, set[int]] = {}
+    for row, other in matches.tolist():
+        others.setdefault(row, set()).add(other)
+    return [pair for pair in alike if others.get(pair[0], set()) != others.get(pair[1], set())]
 
 
 def _recall(ranks: Ranks, ks: Sequence[int]) -> Recall:

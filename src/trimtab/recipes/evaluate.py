@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from trimtab import __version__
-from trimtab.data.manifests import RetrievalPairs, read_class_names, read_classification, read_retrieval
+from trimtab.data.labelled import LabelledPictures
+from trimtab.data.manifests import (
+    LabelledImage,
+    RetrievalPairs,
+    read_class_names,
+    read_classification,
+    read_retrieval,
+)
+from trimtab.data.shards import PictureFile
+from trimtab.data.shots import warn_of_copies
 from trimtab.data.templates import fill_all
-from trimtab.errors import TrimtabError
+from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation import (
     ClassificationResult,
     Hubness,
@@ -109,6 +118,7 @@ def evaluate_classification(
     else:
         origin = "prompts"
         result = classify_with(prompts, labelled, batch_size=batch_size, progress=progress)
+    _warn_of_copies(labelled, {item.source for item in result.skipped}, names)
     figures = _relative(result.as_json(), items, root)
     outcome = {
         "task": "classification",
@@ -197,6 +207,13 @@ class _InBatches:
 
     def encode_text(self, texts: Any, *, progress: bool = False) -> np.ndarray:
         return self.model.encode_text(texts, progress=progress)
+
+
+def _warn_of_copies(items: Sequence[LabelledImage], skipped: Collection[str], names: Sequence[str]) -> None:
+    read = [item for item in items if str(item.path) not in skipped]
+    pictures = tuple(PictureFile(item.path, item.path.name) for item in read)
+    with contextlib.suppress(DataError):  # a picture that has gone meanwhile must not cost the figures
+        warn_of_copies(LabelledPictures(pictures, np.array([item.label for item in read]), tuple(names)), name="test")
 
 
 def _prompts(model: DualEncoder, names: Sequence[str]) -> PromptClassifier | None:
