@@ -97,6 +97,10 @@ class Browser:
         """What the console holds of warnings and errors since the last time."""
         return [entry["message"] for entry in self._ask("POST", "/se/log", {"type": "browser"})]
 
+    def emulate(self, what: str, **options: Any) -> None:
+        """Another screen or medium, by Chromium's own protocol."""
+        self._ask("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{what}", "params": options})
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))
 
