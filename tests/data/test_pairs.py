@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,25 @@ def test_what_is_unusable_is_counted_listed_and_survived(folder: Path, caplog: p
     assert reasons[10] == "the caption is empty"
     assert reasons[12] == "the column 'image' is empty"
     assert "6 of 13 pairs cannot be used (1 without caption, 3 without picture, 2 with a picture that" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_lists_that_are_filled_up_lack_nothing(folder: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[tuple[str, list[str | None]]] = [(f"{i:03}.png", [f"caption {i}", None, " ", None]) for i in range(6)]
+    pairs = load_pairs([PairSource(str(write_table(folder / f"t{suffix}", rows)))])
+    assert (pairs.counts, pairs.dropped) == (PairCounts(kept=6), ())
+    assert not caplog.text
+    pairs = load_pairs([PairSource(str(write_table(folder / f"t{suffix}", [*rows, ("006.png", [None, ""])])))])
+    assert pairs.counts == PairCounts(kept=6, empty=1)
+
+
+def test_punctuation_is_no_caption(folder: Path) -> None:
+    texts = ["!!!", "---", "…。", "a", "7", "+", "❤️", "👍🏽", "#️⃣", "‼️", "狗", "?!", "€"]
+    rows = [(f"{number % 12:03}.png", text) for number, text in enumerate(texts)]
+    pairs = load_pairs([PairSource(str(write_table(folder / "t.csv", rows)))])
+    assert list(pairs.captions) == ["a", "7", "+", "❤️", "👍🏽", "#️⃣", "‼️", "狗", "€"]
+    assert [drop.row for drop in pairs.dropped] == [2, 3, 4, 13]
+    assert pairs.dropped[0].reason == "the caption '!!!' has no letter, digit or symbol"
 
 
 @pytest.mark.parametrize(
@@ -317,6 +337,10 @@ def test_splits_are_partitions(captions_of: list[set[int]], share: float, seed: 
             assert abs(held_out[sets == code].sum() - share * size) < 1
 
 
+def says_something(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LNS" or char in "‼⁉〰\u20e3"
+
+
 TEXTS = st.one_of(st.none(), st.text(st.characters(exclude_categories=("Cs",)), max_size=6))
 NAMES = st.sampled_from([*(f"{i}.png" for i in range(5)), "none.png", "broken.png", "", None])
 
@@ -338,7 +362,8 @@ def test_counts_add_up_for_any_table(rows: list[tuple[str | None, list[str]]], s
         except DataError:
             return
         counts = pairs.counts
-        assert counts.read == sum(max(1, len(texts)) for _, texts in rows)
+        usable = [sum(1 for text in texts if text and any(map(says_something, text))) for _, texts in rows]
+        assert counts.read == sum(max(1, count) for count in usable)
         assert counts.kept == len(pairs) == len(set(listed(pairs)))
         assert len(pairs.dropped) == counts.empty + counts.missing + counts.unreadable <= counts.read
         assert all(caption == " ".join(caption.split()) != "" for caption in pairs.captions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from trimtab.files import digest_of
 logger = logging.getLogger(__name__)
 
 _MOST_UNUSABLE = 0.5
+_EMOJI = frozenset("\u203c\u2049\u3030\u20e3")  # two pairs of marks, a wavy dash, the frame of a key
 _SHARE_STREAM, _SPLIT_STREAM = 1, 2  # so that a split is independent of the share that was taken before
 
 
@@ -42,7 +44,7 @@ class PairCounts:
     """What became of the pairs read; the fields add up to their number.
 
     Attributes:
-        empty: without caption.
+        empty: rows without caption.
         missing: without picture, or with one that is not there.
         unreadable: whose picture cannot be decoded.
         duplicate: seen before, with the same picture and caption.
@@ -313,13 +315,16 @@ def _load(
     pairs = []
     read = 0
     for entry in read_entries(source):
-        for text in entry.texts or [""]:
+        # Lists of captions are often filled up with nulls: a row lacks a caption only if it has none at all.
+        captions = [caption for text in entry.texts if not _names_nothing(caption := clean_text(text))]
+        for caption in captions or [""]:
             read += 1
-            caption = clean_text(text)
             if isinstance(entry.picture, str):
                 drop("missing", entry.file, entry.row, entry.picture)
-            elif says_nothing(caption):
-                drop("empty", entry.file, entry.row, entry.problem or "the caption is empty")
+            elif not caption:
+                written = " ".join(entry.texts)
+                reason = "is empty" if says_nothing(written) else f"{written!r:.80} has no letter, digit or symbol"
+                drop("empty", entry.file, entry.row, entry.problem or f"the caption {reason}")
             else:
                 pairs.append(_Pair(entry.picture, caption, entry.file, entry.row))
     chosen = _choose(pairs, source.share, source.limit, seed)
@@ -340,6 +345,11 @@ def _load(
         stop = len(pairs) * len(usable) < (1 - _MOST_UNUSABLE) * read * max(1, tried)
         _report(source, dropped, counts, read, stop=stop)
     return usable, dropped, counts
+
+
+def _names_nothing(caption: str) -> bool:
+    """Whether a caption is punctuation at most; emoji are symbols, the few that Unicode calls punctuation too."""
+    return not any(unicodedata.category(char)[0] in "LNS" or char in _EMOJI for char in caption)
 
 
 def _report(source: SourceOptions, dropped: list[Dropped], counts: dict[str, int], read: int, *, stop: bool) -> None:
