@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -365,6 +366,39 @@ def test_a_scale_above_the_bound_is_refused(
 )
 def test_other_signals_of_the_bank(bank: dict[str, Any], toy: Any) -> None:
     assert adapt(toy(bank=bank, training={"epochs": 2})) is not None
+
+
+def in_spellings(table: Path, folder: Path) -> Path:
+    """A copy with pictures in which every fifth caption is in upper case."""
+    shutil.copytree(table.parent, folder)
+    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    spelt = [f"{row.split(',')[0]},{row.split(',')[1].upper()}" if at % 5 == 0 else row for at, row in enumerate(rows)]
+    (folder / table.name).write_text("\n".join([header, *spelt]) + "\n", encoding="utf-8")
+    return folder / table.name
+
+
+@pytest.mark.parametrize("method", ["adapter", "full"])
+def test_captions_that_the_base_reads_alike_are_one(
+    method: str, toy: Any, places: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = {"method": method, "training": {"epochs": 2, "learning_rate": 1e-3}, "objective": {"hard_negatives": 4}}
+    plain = adapt(toy(**few))
+    assert "as it reads others" not in caplog.text
+    _, train, validation = places
+    data = {
+        "train": str(in_spellings(train, tmp_path / "train")),
+        "validation": str(in_spellings(validation, tmp_path / "val")),
+    }
+    spelt = adapt(toy(**few, data=data, out=str(tmp_path / "spelt")))
+    assert plain is not None
+    assert spelt is not None
+    assert (spelt["captions"], spelt["validation"], spelt["difficulty"]) == (
+        12, plain["validation"], plain["difficulty"],
+    )  # fmt: skip
+    assert_same_weights(tmp_path / "spelt", tmp_path / "out")
+    for side, count in (("training", 24), ("validation", 17)):
+        assert re.search(rf"reads \d+ of the {count} {side} captions as it reads others, for example '", caplog.text)
+    assert "language link" not in caplog.text
 
 
 # What is drawn

@@ -16,7 +16,7 @@ from trimtab.data.pairs import load_pairs, shared_images
 from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.embedding import embed_images
 from trimtab.evaluation.forgetting import measure
-from trimtab.recipes.domain_pairs import general_sets, read_pairs
+from trimtab.recipes.domain_pairs import DomainPairs, as_read, general_sets, read_pairs
 
 
 def test_pictures_of_shards_stay_where_they_are(tmp_path: Path, tiny_base: Any, monkeypatch: Any) -> None:
@@ -58,6 +58,50 @@ def test_a_picture_under_two_names_is_not_split(check: bool, tmp_path: Path, mon
     assert counts["for validation"] == len(pairs.validation) == 8
     assert sum(counts.values()) == 40
     assert (counts["set_aside"] > 0) is check
+
+
+def captioned(folder: Path, texts: list[str]) -> DomainPairs:
+    """A picture per text, and the same pairs for validation."""
+    names = [f"{number}.png" for number in range(len(texts))]
+    save_pictures(folder, names)
+    pairs = load_pairs([PairSource(str(write_table(folder / "t.csv", list(zip(names, texts)))))])
+    return DomainPairs(pairs, pairs, {})
+
+
+def test_captions_that_differ_for_the_base_stay_as_they_are(tmp_path: Path, tiny_base: Any, caplog: Any) -> None:
+    pairs = captioned(tmp_path, ["a cat", "a dog", "a cat and a dog"])
+    read = as_read(pairs, tiny_base("clip"))
+    assert (read.train is pairs.train, read.validation is pairs.validation) == (True, True)
+    assert not caplog.text
+
+
+def test_captions_of_equal_tokens_become_the_first_of_them(tmp_path: Path, tiny_base: Any, caplog: Any) -> None:
+    base = tiny_base("clip")
+    long = "the moon over the sea" * 3
+    texts = ["Red", "blue", "RED", f"{long} red", "red", f"{long} blue", "BLUE"]
+    read = as_read(captioned(tmp_path, texts), base)
+    assert read.train.captions == ("Red", "blue", f"{long} red")
+    assert read.train.caption_index.tolist() == [0, 1, 0, 2, 0, 2, 1]
+    assert [read.train.origin(row)[1] for row in range(7)] == list(range(2, 9))
+    assert read.train.belong(np.arange(3), np.arange(3)).tolist() == np.eye(3, dtype=bool)[[0, 1, 0]].tolist()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3
+    assert (
+        "reads 4 of the 7 training captions as it reads others, for example 'RED' as 'Red'; 'red' as 'Red'" in told[0]
+    )
+    assert "of the 7 validation captions" in told[1]
+    assert "4 of 14 captions are longer than the 24 tokens that" in told[2]
+
+
+def test_scripts_that_the_base_does_not_know_are_named(tmp_path: Path, tiny_base: Any, caplog: Any) -> None:
+    base = tiny_base("chinese_clip")
+    as_read(captioned(tmp_path, ["一只猫的照片", "кошка", "собака", "a cat"]), base)
+    assert "'собака' as 'кошка'" in caplog.text
+    assert "adapt a language link first, then compose" in caplog.text
+    with pytest.raises(
+        DataError, match=r"as .* reads them: .*all 3 pictures have the same caption 'кошка': .*language"
+    ):
+        as_read(captioned(tmp_path / "all", ["кошка", "собака", "птица"]), base)
 
 
 def test_general_pictures_that_are_trained_on_are_named(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:

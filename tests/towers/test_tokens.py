@@ -93,3 +93,13 @@ def test_long_texts_are_taken_few_at_a_time(inputs: TextInputs, monkeypatch: pyt
     ids = [{at: row for batch in some for at, row in zip(batch[0], batch[2], strict=True)} for some in (whole, found)]
     assert ids[0] == ids[1]
     assert sum(batch[3] for batch in found) == sum(batch[3] for batch in whole)
+
+
+def test_texts_of_the_same_tokens_are_found_over_all_chunks(
+    inputs: TextInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_CHUNK", 2)
+    start = "a photo of a cat and a photo of a"
+    texts = ["a cat", "a dog", "A  Cat", "ж", f"{start} dog", "a cat", "щ", f"{start} cat"]
+    assert inputs.same(texts) == ([0, 1, 0, 3, 4, 0, 3, 4], 2)
+    assert inputs.same([]) == ([], 0)

@@ -139,6 +139,24 @@ class ImageTextPairs:
     def _pair_keys(self) -> np.ndarray:
         return np.sort(self.image_index * len(self.captions) + self.caption_index)
 
+    def merge_captions(self, first: Sequence[int], where: str, remedy: str) -> ImageTextPairs:
+        """The pairs with some captions taken for one, so that these are no negatives of each other.
+
+        Args:
+            first: (M,) of each caption the number of the one that stands for it.
+            where, remedy: for a message.
+
+        Raises:
+            DataError: fewer than 2 different captions would be left.
+        """
+        kept, caption = np.unique(np.asarray(first, np.int64), return_inverse=True)
+        if len(kept) == len(self.captions):
+            return self
+        captions = tuple(self.captions[at] for at in kept.tolist())
+        merged = dataclasses.replace(self, captions=captions, caption_index=caption[self.caption_index])
+        _refuse_trivial(merged, where, remedy)
+        return merged
+
     def take_images(self, chosen: np.ndarray) -> ImageTextPairs:
         """The pairs of some pictures, in order.
 

@@ -27,7 +27,7 @@ from trimtab.files import digest_of
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
 from trimtab.precision import tune_allocator
 from trimtab.recipes.domain_methods import METHODS, Adapters, Method
-from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, general_sets, read_pairs
+from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, as_read, general_sets, read_pairs
 from trimtab.recipes.domain_plan import plan
 from trimtab.recipes.domain_report import model_card, write_domain_report
 from trimtab.recipes.domain_states import FrozenStates, base_embeddings, embed, frozen_states
@@ -67,6 +67,7 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     world = distributed.checked_world(accelerator, recipe.training.processes)
     base = load_base(recipe.base, device=str(world.device))
     check_scale(recipe.objective, base)
+    pairs = as_read(pairs, base)
     digest = digest_of(recipe_digest(recipe), pairs.train.digest, pairs.validation.digest, *base.digests)
     CheckpointFolder(training_folder(recipe.out)).check(digest)
     torch.manual_seed(recipe.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ from trimtab.data.shards import PictureFile
 from trimtab.errors import DataError
 from trimtab.evaluation.forgetting import GeneralSet
 from trimtab.recipes.decoding import decoding
+from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.scripts import is_latin
 
 logger = logging.getLogger(__name__)
+
+_END = 40  # letters
+_FOREIGN = (
+    ". If it hardly reads this script, give captions that it reads; for texts in this language adapt a language link "
+    "first, then compose the two (docs/compose.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,49 @@ def read_pairs(recipe: DomainRecipe) -> DomainPairs:
     train, _ = keep_apart(train, validation, remove=data.check_duplicates)
     counts_of = {"training": train.counts.as_dict(), "validation": validation.counts.as_dict()}
     return DomainPairs(train, validation, counts_of)
+
+
+def as_read(pairs: DomainPairs, base: DualEncoder) -> DomainPairs:
+    """The pairs with captions of the same tokens taken for one, as no training can part them; warns of these.
+
+    Of texts that were cut it warns too: what was cut off may be all that they differ in.
+
+    Raises:
+        DataError: the text tower reads all captions of a side alike.
+    """
+    inputs = base.text_inputs
+    sides = []
+    long = 0
+    for name, side in (("training", pairs.train), ("validation", pairs.validation)):
+        first, cut = inputs.same(side.captions)
+        long += cut
+        alike = [
+            (side.captions[other], text) for other, text in zip(first, side.captions) if text != side.captions[other]
+        ]
+        # Spellings of one word are read well, whatever their script.
+        foreign = any(not is_latin(text) and text.casefold() != other.casefold() for other, text in alike)
+        remedy = "write captions otherwise that mean different things" + (_FOREIGN if foreign else "")
+        if alike:
+            logger.warning(
+                "%s reads %d of the %d %s captions as it reads others, for example %s: they count as one caption. They "
+                "differ in what its tokenizer drops, such as case, in words that it does not know, or after its last "
+                "token, of %d: %s",
+                base.name, len(alike), len(side.captions), name,
+                "; ".join(f"{_shown(text)!r} as {_shown(other)!r}" for other, text in alike[:2]), inputs.limit, remedy,
+            )  # fmt: skip
+        sides.append(side.merge_captions(first, f"{name} captions as {base.name} reads them", remedy))
+    if long:
+        count = len(pairs.train.captions) + len(pairs.validation.captions)
+        logger.warning(
+            "%d of %d captions are longer than the %d tokens that %s reads, and are cut",
+            long, count, inputs.limit, base.name,
+        )  # fmt: skip
+    return replace(pairs, train=sides[0], validation=sides[1])
+
+
+def _shown(text: str) -> str:
+    """Both ends of a caption: long ones of the same tokens differ at their ends."""
+    return text if len(text) <= 2 * _END else f"{text[:_END]}…{text[-_END:]}"
 
 
 def general_sets(sources: Sequence[PairSource], seed: int, train: ImageTextPairs | None = None) -> list[GeneralSet]:

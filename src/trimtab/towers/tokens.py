@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +83,25 @@ class TextInputs:
             for index, one in zip(long, cut, strict=True):
                 ids[index] = one
         return ids, len(long)
+
+    def same(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """Of each text the position of the first with the same token ids, which no tower can tell it from.
+
+        Texts may differ in what the tokenizer drops, such as case, in words that it does not know, and beyond `limit`.
+
+        Returns:
+            the positions, a text's own where no other goes before it; and how many texts were cut to `limit`.
+        """
+        known: dict[bytes, int] = {}
+        first: list[int] = []
+        cut = 0
+        for some in _chunks(texts):
+            ids, long = self.token_ids(some)
+            cut += long
+            for one in ids:  # the ids themselves would take gigabytes of millions of texts
+                digest = hashlib.blake2b(array("q", one).tobytes(), digest_size=16).digest()
+                first.append(known.setdefault(digest, len(first)))
+        return first, cut
 
     def whole_token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, however long.
