@@ -545,6 +545,63 @@ def test_a_memory_by_which_validation_falls_is_not_kept(toy: Any, tmp_path: Path
     assert trimtab.load(str(tmp_path / "out")).memory is None
 
 
+def test_a_memory_that_ties_may_not_cost_the_other_figure(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = domain.validate
+    for cost in (1.0, 0.0):
+
+        def validate(frozen: Any, pairs: Any, gated: Any = None, memory: Any = None, cost: float = cost) -> Any:
+            found = original(frozen, pairs, gated)
+            return found if memory is None else found | {"mR": found["mR"] - cost}
+
+        monkeypatch.setattr(domain, "validate", validate)
+        outcome = adapt(toy(memory=40, training={"epochs": 1}))
+        assert outcome is not None
+        memory = outcome["memory"]
+        assert memory["with"]["top1"] == memory["without"]["top1"]
+        assert memory["kept"] is (cost == 0)
+
+
+def test_what_passes_the_gate_is_told_of_whole_pictures(toy: Any, places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate is fitted on cached states, which here differ from those of whole pictures by more than they do."""
+    gates, embed = [], domain.embed
+
+    def rounded(*arguments: Any) -> torch.Tensor:
+        rows = embed(*arguments)
+        return torch.nn.functional.normalize(rows + 0.2 * torch.randn_like(rows), dim=-1)
+
+    def fit_gate(*arguments: Any) -> Any:
+        gates.append((original(*arguments), arguments[-1]))
+        return gates[-1][0]
+
+    original = domain.fit_gate
+    monkeypatch.setattr(domain, "embed", rounded)
+    monkeypatch.setattr(domain, "fit_gate", fit_gate)
+    image_only = {"adapters": [{"tower": "image", "width": 8}], "training": {"epochs": 1}}
+    outcome = adapt(toy(**image_only, gate={"kind": "hard", "keep": 0.5}))
+    assert outcome is not None
+    ((gate, cached),) = gates
+    pictures = sorted(places[2].parent.glob("*.png"))
+    whole = torch.from_numpy(trimtab.load(str(places[0])).encode_image(pictures))
+    assert outcome["gate"]["validation"] == pytest.approx(100 * gate(whole).mean().item())
+    assert gate(whole).mean() != gate(cached).mean()
+
+
+def test_one_model_has_one_figure(toy: Any, places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached states may say something else of the validation pictures than the dial, which passes them whole."""
+    scores = iter([10.0, 90.0])
+    monkeypatch.setattr(domain, "validate", lambda *_: {"top1": next(scores), "mR": 50.0})
+    outcome = adapt(toy(training={"epochs": 1}, general=[str(places[2])], alphas=[0, 1]))
+    assert outcome is not None
+    start, end = (point["domain"] for point in outcome["alpha"])
+    assert (outcome["validation_before"]["top1"], outcome["validation"]["top1"]) == (start, end)
+    assert outcome["validation"]["epoch"] == 0
+    assert outcome["history"][-1]["top1"] == 90.0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| top1 | {start:.3g} | {end:.3g} |" in card
+    shown = trimtab.load(str(tmp_path / "out")).similarity(sorted(places[2].parent.glob("*.png")), CAPTIONS)
+    assert 100 * np.mean(shown.argmax(1) == np.arange(96, 120) % len(CAPTIONS)) == pytest.approx(end)
+
+
 # What a run says and refuses
 
 

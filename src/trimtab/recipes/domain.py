@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.adapters.gate import Gated, fit_gate
+from trimtab.adapters.gate import DomainGate, Gated, fit_gate
 from trimtab.config import LARGEST_SCALE, ContrastiveConfig, DomainRecipe, MemoryBankConfig, to_mapping
 from trimtab.controls import without_controls
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch, steps_per_epoch
 from trimtab.errors import RecipeError
+from trimtab.evaluation.embedding import Encoder
 from trimtab.evaluation.forgetting import GeneralSet, alpha_curve, forgetting, mean_score, measure
-from trimtab.evaluation.retrieval import recall_at_k, retrieve
+from trimtab.evaluation.retrieval import Recall, recall_at_k, retrieve
 from trimtab.files import digest_of
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
 from trimtab.precision import tune_allocator
 from trimtab.recipes.domain_methods import METHODS, Adapters, Method
-from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, as_read, general_sets, read_pairs
+from trimtab.recipes.domain_pairs import DomainPairs, RetrievalSet, as_read, general_sets, read_pairs, readable
 from trimtab.recipes.domain_plan import plan
 from trimtab.recipes.domain_report import model_card, write_domain_report
 from trimtab.recipes.domain_states import FrozenStates, base_embeddings, embed, frozen_states
@@ -137,9 +138,13 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     if memory:
         outcome["memory"] = memory
     if gated:
-        outcome["gate"] = {"kind": recipe.gate.kind, "validation": gated.passed}
+        outcome["gate"] = {"kind": recipe.gate.kind, "validation": passed(gated.gate, base, pairs.validation)}
     if general:
-        outcome |= remembered(recipe, method, pairs.validation, general, before, outcome["logit_scale"])
+        measured, by_alpha = remembered(recipe, method, pairs.validation, general, before, outcome["logit_scale"])
+        outcome |= measured
+        # Of whole pictures in full precision, as the dial's: one model has one figure.
+        outcome["validation"] |= by_alpha.get(1.0, {})
+        outcome["validation_before"] |= by_alpha.get(0.0, {})
     outcome["seconds"] = {"encoding": encoding, "training": result.seconds, "total": time.monotonic() - started}
     save(recipe, method, pairs, outcome)  # before the page, which may fail
     outcome["report"] = str(write_domain_report(recipe, pairs.train, hardness, outcome, base))
@@ -252,6 +257,15 @@ def make_gate(
     return Gated(method.gate, validation)
 
 
+def passed(gate: DomainGate, base: DualEncoder, validation: ImageTextPairs) -> float:
+    """Percent of the validation pictures that get all of the adapters in use, where pictures are passed whole.
+
+    The gate was fitted on cached states, which are half precise: a picture at its bound may change sides.
+    """
+    features = torch.from_numpy(base.encode_image([readable(image) for image in validation.images]))
+    return 100 * float((gate(features.to(base.device)) == 1).float().mean())
+
+
 @dataclass(frozen=True, eq=False)
 class PairBatches:
     """Pairs and a view of each pair's picture, (steps, B) both, and (steps, B, K) numbers for the views of its map."""
@@ -303,7 +317,11 @@ def validate(
         images = gated(images)
     texts = embed(frozen.text_side, first_caption + np.arange(len(validation.captions)))
     positives = np.stack([validation.image_index, validation.caption_index], axis=1)
-    recall = recall_at_k((images.cpu().numpy(), texts.cpu().numpy()), positives)
+    return figures(recall_at_k((images.cpu().numpy(), texts.cpu().numpy()), positives))
+
+
+def figures(recall: Recall) -> dict[str, float]:
+    """What is told of validation."""
     return {"top1": recall.i2t["R@1"], "mR": recall.mR}
 
 
@@ -356,6 +374,8 @@ def remember(
 ) -> dict[str, Any] | None:
     """Keep training pictures with their captions beside the adapters, unless validation falls by it.
 
+    Where what the run is judged by stays as it is, the other figure must not fall.
+
     Args:
         validation: what it says of the trained adapters alone.
 
@@ -378,7 +398,8 @@ def remember(
     memory.to(method.base.device)
     found = validate(frozen, pairs, gated, memory)
     judge = judged_by(pairs.validation).metric
-    better = found[judge] >= validation[judge]
+    other = "mR" if judge == "top1" else "top1"
+    better = (found[judge], found[other]) >= (validation[judge], validation[other])
     if better:
         method.memory = memory
     alone = {name: validation[name] for name in found}
@@ -404,9 +425,19 @@ def remembered(
     general: list[GeneralSet],
     before: dict[str, float],
     logit_scale: float,
-) -> dict[str, Any]:
-    """General scores before and after, and how they and the domain's change along `alpha`."""
+) -> tuple[dict[str, Any], dict[float, dict[str, float]]]:
+    """General scores before and after, and how they and the domain's change along `alpha`.
+
+    Returns:
+        these, and what validation says at each `alpha`.
+    """
     pairs = RetrievalSet.of(validation)
+    recalls: list[Recall] = []
+
+    def domain(model: Encoder) -> float:
+        recalls.append(retrieve(model, pairs).recall)
+        return recalls[-1].i2t["R@1"]
+
     with method.at_alpha(1.0, logit_scale) as model:
         after = measure(model, general)
     with contextlib.ExitStack() as stack:
@@ -418,10 +449,11 @@ def remembered(
         points = alpha_curve(
             at,
             recipe.alphas,
-            lambda model: retrieve(model, pairs).recall.i2t["R@1"],
+            domain,
             lambda model: mean_score(measure(model, general)),
         )
-    return {"general": {"before": before, "after": after, "forgetting": forgetting(before, after)}, "alpha": points}
+    measured = {"general": {"before": before, "after": after, "forgetting": forgetting(before, after)}, "alpha": points}
+    return measured, {alpha: figures(recall) for alpha, recall in zip(recipe.alphas, recalls, strict=True)}
 
 
 def save(recipe: DomainRecipe, method: Method, pairs: DomainPairs, outcome: dict[str, Any]) -> None:
