@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from domain import RECIPE, ROWS, append, machine, read_runs, run_folder, without_places
+from domain import RECIPE, ROWS, append, machine, read_runs, run_folder, what_counts, without_places
 from domain_tables import NAMES, Run, differences, of_last_setting, over_seeds, shown, spread
 from options import numbers
 
@@ -135,9 +135,10 @@ def recipes(where: Elsewhere, rows: Sequence[str], seeds: Sequence[int]) -> Iter
 
 
 def setting_of(recipe: DomainRecipe, where: Elsewhere) -> str:
-    """Names recipe and data, neither the seed, as runs of equal settings are averaged, nor where the tables lie."""
+    """Names data and what counts of the recipe, neither the seed, as runs of equal settings are averaged, nor where the
+    tables lie."""
     published = without_places(replace(recipe, seed=0))
-    return digest_of(recipe_digest(published), where.train.read_text(encoding="utf-8"))[:16]
+    return digest_of(recipe_digest(what_counts(published)), where.train.read_text(encoding="utf-8"))[:16]
 
 
 def run(row: str, recipe: DomainRecipe, where: Elsewhere, work: Path) -> dict[str, Any]:

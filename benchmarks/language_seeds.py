@@ -4,7 +4,8 @@
 
 Every seed trains `recipes/language-zh.yaml` as `make quickstart` does, with pairs drawn, validation pairs set aside and
 weights started anew, and opens the test sets once. Seeds that stand in the output file with the same recipe are
-not repeated. Encoded texts are shared by all seeds, so seconds are of training alone.
+not repeated; a file with seeds of another recipe is refused, not written over. Encoded texts are shared by all seeds,
+so seconds are of training alone.
 """
 
 from __future__ import annotations

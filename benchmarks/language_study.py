@@ -2,13 +2,14 @@
 
     python benchmarks/language_study.py --out benchmarks/results/language_study.json
 
-Every row trains `recipes/language-zh.yaml` on all of its pairs with one change, for fewer and shorter epochs than the
-recipe's, and is judged by translation match on the same validation pairs; no test picture is opened. With `--seeds 3`
-each row is trained three times and its table has mean and standard deviation: a difference below that says nothing.
+Every row trains `recipes/language-zh.yaml` on all of its pairs with one change, for one epoch, shorter than the
+recipe's two, and is judged by translation match on the same validation pairs; no test picture is opened. With
+`--seeds 3` each row is trained three times and its table has mean and standard deviation: a difference below that says
+nothing.
 
 Texts are encoded once for all rows; only rows that change the student encode all of them anew, and every further seed
 the phrases that it composes. Runs that stand in the output file already, with the same recipe and budget, are
-not repeated.
+not repeated; a file with runs of others is refused, not written over.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import argparse
 import csv
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.config import LanguageRecipe, load_recipe, to_mapping
+from trimtab.config import LanguageRecipe, load_recipe, recipe_from_mapping, to_mapping
+from trimtab.errors import RecipeError
 from trimtab.files import write_json, write_text
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.sources import prepare
@@ -70,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_study.json"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=60_000, help="pairs per epoch")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of every row")
     parser.add_argument("--only", nargs="+", help="names of rows")
@@ -90,7 +93,10 @@ def main() -> None:
         for name, changes in variants.items()
         if name in (arguments.only or variants) and (name == AS_IT_IS or changed(changes))
     }
-    runs = finished_runs(arguments.out, to_mapping(recipe))
+    try:
+        runs = finished_runs(arguments.out, to_mapping(recipe))
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as scratch:
         validation, count = shared_validation(recipe, Path(scratch))
         for seed in range(arguments.seeds):
@@ -159,10 +165,19 @@ def train(recipe: Any, validation_pairs: int) -> dict[str, Any]:
 
 
 def finished_runs(path: Path, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Runs of an earlier call with the same recipe and budget."""
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = earlier.get("recipe") == json.loads(json.dumps(recipe))
-    return earlier["runs"] if same else []
+    """Runs of an earlier call with the same recipe and budget.
+
+    Raises:
+        RecipeError: the file has runs of others, which would be lost.
+    """
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    # Keys that are younger than the runs had their defaults.
+    known = to_mapping(recipe_from_mapping(earlier["recipe"], str(path)))
+    if {name: known[name] for name in recipe} != recipe:
+        raise RecipeError(f"{path} has runs of another recipe or budget: name another file by --out")
+    return earlier["runs"]
 
 
 def summarise(runs: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ end: as many steps, with the same optimiser and rates, one batch of all pictures
 
 Seconds are those of the processor, so that other work on the machine does not count; give it one thread
 (OMP_NUM_THREADS=1). Each part runs in a process of its own, one after the other, so that peak memory is its own;
-a part that has ended is kept in the work folder, under `prompt-parts`, and is not repeated. `starter`
-has a bidirectional text tower; a CLIP of random weights, with the text tower of ViT-B, stands for causal ones.
+a part that has ended is kept in the work folder, under `prompt-parts`, and is not repeated with the same recipe,
+pictures and base. `starter` has a bidirectional text tower; a CLIP of random weights, with the text tower of ViT-B,
+stands for causal ones.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ from trimtab.data.corpora import imagenet21k_texts
 from trimtab.data.labelled import LabelledPictures
 from trimtab.data.shots import Shots, draw_shots
 from trimtab.data.views import make_view
-from trimtab.files import write_json, write_text
+from trimtab.files import digest_of, write_json, write_text
 from trimtab.recipes.fewshot import read_fewshot
 from trimtab.recipes.fewshot_methods import CHANGES
+from trimtab.recipes.folders import recipe_digest
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
 from trimtab.towers.classifier import check_class_names
@@ -74,9 +76,9 @@ def main() -> None:
     if arguments.part:
         print(json.dumps(measure(arguments)))
         return
-    found = {}
+    found, key = {}, key_of(arguments)
     for part in [part for part in PARTS if part != arguments.without]:
-        kept = arguments.work / "prompt-parts" / f"{part}.json"
+        kept = arguments.work / "prompt-parts" / f"{part}-{key}.json"
         if kept.is_file():
             found[part] = json.loads(kept.read_text(encoding="utf-8"))
             continue
@@ -90,6 +92,13 @@ def main() -> None:
         print(part, found[part], flush=True)
     write_json(arguments.out, found)
     write_text(arguments.out.with_suffix(".md"), table(found))
+
+
+def key_of(arguments: argparse.Namespace) -> str:
+    """Names what the figures of all parts depend on."""
+    recipe = recipe_of(arguments)
+    facts = (recipe_digest(recipe), read_fewshot(recipe).digest, load(recipe.base).fingerprint, str(arguments.steps))
+    return digest_of(*facts)[:16]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -114,11 +123,15 @@ def memory(what: str) -> float:
 
 def task(arguments: argparse.Namespace) -> tuple[PromptRecipe, Shots, LabelledPictures]:
     """The recipe, one draw, and the test pictures."""
-    name = "grocery" if arguments.grocery else "fashion"
-    recipe = recipe_for(arguments.recipe, SETS[name](arguments.work, arguments.grocery), [])
+    recipe = recipe_of(arguments)
     data = read_fewshot(recipe)
     shots = FEW if arguments.part.endswith("_few") else SHOTS
     return recipe, draw_shots(data.train, data.validation, shots, SEED), data.test
+
+
+def recipe_of(arguments: argparse.Namespace) -> PromptRecipe:
+    name = "grocery" if arguments.grocery else "fashion"
+    return recipe_for(arguments.recipe, SETS[name](arguments.work, arguments.grocery), [])
 
 
 def plain(recipe: PromptRecipe, draw: Shots, test: LabelledPictures, timed: int | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.config import DomainRecipe, load_recipe
+from trimtab.config import DomainRecipe, GateConfig, load_recipe
 from trimtab.data.captions import read_entries
 from trimtab.recipes.folders import recipe_digest
 
@@ -355,6 +356,16 @@ def test_other_domains_are_learned_by_the_recipe_as_it_is(tmp_path: Path) -> Non
     assert [len(one) for one in found] == [1] * 6
     assert found[:3] == found[3:]
     assert len(set.union(*found)) == 3
+
+
+def test_elsewhere_a_baseline_is_not_run_again_because_adapters_changed(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("image,text\n", encoding="utf-8")
+    where = domain_elsewhere.Elsewhere("mR", tmp_path / "train.csv", tmp_path / "validation.csv", lambda model: 0.0)
+    settings = {
+        row: {domain_elsewhere.setting_of(one, where) for one in (recipe, replace(recipe, gate=GateConfig("none")))}
+        for row, _, recipe in domain_elsewhere.recipes(where, ["full", "adapter_hard"], [1])
+    }
+    assert [len(one) for one in settings.values()] == [1, 2]
 
 
 def test_the_tables_of_other_domains_compare_seed_by_seed() -> None:
