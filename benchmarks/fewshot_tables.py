@@ -10,6 +10,7 @@ from trimtab.evaluation.fewshot_summaries import MEAN, METHODS, mean_over_sets, 
 
 Run = Mapping[str, Any]
 SETS, SEEDS = 5, 3  # that a goal is measured on
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5% quantiles of t, by degrees of freedom from 1
 RIVALS = ("coop", "cocoop", "linear_probe", "linear_probe_patches", "lp_plus_plus", "tip_adapter_f", "clip_lora")
 
 
@@ -23,6 +24,8 @@ def report(runs: Sequence[Run], new: Sequence[Run] = (), shares: Sequence[Run] =
         for dataset in [MEAN, *sets] if len(sets) > 1 else sets:
             parts += [f"## {dataset}: top-1, percent", "", *method_table(runs, dataset), ""]
         parts += ["## Structured prompts against each rival", "", *wins(runs), ""]
+        parts += ["± is half of the 95% interval of a mean over sets (Student's t), as in the goal of base-to-new."]
+        parts += ["Fine and coarse groceries are the same photos: five sets are rather four.", ""]
     if new:
         parts += ["## Base to new classes, 16 shots", "", *new_table(new), ""]
     if shares:
@@ -46,29 +49,32 @@ def method_table(runs: Sequence[Run], dataset: str) -> list[str]:
 
 
 def wins(runs: Sequence[Run]) -> list[str]:
-    """How far structured prompts are ahead, over the sets and seeds that both were run on."""
+    """How far structured prompts are ahead, over the sets and seeds that both were run on, and how sure that is."""
     counts = names_of(runs, "shots")
     rows = []
     for rival in (one for one in RIVALS if one in names_of(runs, "method")):
         cells = []
         for shots in counts:
-            found = paired(runs, rival, shots)
-            if not found:
-                cells.append("–")
-                continue
-            ahead = [fmean(one) for one in found.values()]
-            cells.append(f"{fmean(ahead):+.1f} ({sum(one > 0 for one in ahead)} of {len(ahead)})")
+            found = paired([run for run in runs if run["shots"] == shots], rival)
+            cells.append(over_sets(found) if found else "–")
         rows.append(f"| {METHODS[rival][0]} | {' | '.join(cells)} |")
     head = [f"| points ahead of (sets won) | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
     return [*head, *rows]
 
 
-def paired(runs: Sequence[Run], rival: str, shots: int) -> dict[str, list[float]]:
+def over_sets(found: Mapping[str, Sequence[float]]) -> str:
+    """Mean of the sets' own means, half of its 95% interval, and sets won."""
+    ahead = [fmean(one) for one in found.values()]
+    half = f" ± {STUDENT[len(ahead) - 2] * stdev(ahead) / len(ahead) ** 0.5:.1f}" if len(ahead) > 1 else ""
+    return f"{fmean(ahead):+.1f}{half} ({sum(one > 0 for one in ahead)} of {len(ahead)})"
+
+
+def paired(runs: Sequence[Run], rival: str, figure: str = "top1") -> dict[str, list[float]]:
     """Structured less rival on the same seed and set, by set."""
     mine: dict[tuple[str, int], dict[str, float]] = {}
     for run in runs:
-        if run["shots"] == shots and run["method"] in ("structured", rival):
-            mine.setdefault((run["dataset"], run["seed"]), {})[run["method"]] = run["top1"]
+        if run["method"] in ("structured", rival):
+            mine.setdefault((run["dataset"], run["seed"]), {})[run["method"]] = run[figure]
     found: dict[str, list[float]] = {}
     for (dataset, _), values in mine.items():
         if len(values) == 2:
@@ -82,7 +88,9 @@ def goals(runs: Sequence[Run], new: Sequence[Run], shares: Sequence[Run]) -> lis
     lines = ["## Goals", ""]
 
     def told(name: str, rival: str, least: float, among: Sequence[int]) -> None:
-        found = {shots: paired(runs, rival, shots) for shots in among if shots in counts}
+        found = {
+            shots: paired([run for run in runs if run["shots"] == shots], rival) for shots in among if shots in counts
+        }
         ahead = {shots: fmean(fmean(one) for one in sets.values()) for shots, sets in found.items() if sets}
         if ahead:
             reached = all(value > least for value in ahead.values())
@@ -107,7 +115,8 @@ def goals(runs: Sequence[Run], new: Sequence[Run], shares: Sequence[Run]) -> lis
             few = len({(run["dataset"], run["seed"]) for run in new}) < SETS * SEEDS
             mark = f"{'reached' if ok else 'NOT reached'}{' so far' if few else ''}"
             lines.append(
-                f"- {mark}: base-to-new harmonic mean above CoOp's ({mean['structured']:.1f} and {mean['coop']:.1f})"
+                f"- {mark}: base-to-new harmonic mean above CoOp's ({mean['structured']:.1f} and {mean['coop']:.1f}; "
+                f"points ahead, and sets won: {over_sets(paired(new, 'coop', 'harmonic'))})"
             )
     if shares:
         at = {(run["method"], run["share"]): run["top1"] for run in shares}

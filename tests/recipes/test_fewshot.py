@@ -21,6 +21,7 @@ from trimtab.config import PromptRecipe, load_recipe
 from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.evaluation.classification import classify_embeddings
 from trimtab.files import digest_of
+from trimtab.precision import has_fast_bf16
 from trimtab.recipes import fewshot as module
 from trimtab.recipes import fewshot_methods as methods_module
 from trimtab.recipes.fewshot import Plan, fewshot, mean_rows, read_fewshot, read_runs, setting
@@ -97,6 +98,7 @@ def test_a_run_is_a_line_with_what_is_worth_knowing(swept: tuple[Path, list[dict
         assert run["n_train"] == 4 * run["shots"]
         assert run["n_validation"] == 4 * run["shots"]
         assert 0 <= run["top1"] <= 100
+        assert run["bf16"] is has_fast_bf16(torch.device("cpu"))
         assert run["data"] == lines[0]["data"]
     by_method = {(run["method"], run["setting"]) for run in lines}
     assert len(by_method) == len(QUICK), "shots and seeds are no part of a setting"

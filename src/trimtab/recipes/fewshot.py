@@ -31,7 +31,7 @@ from trimtab.data.shots import Shots, apart, draw_shots, warn_of_copies, warn_of
 from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import digest_of, explain_disk_errors
-from trimtab.precision import tune_allocator
+from trimtab.precision import has_fast_bf16, tune_allocator
 from trimtab.recipes.decoding import decoding
 from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split
 from trimtab.recipes.folders import used
@@ -279,6 +279,7 @@ def run_once(recipe: PromptRecipe, method: str, pictures: Pictures, draw: Shots,
         "trained_parameters": fitted.parameters,
         "chosen": fitted.chosen,
         "base": recipe.base,
+        "bf16": has_fast_bf16(pictures.base.device),
         "views": recipe.data.views,
         "trimtab": trimtab.__version__,
     }
