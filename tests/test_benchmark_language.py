@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trimtab.config import load_recipe, to_mapping
 from trimtab.errors import RecipeError
+from trimtab.evaluation.ranking import Ranks
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import language_names  # noqa: E402
 import language_seeds  # noqa: E402
 import language_study  # noqa: E402
 
@@ -54,3 +57,11 @@ def test_runs_of_another_recipe_are_refused_and_kept(tmp_path: Path, monkeypatch
         language_study.main()
     assert path.read_text(encoding="utf-8") == text
     assert language_study.finished_runs(tmp_path / "none.json", recipe("language_study")) == []
+
+
+def test_names_are_known_by_their_english_whatever_case_and_article() -> None:
+    found = language_names.stands_in(["red apple", "ice-cream", "pear"], ["A red apple.", "Ice cream", "pears"])
+    assert found.tolist() == [True, True, False]
+    ranks = Ranks(rows=np.array([1, 6, 2]), columns=np.array([1, 1, 11]))
+    assert language_names.mean_recall(ranks, found) == pytest.approx(100 * (3 + 1 + 3 + 3) / 12)
+    assert language_names.mean_recall(ranks, ~found) == pytest.approx(100 * 2 / 6)

@@ -125,7 +125,7 @@ def emoji_table() -> dict[str, str]:
 
 @functools.cache
 def held_out_emoji() -> frozenset[str]:
-    """The `HELD_OUT_EMOJI` symbols kept from all training, chosen by digest so that every run agrees."""
+    """The `HELD_OUT_EMOJI` symbols whose entries no training takes, chosen by digest so that every run agrees."""
     eligible = emoji_table().keys() & cldr_annotations("en").keys() & cldr_annotations("zh").keys()
     return frozenset(sorted(eligible, key=lambda symbol: digest_of("held out", symbol))[:HELD_OUT_EMOJI])
 
