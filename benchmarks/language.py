@@ -1,6 +1,9 @@
 """The language link beside sentence-transformers: the same pairs, student, teacher vectors and validation pairs.
 
-    python benchmarks/language.py --pairs 5000 --out benchmarks/results/language.json
+    python benchmarks/language.py --minutes 12 --tuned-epochs 10
+
+These are the options of the committed tables, whose `cold` and `warm` are of a second call, with `--peers` and nothing
+behind it.
 
 Every contestant runs alone in a process of its own, one after another. The clock starts once models are loaded, counts
 the encoding of the teacher's vectors (and, for Trimtab, of the student's token states) and stops during evaluation.
