@@ -21,6 +21,7 @@ import trimtab
 from tiny_adapted import save_tiny_adapted
 from trimtab.cli import _Warnings, app
 from trimtab.cli.printing import say, show, tell
+from trimtab.errors import Interrupted
 from trimtab.recipes.info import describe
 from trimtab.towers.text_encoder import TextEncoder
 
@@ -408,6 +409,17 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report() -> None:
     assert "Traceback" in text
     assert "KeyError: 'gone'" in text
     assert text.rstrip().endswith("please report it with the text above and the command.")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_one_process_of_several_says_that_they_were_interrupted(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(name: str) -> None:
+        raise Interrupted("interrupted at step 5", told=told)
+
+    monkeypatch.setattr("trimtab.recipes.info.describe", stop)
+    result = CliRunner().invoke(app, ["info", "x"])
+    assert result.exit_code == 2
+    assert ("interrupted at step 5" in result.output) is not told
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")

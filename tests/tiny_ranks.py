@@ -6,6 +6,7 @@ As a script, which `run_ranks` starts once per rank: ``python tiny_ranks.py JOB 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.config import ContrastiveConfig, MemoryBankConfig, TrainingConfig
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch
-from trimtab.errors import TrimtabError
+from trimtab.errors import Interrupted, TrimtabError
 from trimtab.objectives.contrastive import contrastive_terms, unique_rows
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
 from trimtab.training import train
@@ -201,6 +202,34 @@ def unlike(world: World, folder: Path) -> dict[str, Tensor]:
     raise AssertionError("ranks with different data went on")
 
 
+def stopped(world: World, folder: Path) -> dict[str, Tensor]:
+    """What each rank says when one of them is asked to stop in the second step."""
+    model = TwoTowers(world, Case(rows=12))
+    steps = 0
+
+    def step(indices: Tensor) -> dict[str, Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 2 and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return model.step(indices)
+
+    try:
+        train(
+            step,
+            model,
+            lambda epoch: torch.arange(PAIRS).split(12),
+            steps_per_epoch=2,
+            settings=TrainingConfig(epochs=3, batch_size=12, precision="fp32", trackers=()),
+            checkpoint_dir=folder / f"stopped-{world.size}",
+            digest="ranks",
+            show_progress=False,
+        )
+    except Interrupted as error:
+        return {"told": torch.tensor(error.told), "message": torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
+    raise AssertionError("it was not heard")
+
+
 # -- the memory bank
 
 
@@ -232,6 +261,7 @@ JOBS: dict[str, Callable[[World, Path], dict[str, Tensor]]] = {
     "trained": trained,
     "bank": bank,
     "unlike": unlike,
+    "stopped": stopped,
 }
 
 

@@ -23,3 +23,15 @@ class RecipeError(TrimtabError):
 
 class TrainingStopped(TrimtabError):  # noqa: N818 - it reads as what happened
     """Training ended early for a reason in the message: NaN, collapse, no space; finished work is kept."""
+
+
+class Interrupted(TrainingStopped):
+    """Training stopped because the user or a scheduler asked for it; the same command goes on.
+
+    Attributes:
+        told: another process of the run prints the message.
+    """
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

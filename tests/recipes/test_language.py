@@ -273,6 +273,29 @@ def test_validation_of_the_teacher_itself_is_perfect(encoded: Any) -> None:
     assert figures["collapse"] == pytest.approx(0, abs=1e-6)
 
 
+def test_validation_takes_fewer_at_once_where_memory_is_short(encoded: Any) -> None:
+    _, text, frozen = encoded
+    teacher = np.asarray(frozen.teacher[frozen.validation], np.float32)
+    sizes: list[int] = []
+
+    class Small:
+        room = len(teacher) // 3
+
+        def features(self, states: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+            sizes.append(len(states))
+            if len(states) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return states.numpy()[:, 0, : teacher.shape[1]].astype(np.float32)
+
+    roomy, small = Small(), Small()
+    roomy.room = 10_000
+    assert language.validate(small, frozen, text) == language.validate(roomy, frozen, text)
+    assert min(sizes) <= small.room
+    small.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        language.validate(small, frozen, text)
+
+
 def test_match_is_the_mean_of_languages(encoded: Any) -> None:
     _, text, frozen = encoded
     few = 5

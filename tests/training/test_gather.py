@@ -14,7 +14,7 @@ Results = dict[str, list[dict[str, torch.Tensor]]]
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return tiny_ranks.run_ranks("gather,gradients,trained,unlike", tmp_path_factory.mktemp("ranks"))
+    return tiny_ranks.run_ranks("gather,gradients,trained,unlike,stopped", tmp_path_factory.mktemp("ranks"))
 
 
 def test_one_process_gets_its_own_tensor():
@@ -43,6 +43,15 @@ def test_gradients_of_all_ranks_losses_are_added_up(two_ranks: Results):
 def test_ranks_with_different_data_are_refused(two_ranks: Results):
     for result in two_ranks["unlike"]:
         assert bytes(result["message"].tolist()).decode().startswith("process 1 reads another recipe, other data")
+
+
+def test_ranks_are_stopped_together_and_one_says_so(two_ranks: Results):
+    first, second = two_ranks["stopped"]
+    assert [bool(first["told"]), bool(second["told"])] == [False, True]
+    for result in (first, second):
+        message = bytes(result["message"].tolist()).decode()
+        assert "interrupted at step 2 of 6" in message
+        assert "step-00000002.safetensors" in message  # of the rank that does not write it too
 
 
 def test_ranks_that_disagree_are_told_and_not_left_waiting(two_ranks: Results):

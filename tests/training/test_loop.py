@@ -186,6 +186,18 @@ def test_out_of_memory_gives_advice(tmp_path):
         problem.train(tmp_path)
 
 
+def test_out_of_memory_in_validation_says_so_and_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("trimtab.training.run._LONGEST_UNSAVED", -1.0)
+    full = torch.OutOfMemoryError("CUDA out of memory")
+
+    def validate(epoch: int) -> dict[str, float]:
+        raise full
+
+    with pytest.raises(TrainingStopped, match=r"in validation after step 7;.*step-00000007.*same command again"):
+        Problem().train(tmp_path, validate=validate, settings=settings(checkpoint_every=1000))
+    assert Problem().train(tmp_path, settings=settings(checkpoint_every=1000)).resumed_from == 7
+
+
 def test_wrong_number_of_batches_or_metric_is_a_bug_with_a_name(tmp_path):
     with pytest.raises(ValueError, match="epoch 0 gave 7 batches, not steps_per_epoch=9"):
         Problem().train(tmp_path / "a", steps_per_epoch=9)
@@ -344,7 +356,7 @@ def test_a_collapse_that_is_no_number_stops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("every", "minutes", "expected"), [(1000, False, [35, 70]), (21, False, [21, 35, 56, 70]), (1000, True, 10)]
+    ("every", "minutes", "expected"), [(1000, False, [35, 70]), (21, False, [21, 35, 56, 70]), (1000, True, 12)]
 )
 def test_epochs_that_are_not_validated_are_saved_when_it_is_time(tmp_path, monkeypatch, every, minutes, expected):
     saved: list[int] = []

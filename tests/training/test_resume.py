@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 import tiny_run
 from tiny_run import STEPS, Problem, settings
-from trimtab.errors import ModelError, RecipeError, TrainingStopped, TrimtabError
+from trimtab.errors import Interrupted, ModelError, RecipeError, TrainingStopped, TrimtabError
 from trimtab.training.checkpoint import CheckpointFolder
 
 
@@ -92,6 +92,82 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         problem.train(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_schedulers_signal_may_come_twice(tmp_path, name):
+    if (number := getattr(signal, name, None)) is None:
+        pytest.skip(f"no {name} here")
+    before = signal.getsignal(number)
+    problem = Problem()
+
+    def twice(step: int) -> None:
+        if step == 5:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+
+    problem.before_step = twice
+    with pytest.raises(Interrupted, match=r"interrupted at step 5 of 21.*step-00000005"):
+        problem.train(tmp_path)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="needs POSIX signals")
+def test_signals_that_somebody_else_listens_to_stay_theirs(tmp_path):
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        problem = Problem()
+        problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGUSR2) if step == 5 else None
+        assert problem.train(tmp_path).steps == 21
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("asked_in", ["the last step of an epoch", "its validation"])
+def test_an_epoch_is_saved_before_its_validation(tmp_path, uninterrupted, asked_in):
+    whole, history = uninterrupted
+    problem = Problem()
+    looked: list[int] = []
+
+    class Killed(BaseException):
+        pass
+
+    def validate(epoch: int) -> dict[str, float]:
+        looked.append(epoch)
+        if epoch == 1:
+            raise Killed  # as by kill -9: nothing is saved any more
+        return problem.validate(epoch)
+
+    if asked_in == "its validation":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("trimtab.training.run._LONGEST_UNSAVED", -1.0)
+            with pytest.raises(Killed):
+                problem.train(tmp_path, validate=validate)
+    else:
+        problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 14 else None
+        with pytest.raises(Interrupted, match="step 14 of 21"):
+            problem.train(tmp_path, validate=validate)
+        assert looked == [0]  # it may take longer than a scheduler waits
+    again = Problem()
+    result = again.train(tmp_path)
+    assert result.resumed_from == 14
+    assert equal(again.model, whole.model)
+    assert result.history == history
+
+
+def test_asked_to_stop_in_the_last_step_the_run_is_saved_before_its_validation(tmp_path):
+    problem = Problem()
+    problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 21 else None
+    found: list[str] = []
+
+    def validate(epoch: int) -> dict[str, float]:
+        found.append(CheckpointFolder(tmp_path).files()[-1].name if epoch else "")
+        return problem.validate(epoch)
+
+    problem.train(tmp_path, validate=validate, settings=settings(checkpoint_every=1000))
+    assert found[-1] == "step-00000021.safetensors"
 
 
 def test_finished_run_returns_its_result_again(tmp_path, uninterrupted):

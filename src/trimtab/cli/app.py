@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from trimtab import __version__
 from trimtab.cli.printing import say
-from trimtab.errors import TrimtabError
+from trimtab.errors import Interrupted, TrimtabError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -26,7 +26,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TrimtabError as error:
-            say(f"error: {error}", "bold red")
+            if not (isinstance(error, Interrupted) and error.told):
+                say(f"error: {error}", "bold red")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             say(

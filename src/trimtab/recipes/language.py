@@ -361,11 +361,16 @@ def narrowing(student: float, teacher: float) -> float:
     return max(0.0, (student - teacher) / max(1 - teacher, 1e-6))
 
 
-def _features(task: LanguageTask, states: PackedStates, rows: np.ndarray) -> np.ndarray:
+def _features(task: LanguageTask, states: PackedStates, rows: np.ndarray, at_once: int = 500) -> np.ndarray:
     parts = []
-    for start in range(0, len(rows), 500):
-        values, mask = states.rows(rows[start : start + 500])
-        parts.append(task.features(torch.from_numpy(values), torch.from_numpy(mask)))
+    try:
+        for start in range(0, len(rows), at_once):
+            values, mask = states.rows(rows[start : start + at_once])
+            parts.append(task.features(torch.from_numpy(values), torch.from_numpy(mask)))
+    except torch.OutOfMemoryError:  # a device that trains on smaller batches
+        if at_once == 1:
+            raise
+        return _features(task, states, rows, at_once // 2)
     return np.concatenate(parts)
 
 

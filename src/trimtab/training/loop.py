@@ -16,14 +16,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trimtab.config import TrainingConfig
-from trimtab.errors import RecipeError, TrainingStopped
+from trimtab.errors import Interrupted, RecipeError, TrainingStopped
 from trimtab.precision import fast_training
 from trimtab.training import distributed
 from trimtab.training.checkpoint import CheckpointFolder
@@ -91,7 +91,8 @@ def train(
         last: nothing is trained after this. If something is, a request to stop in the last step stops here too.
 
     Raises:
-        TrainingStopped: NaN or infinite loss, collapse, out of memory, or Ctrl-C (after a checkpoint).
+        TrainingStopped: NaN or infinite loss, collapse, out of memory.
+        Interrupted: Ctrl-C or a scheduler's signal, after a checkpoint.
         RecipeError: the checkpoints are of another recipe.
         TrimtabError: the folder is in use, the disk is full, a tracker is missing, ranks read different things.
     """
@@ -121,7 +122,8 @@ def train(
         if resumed_from:
             terminal.say(f"resuming at step {run.step} of {run.total}")
         elif validate and select and select.with_start:
-            record = run.validate(validate, -1, select)
+            with _explain_out_of_memory(run, in_validation=True):
+                record = run.validate(validate, -1, select)
             _log(trackers, "validation", record)
             terminal.say(f"start  {_numbers(record)}")
 
@@ -149,7 +151,7 @@ def train(
                     terminal.numbers({name: record[name] for name in values}, run.step)
                     _log(trackers, "train", record)
                 finished = run.step == (epoch + 1) * steps_per_epoch
-                if stop and not finished:
+                if stop and (run.step < run.total or not last):
                     run.save()
                     _interrupted(run)
                 if run.step % settings.checkpoint_every == 0 and not finished:
@@ -160,7 +162,10 @@ def train(
                 raise ValueError(f"epoch {epoch} gave {done} batches, not steps_per_epoch={steps_per_epoch}")
             due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
             if validate and due:
-                record = run.validate(validate, epoch, select)
+                if run.save_is_due(interrupt.asked):  # validation may take longer than a scheduler waits, or fail
+                    run.save()
+                with _explain_out_of_memory(run, in_validation=True):
+                    record = run.validate(validate, epoch, select)
                 _log(trackers, "validation", record)
                 terminal.say(f"epoch {epoch + 1}/{settings.epochs}  {_numbers(record)}")
             run.epochs_done = epoch + 1
@@ -175,14 +180,18 @@ def train(
 
 
 class _Interrupt:
-    """Ctrl-C (or SIGTERM) asks to stop after the current step; asked twice, it stops at once."""
+    """Ctrl-C, or a signal of a scheduler, asks to stop after the current step; a second Ctrl-C stops at once."""
 
     asked = False
 
     def __enter__(self) -> _Interrupt:
         self.previous: dict[int, Any] = {}
+        self.by_hand = False
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # Schedulers send these two on request; a program around this one may listen to them.
+            on_request = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+            free = [number for number in on_request if signal.getsignal(number) == signal.SIG_DFL]
+            for number in (signal.SIGINT, signal.SIGTERM, *free):
                 self.previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -191,28 +200,43 @@ class _Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
+        # Others than Ctrl-C may come twice for one request: a launcher passes on what its processes got as well.
+        by_hand = number == signal.SIGINT
+        if by_hand and self.by_hand:
             raise KeyboardInterrupt
+        if by_hand or not self.asked:
+            once_more = b"; Ctrl-C once more stops at once, without a checkpoint" if by_hand else b""
+            # Not print: a handler may run inside another print.
+            os.write(2, b"\nstopping after this step or validation" + once_more + b"\n")
         self.asked = True
-        # Not print: a handler may run inside another print.
-        os.write(2, b"\nstopping after this step; once more stops at once, without a checkpoint\n")
+        self.by_hand |= by_hand
 
 
-def _interrupted(run: Run) -> None:
+def _interrupted(run: Run) -> NoReturn:
+    distributed.wait(run.world)  # until the main process has written the checkpoint
     again = "Start the same command again to resume." if run.folder.lasting else "Start the same command again."
-    raise TrainingStopped(f"interrupted at step {run.step} of {run.total}; {run.kept()}. {again}")
+    raise Interrupted(
+        f"interrupted at step {run.step} of {run.total}; {run.kept()}. {again}", told=not run.world.is_main
+    )
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory(run: Run) -> Iterator[None]:
+def _explain_out_of_memory(run: Run, *, in_validation: bool = False) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not full:
             raise
+        if in_validation:
+            raise TrainingStopped(
+                f"out of memory in validation after step {run.step}; {run.kept()}. training.batch_size does not change "
+                "what validation takes. Free memory of the device or take a larger one and start the same command "
+                f"again, or validate on less data. {run.start_again()}"
+            ) from error
         raise TrainingStopped(
-            f"out of memory at step {run.step + 1}; {run.kept()}. Try a lower training.batch_size. {run.start_again()}"
+            f"out of memory at step {run.step + 1}; {run.kept()}. Try a lower training.batch_size, or more processes, "
+            f"which share a batch, where the link takes several. {run.start_again()}"
         ) from error
 
 

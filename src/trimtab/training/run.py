@@ -200,12 +200,13 @@ class Run:
 
     # -- saving and resuming
 
-    def save_is_due(self) -> bool:
-        """Whether an epoch that is not validated is saved: of few pairs it takes a second, and all weights are large.
+    def save_is_due(self, asked: bool = False) -> bool:
+        """Whether an epoch is saved without or before validation: of few pairs it takes a second, and all weights are
+        large. It is where a stop is `asked` for.
 
         All ranks must ask, and hear the same.
         """
-        long_ago = time.monotonic() - self.saved_at > _LONGEST_UNSAVED
+        long_ago = asked or time.monotonic() - self.saved_at > _LONGEST_UNSAVED
         return self.step - self.saved_step >= self.settings.checkpoint_every or self.agree({}, 1.0, None, long_ago)[1]
 
     def save(self) -> None:
