@@ -10,7 +10,7 @@ import pytest
 
 from tiny_run import STEPS, Problem, settings
 from trimtab.config import TrainingConfig
-from trimtab.errors import RecipeError, TrimtabError
+from trimtab.errors import Interrupted, RecipeError, TrainingStopped, TrimtabError
 from trimtab.training.trackers import TRACKERS, Terminal, check_trackers, open_trackers
 
 
@@ -79,15 +79,17 @@ def test_unknown_tracker(tmp_path):
 def test_services_are_called_as_their_packages_expect(tmp_path, monkeypatch):
     calls: list = []
     run = types.SimpleNamespace(
-        log=lambda values, step: calls.append(("log", values, step)), finish=lambda: calls.append("finish")
+        id="w1",
+        log=lambda values, step: calls.append(("log", values, step)),
+        finish=lambda exit_code: calls.append(("finish", exit_code)),
     )
     fake_wandb = types.SimpleNamespace(init=lambda **given: calls.append(given) or run)
     fake_mlflow = types.SimpleNamespace(
         set_tracking_uri=lambda uri: calls.append(uri),
-        start_run=lambda run_name: calls.append(run_name),
+        start_run=lambda **given: calls.append(given) or types.SimpleNamespace(info=types.SimpleNamespace(run_id="m1")),
         log_params=lambda values: calls.append(values),
         log_metrics=lambda values, step: calls.append((values, step)),
-        end_run=lambda: calls.append("end"),
+        end_run=lambda status: calls.append(("end", status)),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb)
     monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow)
@@ -98,8 +100,20 @@ def test_services_are_called_as_their_packages_expect(tmp_path, monkeypatch):
             tracker.log({"train/loss": 0.5}, 3)
     assert calls[0] == {"project": "trimtab", "dir": str(tmp_path), "config": {"seed": 1, "long": "x" * 900}}
     assert calls[1] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert calls[2] == {"run_name": tmp_path.name}
     assert calls[3] == {"seed": "1", "long": "x" * 500}
-    assert calls[4:] == [("log", {"train/loss": 0.5}, 3), ({"train/loss": 0.5}, 3), "end", "finish"]
+    logged = [("log", {"train/loss": 0.5}, 3), ({"train/loss": 0.5}, 3)]
+    assert calls[4:] == [*logged, ("end", "FINISHED"), ("finish", 0)]
+
+    # A run that is resumed, and one that does not end well.
+    for error, status, code in ((Interrupted("asked"), "KILLED", 255), (TrainingStopped("NaN"), "FAILED", 1)):
+        calls.clear()
+        with pytest.raises(type(error)), open_trackers(["wandb", "mlflow"], tmp_path, {"seed": 2}, first_step=4):
+            raise error
+        init, _, start, *rest = calls
+        assert (init["id"], init["resume"]) == ("w1", "allow")
+        assert start == {"run_id": "m1"}  # without parameters, which MLflow lets nobody change
+        assert rest == [("end", status), ("finish", code)]
 
 
 def test_a_run_of_mlflow_that_takes_no_parameters_is_closed(tmp_path, monkeypatch):
@@ -109,9 +123,13 @@ def test_a_run_of_mlflow_that_takes_no_parameters_is_closed(tmp_path, monkeypatc
         raise ValueError("too many parameters")
 
     fake = types.SimpleNamespace(
-        set_tracking_uri=lambda uri: None, start_run=lambda run_name: calls.append("start"),
-        log_params=refuse, end_run=calls.append,
-    )  # fmt: skip
+        set_tracking_uri=lambda uri: None,
+        start_run=lambda run_name: (
+            calls.append("start") or types.SimpleNamespace(info=types.SimpleNamespace(run_id="m1"))
+        ),
+        log_params=refuse,
+        end_run=calls.append,
+    )
     monkeypatch.setitem(sys.modules, "mlflow", fake)
     with (
         pytest.raises(TrimtabError, match=r"could not start \(too many"),
@@ -123,10 +141,27 @@ def test_a_run_of_mlflow_that_takes_no_parameters_is_closed(tmp_path, monkeypatc
 
 def test_trackers_close_when_training_fails(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setitem(TRACKERS, "wandb", lambda *_: types.SimpleNamespace(log=print, close=lambda: closed.append(1)))
+    monkeypatch.setitem(TRACKERS, "wandb", lambda *_: types.SimpleNamespace(log=print, close=closed.append))
     with pytest.raises(RuntimeError), open_trackers(["wandb"], tmp_path, {}):
         raise RuntimeError
-    assert closed == [1]
+    assert closed == ["failed"]
+
+
+def test_a_tracker_that_fails_in_the_middle_ends_no_run(tmp_path, monkeypatch, caplog):
+    tries = []
+
+    def refuse(*given: object) -> None:
+        tries.append(given)
+        raise ConnectionError("no answer\nafter 5 tries")
+
+    monkeypatch.setitem(TRACKERS, "wandb", lambda *_: types.SimpleNamespace(log=refuse, close=refuse))
+    result = Problem().train(tmp_path, settings=settings(trackers=("wandb", "tensorboard")))
+    assert result.steps == 3 * STEPS
+    assert len(tries) == 2  # once to log, once to close
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracker 'wandb' failed (no answer): the run goes on without it"
+    ]
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_terminal_without_a_tty_prints_plain_lines(capsys):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trimtab.errors import RecipeError, TrimtabError
+from trimtab.errors import Interrupted, RecipeError, TrimtabError
+from trimtab.files import write_text
+
+logger = logging.getLogger(__name__)
+
+Ending: TypeAlias = Literal["finished", "stopped", "failed"]
 
 
 class Tracker(Protocol):
@@ -21,7 +27,7 @@ class Tracker(Protocol):
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, ending: Ending) -> None: ...
 
 
 class TensorBoard:
@@ -38,29 +44,34 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self.writer.close()
 
 
 class Wandb:
-    """A Weights & Biases run; its mode and project come from the usual WANDB_* variables."""
+    """A Weights & Biases run, which a resumed run goes on in; mode and project come from the WANDB_* variables."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         import wandb
 
+        known = _run_id(folder, "wandb")
         self.run: Any = wandb.init(
-            project=None if _environment("WANDB_PROJECT") else "trimtab", dir=str(folder), config=dict(config)
+            project=None if _environment("WANDB_PROJECT") else "trimtab",
+            dir=str(folder),
+            config=dict(config),
+            **({"id": known, "resume": "allow"} if known else {}),
         )
+        _keep_run_id(folder, "wandb", self.run.id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, ending: Ending) -> None:
+        self.run.finish(exit_code={"finished": 0, "stopped": 255, "failed": 1}[ending])  # 255 as its own for Ctrl-C
 
 
 class Mlflow:
-    """An MLflow run; its server and experiment come from the usual MLFLOW_* variables."""
+    """An MLflow run, which a resumed run goes on in; server and experiment come from the MLFLOW_* variables."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         import mlflow
@@ -68,19 +79,37 @@ class Mlflow:
         self.mlflow: Any = mlflow
         if not _environment("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
-        mlflow.start_run(run_name=folder.name)
+        if known := _run_id(folder, "mlflow"):
+            mlflow.start_run(run_id=known)
+            return
+        run = mlflow.start_run(run_name=folder.name)
         try:
             # MLflow caps the length of a parameter.
             mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
         except Exception:
             mlflow.end_run("FAILED")
             raise
+        _keep_run_id(folder, "mlflow", run.info.run_id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.mlflow.log_metrics({name: float(value) for name, value in values.items()}, step=step)
 
-    def close(self) -> None:
-        self.mlflow.end_run()
+    def close(self, ending: Ending) -> None:
+        self.mlflow.end_run({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[ending])
+
+
+def _run_id_file(folder: Path, service: str) -> Path:
+    return folder / f"{service}-run"
+
+
+def _run_id(folder: Path, service: str) -> str | None:
+    """The service's id of the run that is resumed here, if there is one."""
+    file = _run_id_file(folder, service)
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+
+def _keep_run_id(folder: Path, service: str, run_id: str) -> None:
+    write_text(_run_id_file(folder, service), f"{run_id}\n")
 
 
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
@@ -115,7 +144,7 @@ def _missing(name: str, why: object) -> TrimtabError:
 def open_trackers(
     names: Sequence[str], folder: Path, config: Mapping[str, Any], first_step: int = 0
 ) -> Iterator[list[Tracker]]:
-    """Open the named trackers and close them all at the end, whatever happens.
+    """Open the named trackers and close them all at the end, whatever happens. One that fails is left out from then on.
 
     Args:
         folder: where trackers that write files put them.
@@ -126,8 +155,9 @@ def open_trackers(
         RecipeError: an unknown name.
         TrimtabError: a tracker whose package is not installed, or that does not start.
     """
-    with contextlib.ExitStack() as stack:
-        opened: list[Tracker] = []
+    opened: list[Tracker] = []
+    ending: Ending = "failed"
+    try:
         for name in names:
             if name not in TRACKERS:
                 raise RecipeError(f"tracker {name!r} is unknown; known are {', '.join(TRACKERS)}")
@@ -136,14 +166,51 @@ def open_trackers(
             except ImportError as error:
                 raise _missing(name, error) from error
             except Exception as error:  # services fail in ways of their own
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                known = _run_id_file(folder, name)
+                again = f", delete {known} to begin a new run there" if known.exists() else ""
                 raise TrimtabError(
-                    f"tracker {name!r} could not start ({reason}): mend its settings, or leave it out of "
-                    "training.trackers"
+                    f"tracker {name!r} could not start ({_reason(error)}): mend its settings{again}, or leave it out "
+                    "of training.trackers"
                 ) from error
-            stack.callback(tracker.close)
-            opened.append(tracker)
+            opened.append(_Spared(name, tracker))
         yield opened
+        ending = "finished"
+    except (KeyboardInterrupt, Interrupted):
+        ending = "stopped"
+        raise
+    finally:
+        for tracker in reversed(opened):
+            tracker.close(ending)
+
+
+class _Spared:
+    """A tracker whose failure does not end the run: hours of training are worth more than their curves."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self.name, self.tracker = name, tracker
+        self.failed = False
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if not self.failed:
+            with self._told():
+                self.tracker.log(values, step)
+
+    def close(self, ending: Ending) -> None:
+        with self._told():
+            self.tracker.close(ending)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # services fail in ways of their own
+            if not self.failed:
+                logger.warning("tracker %r failed (%s): the run goes on without it", self.name, _reason(error))
+            self.failed = True
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class Terminal:
