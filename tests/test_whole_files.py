@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,6 +148,9 @@ def test_without_a_list_of_the_system_the_umask_is_that_of_the_start(
         (errno.EDQUOT, "quota"),
         (errno.EROFS, "read-only"),
         (errno.EACCES, "permission denied"),
+        (errno.ENOLCK, "does not support file locks: mount it with them"),
+        (errno.EOPNOTSUPP, "does not support file locks"),
+        (errno.ENOSYS, "does not support file locks"),
     ],
 )
 def test_disk_errors_name_file_and_remedy(tmp_path: Path, number: int, words: str) -> None:
@@ -167,6 +171,43 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, step: str, mon
     monkeypatch.setattr(step, denied)
     with pytest.raises(TrimtabError, match=r"cannot write .*result\.json: permission denied"):
         write_json(tmp_path / "result.json", {})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs flock")
+@pytest.mark.parametrize("taker", ["a built folder", "a replaced folder", "a cache", "a run"])
+def test_a_disk_without_locks_is_told_by_whatever_takes_one(
+    tmp_path: Path, taker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    from trimtab.data.cache import cached_vectors
+    from trimtab.training.checkpoint import CheckpointFolder
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(TrimtabError, match="does not support file locks"):  # noqa: PT012 - one of four
+        if taker == "a built folder":
+            build_folder(tmp_path / "model", "whole", lambda folder: None)
+        elif taker == "a replaced folder":
+            with atomic_folder(tmp_path / "out", "whole"):
+                pass
+        elif taker == "a cache":
+            cached_vectors(tmp_path, ["key"], ["x"], lambda texts: np.ones((len(texts), 4), np.float32))
+        else:
+            with CheckpointFolder(tmp_path / "run").locked():
+                pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_lock_file_of_another_user_is_told(tmp_path: Path) -> None:
+    for path, words in (
+        (tmp_path / "k.lock", r"umask 002.*mode 2775"),
+        (tmp_path / "k", "choose a folder that you may"),
+    ):
+        with pytest.raises(TrimtabError, match=rf"permission denied.*{words}"), explain_disk_errors(tmp_path / "k"):
+            raise PermissionError(errno.EACCES, "denied", str(path))
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:

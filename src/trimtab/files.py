@@ -76,12 +76,20 @@ def is_special(path: Path) -> bool:
 _DENIED = "permission denied: choose a folder that you may write to"
 if os.name == "nt":
     _DENIED = f"permission denied, or another program has it open: stop that, or {_DENIED.partition(': ')[2]}"
+_LOCK_DENIED = (
+    "permission denied: where several users share the folder, each of them needs umask 002, and the folder their group "
+    "and mode 2775 (chgrp, chmod); or choose a folder that you may write to"
+)
+_NO_LOCKS = (
+    "its disk does not support file locks: mount it with them (flock of Lustre, lockd or version 4 of NFS), or choose "
+    "a folder on another disk"
+)
 
 
 @contextlib.contextmanager
 def explain_disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no space", "read-only", "denied", files in the way and names that cannot be into messages with the file and
-    the remedy.
+    """Turn "no space", "read-only", "denied", "no locks", files in the way and names that cannot be into messages with
+    the file and the remedy.
 
     Raises:
         TrimtabError: in place of the OSError, or of an error that speaks of one, as those of safetensors do; other
@@ -96,6 +104,7 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
         errno.ELOOP: "its links lead in a circle: choose another place",
         errno.EEXIST: "it is, or lies below, a file: choose another folder",
         errno.ENOTDIR: "it is, or lies below, a file: choose another folder",
+        **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS), _NO_LOCKS),
     }
     try:
         yield
@@ -105,6 +114,8 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
         remedy = remedies.get(number) if isinstance(number, int) else None
         if remedy is None:
             raise
+        if number == errno.EACCES and os.name != "nt" and str(getattr(error, "filename", "")).endswith(".lock"):
+            remedy = _LOCK_DENIED
         raise TrimtabError(f"cannot write {target}: {remedy}; files written before are intact") from error
 
 
