@@ -27,6 +27,7 @@ from trimtab.recipes.sources import PreparedText, prepare
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.text_encoder import TextEncoder
+from trimtab.training.distributed import World
 
 PAIRS = toy_pairs(200)
 TOLERANCE = 0.03  # of fp16 caches filled in bf16, where the machine has it
@@ -62,6 +63,41 @@ def test_a_rank_that_a_scheduler_left_is_no_second_process(
     recipe = make()
     assert adapt(recipe) is not None
     assert (Path(recipe.out) / "adapter.json").is_file()
+
+
+def test_the_plan_is_printed_by_one_of_several_processes(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    printed = []
+    for rank in range(2):
+        world = World(rank, 2, torch.device("cpu"))
+        monkeypatch.setattr(language.distributed, "checked_world", lambda *_, world=world: world)
+        adapt(make(), dry_run=True)
+        printed.append("parameters" in capsys.readouterr().out)
+    assert printed == [True, False]
+
+
+def test_the_plan_times_the_adapter_where_it_is_trained(
+    make: Any, base: Any, student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(True))
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(base, name)
+
+    recipe = make()
+    width = student.hidden_size * len(recipe.student.layers)
+    adapter = LanguageAdapter(recipe.adapter, input_dim=width, output_dim=base.embedding_dim)
+    text = language.plan(recipe, prepare(recipe), Elsewhere(), student, adapter)  # type: ignore[arg-type]
+    assert "to train" in text
+    assert {parameter.device.type for parameter in adapter.parameters()} == {"meta"}
+    assert waited
 
 
 @pytest.fixture

@@ -75,7 +75,8 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
     method = METHODS[recipe.method](base, recipe)
     frozen = frozen_states(recipe, method, pairs.train, pairs.validation)
     if dry_run:
-        print(without_controls(plan(recipe, pairs, method, frozen, asked)))
+        if world.is_main:
+            print(without_controls(plan(recipe, pairs, method, frozen, asked)))
         return None
 
     before = measure(base, general) if world.is_main else {}

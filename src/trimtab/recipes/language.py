@@ -108,7 +108,8 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
         output_dim=base.embedding_dim,
     )
     if dry_run:
-        print(without_controls(plan(recipe, text, base, student, adapter)))
+        if world.is_main:
+            print(without_controls(plan(recipe, text, base, student, adapter)))
         return None
 
     frozen = encode(recipe, text, base, student)
@@ -390,11 +391,15 @@ def plan(
         teacher_rate = _best_rate(sample_english, base.encode_text)
     width = states[0].shape[1]
     batch = [torch.from_numpy(one) for one in states[: recipe.training.batch_size]]
+    adapter.to(base.device)
 
     def step(some: list[Tensor]) -> None:
-        padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        with fast_inference(padded.device):
-            adapter(padded, torch.ones(padded.shape[:2], dtype=torch.bool)).sum().backward()
+        padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True).to(base.device)
+        mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=base.device)
+        with fast_inference(base.device):
+            adapter(padded, mask).sum().backward()
+        if base.device.type != "cpu":
+            torch.accelerator.synchronize()  # a GPU is asked and does the work later
 
     adapter_rate = _best_rate(batch, step)
     adapter.zero_grad(set_to_none=True)
