@@ -5,6 +5,7 @@ As a script, which `run_ranks` starts once per rank: ``python tiny_ranks.py JOB 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -20,14 +21,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab import precision
 from trimtab.config import ContrastiveConfig, MemoryBankConfig, TrainingConfig
 from trimtab.data.sampling import draw_hard_epoch, pairs_per_epoch
 from trimtab.errors import Interrupted, TrimtabError
 from trimtab.objectives.contrastive import contrastive_terms, unique_rows
 from trimtab.objectives.memory_bank import MemoryBank, global_difficulty
-from trimtab.training import train
+from trimtab.training import distributed, train
 from trimtab.training.distributed import (
     World,
+    agreed_precision,
     announce_world,
     average_gradients,
     check_alike,
@@ -202,6 +205,32 @@ def unlike(world: World, folder: Path) -> dict[str, Tensor]:
     raise AssertionError("ranks with different data went on")
 
 
+def unlike_devices(world: World, folder: Path) -> dict[str, Tensor]:
+    """What is trained in where bf16 is fast for the first rank alone, and what rows in two precisions raise."""
+    precision.has_fast_bf16 = lambda device: world.is_main  # type: ignore[assignment]
+    found = [agreed_precision(asked, world) for asked in ("auto", "bf16", "fp32")]
+    precision.has_fast_bf16 = lambda device: True  # type: ignore[assignment]
+    found.append(agreed_precision("auto", world))
+    try:
+        gather_rows(torch.zeros(2, 2, dtype=torch.bfloat16 if world.is_main else torch.float32), world)
+    except ValueError as error:
+        found.append(str(error))
+    return {"found": torch.tensor(list("\n".join(found).encode()), dtype=torch.uint8)}
+
+
+def joined(world: World, folder: Path) -> dict[str, Tensor]:
+    """What is said of a process group that was made before."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("trimtab").addHandler(handler)
+    make_accelerator()  # of this group, which was made here too
+    assert not said
+    distributed._made.clear()
+    make_accelerator()
+    return {"said": torch.tensor(list("\n".join(said).encode()), dtype=torch.uint8)}
+
+
 def stopped(world: World, folder: Path) -> dict[str, Tensor]:
     """What each rank says when one of them is asked to stop in the second step."""
     model = TwoTowers(world, Case(rows=12))
@@ -262,6 +291,8 @@ JOBS: dict[str, Callable[[World, Path], dict[str, Tensor]]] = {
     "bank": bank,
     "unlike": unlike,
     "stopped": stopped,
+    "unlike_devices": unlike_devices,
+    "joined": joined,
 }
 
 

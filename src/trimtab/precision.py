@@ -23,12 +23,16 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
-def fast_training(precision: str, device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 as a recipe's `training.precision` has it; ``auto`` takes it where it is fast.
+def resolved_precision(precision: str, device: torch.device) -> str:
+    """A recipe's `training.precision` as ``bf16`` or ``fp32``: ``auto`` takes the first where it is fast."""
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    return precision
 
-    It may be entered many times.
-    """
-    enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+
+def fast_training(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where `resolved_precision` says so. It may be entered many times."""
+    enabled = resolved_precision(precision, device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

@@ -10,13 +10,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import tiny_run
 from tiny_run import Problem
 from trimtab.errors import TrimtabError
 from trimtab.training.checkpoint import CheckpointFolder
-from trimtab.training.distributed import announce_world, check_alone, check_world, rank_slice
+from trimtab.training.distributed import (
+    announce_world,
+    check_alone,
+    check_launcher,
+    check_world,
+    explain_lost_processes,
+    make_accelerator,
+    rank_slice,
+)
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -77,6 +86,51 @@ def test_a_launchers_half_environment_is_told():
     last = found.stderr.strip().splitlines()[-1]
     assert "TrimtabError: WORLD_SIZE asks for 2 processes, but MASTER_ADDR is not set" in last
     assert "torchrun --nproc_per_node 2" in last
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_the_variable_that_asks_for_processes_is_named(name):
+    code = "from trimtab.training.distributed import make_accelerator; make_accelerator()"
+    kept = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")}
+    found = subprocess.run([sys.executable, "-c", code], env={**kept, name: "2"}, capture_output=True, text=True)
+    last = found.stderr.strip().splitlines()[-1]
+    assert f"TrimtabError: {name} asks for 2 processes, but MASTER_ADDR is not set" in last
+    assert last.endswith(f"or unset {name}")
+
+
+@pytest.mark.parametrize(
+    "setting", ["ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_USE_MEGATRON_LM=True", "ACCELERATE_MIXED_PRECISION=fp8"]
+)
+def test_ways_of_training_that_are_not_ours_are_refused(setting, monkeypatch):
+    monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(TrimtabError, match=rf"{setting} is set.*unset it, or start it with: torchrun"):
+        make_accelerator()
+
+
+def test_settings_of_the_launcher_that_change_nothing_are_told_once(caplog):
+    check_launcher({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
+    assert not caplog.records
+    check_launcher({"ACCELERATE_MIXED_PRECISION": "fp16", "RANK": "1"})
+    assert not caplog.records
+    check_launcher({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_FSDP": "true"})
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("ACCELERATE_MIXED_PRECISION=fp16 changes nothing" in one for one in messages)
+    assert any("ACCELERATE_USE_FSDP=true changes nothing" in one for one in messages)
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:13491."
+
+
+@pytest.mark.parametrize("error", [RuntimeError(GLOO), dist.DistBackendError("NCCL error: remote process exited")])
+def test_the_end_of_another_process_is_no_bug_of_this_one(error):
+    said = r"another process .* ended.*resume \(.*(closed|exited)"
+    with pytest.raises(TrimtabError, match=said), explain_lost_processes():
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), explain_lost_processes():
+        raise RuntimeError("shapes do not fit")
 
 
 def test_world_is_announced(capsys):

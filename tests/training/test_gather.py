@@ -14,7 +14,9 @@ Results = dict[str, list[dict[str, torch.Tensor]]]
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return tiny_ranks.run_ranks("gather,gradients,trained,unlike,stopped", tmp_path_factory.mktemp("ranks"))
+    return tiny_ranks.run_ranks(
+        "gather,gradients,trained,unlike,stopped,unlike_devices,joined", tmp_path_factory.mktemp("ranks")
+    )
 
 
 def test_one_process_gets_its_own_tensor():
@@ -43,6 +45,19 @@ def test_gradients_of_all_ranks_losses_are_added_up(two_ranks: Results):
 def test_ranks_with_different_data_are_refused(two_ranks: Results):
     for result in two_ranks["unlike"]:
         assert bytes(result["message"].tolist()).decode().startswith("process 1 reads another recipe, other data")
+
+
+def test_all_ranks_train_in_one_precision(two_ranks: Results):
+    for result in two_ranks["unlike_devices"]:
+        *found, message = bytes(result["found"].tolist()).decode().splitlines()
+        assert found == ["fp32", "bf16", "fp32", "bf16"]
+        assert "[[2, 2, 0], [2, 2, 0]]; in torch." in message
+
+
+def test_a_process_group_of_the_callers_is_warned_of(two_ranks: Results):
+    first, second = two_ranks["joined"]
+    assert "the process group was made before trimtab" in bytes(first["said"].tolist()).decode()
+    assert not second["said"].numel()
 
 
 def test_ranks_are_stopped_together_and_one_says_so(two_ranks: Results):

@@ -199,6 +199,17 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, uninte
     assert equal(again.model, whole.model)
 
 
+def test_another_precision_is_told_when_a_run_goes_on(tmp_path, monkeypatch, caplog):
+    for fast, said in ((True, 0), (True, 0), (False, 1)):
+        monkeypatch.setattr("trimtab.precision.has_fast_bf16", lambda _, fast=fast: fast)
+        problem = Problem()
+        problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None
+        with pytest.raises(Interrupted):
+            problem.train(tmp_path, settings=settings(precision="auto"))
+        assert len(caplog.records) == said
+    assert "trained in bf16 so far and goes on in fp32" in caplog.text
+
+
 def test_changed_recipe_is_refused(tmp_path):
     Problem().train(tmp_path, settings=settings(epochs=1))
     with pytest.raises(RecipeError, match=r"holds a run of another recipe \(step 7\).*out=.*delete that folder"):

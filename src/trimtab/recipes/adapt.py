@@ -20,6 +20,7 @@ from trimtab.recipes.domain import adapt_domain
 from trimtab.recipes.language import adapt_language
 from trimtab.recipes.prompt import adapt_prompt
 from trimtab.training.checkpoint import own_generators
+from trimtab.training.distributed import explain_lost_processes
 from trimtab.training.trackers import check_trackers
 
 LINKS: dict[str, Callable[..., dict[str, Any] | None]] = {
@@ -49,10 +50,10 @@ def adapt(
     check_trackers(recipe.training.trackers)
     atexit.unregister(_part)
     atexit.register(_part)
-    with own_generators():
+    with own_generators(), explain_lost_processes():
         outcome = LINKS[recipe.link](recipe, dry_run=dry_run)
-    if _in_company():
-        dist.barrier()  # the main process still writes when the others are done: none leaves before it
+        if _in_company():
+            dist.barrier()  # the main process still writes when the others are done: none leaves before it
     return outcome
 
 

@@ -8,9 +8,12 @@ are means over rows, N processes with B / N rows each take the same steps as one
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,9 +25,20 @@ from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 from trimtab.files import digest_of
+from trimtab.precision import resolved_precision
+
+logger = logging.getLogger(__name__)
 
 _TORCHRUN = "torchrun --nproc_per_node {n} --no-python trimtab adapt RECIPE.yaml"
 _LONGEST_WAIT = timedelta(days=7)
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where Accelerate looks
+# What the configuration of ``accelerate launch`` leaves in the environment.
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+}
+_IGNORED = {"ACCELERATE_USE_FSDP": ("true",), "ACCELERATE_MIXED_PRECISION": ("fp16", "bf16")}
 
 
 @dataclass(frozen=True)
@@ -44,23 +58,78 @@ def make_accelerator() -> Accelerator:
     """Accelerate on the GPU of this process, or on the CPU (gloo between processes) when there is none.
 
     Raises:
-        TrimtabError: the environment speaks of several processes and does not say where they meet.
+        TrimtabError: the environment speaks of several processes and does not say where they meet, or asks for a way of
+            training that is not Trimtab's.
     """
+    check_launcher(os.environ)
+    found = next((name for name in _SIZES if os.environ.get(name, "").isdigit()), None)
+    size = os.environ[found] if found else ""  # before Accelerate sets WORLD_SIZE from the others
+    joined = dist.is_available() and dist.is_initialized() and not _made
     # The first process measures alone, for as long as that takes; of a process that dies the others hear at once.
     patient = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
     try:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
     except ValueError as error:
-        size = os.environ.get("WORLD_SIZE", "")
-        if not size.isdigit() or "MASTER_ADDR" in os.environ:
+        if found is None or "MASTER_ADDR" in os.environ:
             raise
         # As a cluster's scheduler leaves it to a program that was started without the launcher.
         raise TrimtabError(
-            f"WORLD_SIZE asks for {size} processes, but MASTER_ADDR is not set, so they cannot meet; start it with: "
-            f"{_TORCHRUN.format(n=size)}, or unset WORLD_SIZE"
+            f"{found} asks for {size} processes, but MASTER_ADDR is not set, so they cannot meet; start it with: "
+            f"{_TORCHRUN.format(n=size)}, or unset {found}"
         ) from error
+    if not joined:
+        _made.append(accelerator.num_processes)
+    elif accelerator.num_processes > 1 and accelerator.is_main_process:
+        logger.warning(
+            "the process group was made before trimtab, so its own timeout ends the run if one process works alone for "
+            "longer (encoding, reports): make it with timeout=timedelta(days=7), or let trimtab.adapt make it"
+        )
     atexit.register(_leave_gloo)
     return accelerator
+
+
+_made: list[int] = []  # sizes of the process groups that were made here, so with `_LONGEST_WAIT`
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Refuse what the configuration of ``accelerate launch`` asks for and would fail; warn of what changes nothing.
+
+    Raises:
+        TrimtabError: with the variable.
+    """
+    for name, value in _REFUSED.items():
+        if environment.get(name, "").lower() == value:
+            raise TrimtabError(
+                f"{name}={environment[name]} is set, which trimtab does not train with: unset it, or start it with: "
+                f"{_TORCHRUN.format(n=environment.get('WORLD_SIZE', '2'))}"
+            )
+    for name, values in _IGNORED.items():
+        if environment.get(name, "").lower() in values and environment.get("RANK", "0") == "0":
+            logger.warning(
+                "%s=%s changes nothing here: training.precision says in what is trained, and each process holds all of "
+                "the model",
+                name,
+                environment[name],
+            )
+
+
+@contextlib.contextmanager
+def explain_lost_processes() -> Iterator[None]:
+    """Say of a message between processes that failed what it most likely means.
+
+    Raises:
+        TrimtabError: in place of the error of torch.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_available() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        reason = " ".join(str(error).split())[:400]
+        raise TrimtabError(
+            "another process of this run ended or does not answer: look at its message, which may stand above, and "
+            f"start the same command again to resume ({reason})"
+        ) from error
 
 
 def _leave_gloo() -> None:
@@ -138,6 +207,21 @@ def check_alike(digest: str, world: World) -> None:
             f"process {others[0]} reads another recipe, other data or other models than process 0: give every machine "
             "the same files, or one place that all of them see"
         )
+
+
+def agreed_precision(asked: str, world: World) -> str:
+    """``bf16`` or ``fp32``, the same on all ranks: `asked` is a recipe's `training.precision`, and ``auto`` takes bf16
+    where it is fast for all of them."""
+    own = resolved_precision(asked, world.device)
+    fast = stack_over_ranks(torch.tensor(own == "bf16"), world)
+    if fast.any() == fast.all():
+        return own
+    if world.is_main:
+        logger.warning(
+            "bf16 is fast on some of the processes' devices only, so all train in fp32; each encodes in the precision "
+            "of its own device: start as many on devices of one kind for exact results"
+        )
+    return "fp32"
 
 
 def check_alone(what: str, environment: Mapping[str, str]) -> None:
@@ -235,15 +319,21 @@ def gather_rows(tensor: Tensor, world: World) -> Tensor:
     its place and name between the versions supported here.
 
     Raises:
-        ValueError: ranks that disagree in the shape of a row or on whether there is a gradient, on all of them.
+        ValueError: ranks that disagree in the shape or dtype of a row or on whether there is a gradient, on all of
+            them.
     """
     if world.size == 1:
         return tensor
     with_gradient = tensor.requires_grad and torch.is_grad_enabled()
-    told = stack_over_ranks(torch.tensor([len(tensor), tensor.shape[1:].numel(), with_gradient]), world)  # (size, 3)
+    kind = zlib.crc32(str(tensor.dtype).encode())
+    facts = torch.tensor([len(tensor), tensor.shape[1:].numel(), with_gradient, kind])
+    told = stack_over_ranks(facts, world)  # (size, 4)
     # A rank without the backward of the others would leave them waiting for ever: find it here.
     if (told[:, 1:] != told[0, 1:]).any():
-        raise ValueError(f"ranks gather different rows: (rows, numbers in each, with gradient) = {told.tolist()}")
+        kinds = f"; in {tensor.dtype} here, not everywhere" if (told[:, 3] != kind).any() else ""
+        raise ValueError(
+            f"ranks gather different rows: (rows, numbers in each, with gradient) = {told[:, :3].tolist()}{kinds}"
+        )
     return _GatherRows.apply(tensor, told[:, 0].tolist(), world.rank)
 
 

@@ -102,12 +102,13 @@ def train(
         raise RecipeError(f"batch_size={settings.batch_size} must be at least the {world.size} processes")
     distributed.check_alike(digest, world)
     modules.to(world.device)
-    autocast = fast_training(settings.precision, world.device)
+    precision = distributed.agreed_precision(settings.precision, world)
+    autocast = fast_training(precision, world.device)
 
     with contextlib.ExitStack() as stack:
         place = checkpoint_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-"))
         folder = CheckpointFolder(place, lasting=checkpoint_dir is not None)
-        run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder)
+        run = Run(modules, settings, steps_per_epoch * settings.epochs, digest, world, folder, precision)
         if world.is_main:
             stack.enter_context(folder.locked())
         run.start_or_resume(seed)

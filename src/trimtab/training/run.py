@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from trimtab.training.checkpoint import (
 )
 from trimtab.training.distributed import World
 from trimtab.training.optimiser import learning_rate, make_optimizer, trainable, weight_average
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_UNSAVED = 60.0  # seconds
 
@@ -77,6 +80,7 @@ class Run:
     digest: str
     world: World
     folder: CheckpointFolder
+    precision: str
 
     step: int = 0
     epochs_done: int = 0
@@ -228,6 +232,7 @@ class Run:
             "sums": self.sums,
             "summed": self.summed,
             "seconds": self.seconds,
+            "precision": self.precision,
             "history": self.history,
         }
         self.folder.save(self.step, saved)
@@ -257,6 +262,14 @@ class Run:
             for name, tensor in saved.part("average").items():
                 self.average.tensors[name].copy_(tensor)
         state = saved.state
+        before = state.get("precision", self.precision)  # checkpoints of 0.1 do not say it
+        if before != self.precision and self.world.is_main:
+            logger.warning(
+                "the run was trained in %s so far and goes on in %s, as training.precision=auto follows the device: "
+                "resume it on a device like the one before for the weights of a run that was never interrupted",
+                before,
+                self.precision,
+            )
         self.step, self.epochs_done, self.history = state["step"], state["epochs_done"], state["history"]
         self.saved_step = self.step
         self.best, self.best_tensors = state["best"], saved.part("best")
