@@ -14,8 +14,9 @@ from tiny_vectors import MODEL, made, write_embeddings
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import sha256_of
 from trimtab.serve import index as module
+from trimtab.serve import indexing
 from trimtab.serve.index import Index
-from trimtab.serve.indexing import build_index, choose_kind
+from trimtab.serve.indexing import build_index, choose_kind, remarks
 from trimtab.serve.store import Embeddings
 
 faiss = pytest.importorskip("faiss")
@@ -38,10 +39,7 @@ def folders(embeddings: Path) -> dict[str, Path]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="no list of mapped files")
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_no_file_is_deleted_that_is_mapped(
-    kind: str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_file_is_deleted_that_is_mapped(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows refuses it."""
     unlink, seen = Path.unlink, []
 
@@ -51,7 +49,7 @@ def test_no_file_is_deleted_that_is_mapped(
         unlink(self, **options)
 
     monkeypatch.setattr(Path, "unlink", watched)
-    build_index(embeddings, tmp_path / "i", kind=kind)
+    build_index(embeddings, tmp_path / "i", kind="hnsw")
     assert "vectors.f16" in seen
 
 
@@ -81,6 +79,35 @@ def test_recall_is_measured_and_written(folders: dict[str, Path], kind: str) -> 
     assert recall["queries"] == 200
     assert recall["recall"] >= 0.95
     assert ("tried" in recall) == (kind != "flat")
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_many_are_found_as_well_as_few(folders: dict[str, Path], kind: str) -> None:
+    queries = made(20, seed=4)
+    index = Index.open(folders[kind])
+    for k in (100, 700, 1500):
+        wanted = -np.sort(-(queries @ VECTORS.T), axis=1)[:, k - 1]
+        for scores, least in zip(index.search(queries, k).scores, wanted, strict=True):
+            assert len(scores) == k
+            assert np.mean(np.array(scores) >= least - 1e-3) >= 0.95
+
+
+def test_a_graph_whose_walk_ends_early(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss.HNSW, "nb_neighbors", lambda *_: 0)  # as if it were large
+    index = Index.open(folders["hnsw"])
+    index._faiss.hnsw.entry_point = -1
+    assert [len(ids) for ids in index.search(VECTORS[:3], 50).ids] == [50] * 3
+
+
+def test_what_was_found_is_found_again_by_its_id(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index.open(folders["flat"])
+    known = index.search(VECTORS[:3], 40).metadata
+    assert [[index.find(item["id"]) for item in one] for one in known] == known
+    monkeypatch.setattr(module, "_ROWS_KEPT", 10)
+    index.search(VECTORS[:3], 40)
+    assert len(index._rows) <= 120
+    assert index.find("图399") == {"id": "图399", "image": "图399.jpg"}
+    assert index.find("nowhere") is None
 
 
 def test_one_vector_and_more_than_there_are(embeddings: Path, tmp_path: Path) -> None:
@@ -312,6 +339,47 @@ def test_an_index_between_the_renames_that_replace_it(
 
 
 # Making one
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_a_copy_counts_as_much_as_the_one_that_was_meant(tmp_path: Path, kind: str) -> None:
+    folder = write_embeddings(tmp_path / "e", np.repeat(made(1000), 3, axis=0), shard_size=3000)
+    about = build_index(folder, tmp_path / "i", kind=kind)
+    assert about["recall"]["recall"] >= 0.95
+    assert not list(remarks(about))
+
+
+def test_queries_are_asked_without_their_copies(tmp_path: Path) -> None:
+    """Which would be their ten nearest, and found by any setting."""
+    vectors = np.concatenate([np.repeat(made(100), 20, axis=0), made(1000, seed=1)])
+    about = build_index(write_embeddings(tmp_path / "e", vectors, shard_size=3000), tmp_path / "i", kind="ivfpq")
+    best, copies = indexing._exact(vectors[:5], vectors.astype(np.float16), 10, indexing._COPY)
+    assert (copies >= 20).all()
+    assert (best < indexing._COPY).all()
+    assert about["recall"]["recall"] >= 0.95
+    assert about["search"]["nprobe"] > 4
+
+
+def test_many_copies_make_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "FLAT_UP_TO", 100)
+    vectors = np.concatenate([np.repeat(made(1), 150, axis=0), made(850, seed=1)])
+    folder = write_embeddings(tmp_path / "e", vectors)
+    about = build_index(folder, tmp_path / "i")
+    assert (about["kind"], about["copies"]) == ("flat", 150)
+    assert "150 of 1,000 vectors" in "".join(remarks(about))
+    assert "--kind flat" in "".join(remarks(build_index(folder, tmp_path / "i", kind="hnsw")))
+    assert build_index(write_embeddings(tmp_path / "f", vectors[100:]), tmp_path / "i")["kind"] == "hnsw"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_a_full_disk_is_told(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    original = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **o: original(Path("/dev/full") if self.suffix == ".f16" else self, *a, **o)
+    )
+    with pytest.raises(TrimtabError, match="the disk is full"):
+        build_index(embeddings, tmp_path / "i", kind=kind)
 
 
 def test_kinds_follow_the_size() -> None:

@@ -7,10 +7,11 @@ again with their vectors on disk. How many of the true neighbours are found is m
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,8 @@ VECTORS_FILE = "vectors.f16"
 KINDS = ("flat", "hnsw", "ivfpq")
 # By kind, the first bytes of the file and the class that these stand for.
 _CLASSES = {"flat": (b"IxFI", "IndexFlatIP"), "hnsw": (b"IHNf", "IndexHNSWFlat"), "ivfpq": (b"IwPQ", "IndexIVFPQ")}
+_FURTHER = 3  # times as many are looked at as are wanted, at the least
+_ROWS_KEPT = 100_000
 _REPLACED_WITHIN = 0.1  # seconds that renaming the files of an index may take
 
 
@@ -76,6 +79,8 @@ class Index:
     _items: pa.Table
     _vectors: np.ndarray | None = None
     """(N, D) float16 on disk, of an index whose own vectors are codes."""
+    _rows: dict[str, int] = field(default_factory=dict)
+    """Where items stand that were found lately, by their ids."""
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Index:
@@ -181,8 +186,10 @@ class Index:
         queries = checked_queries(vectors, self.dim)
         if k < 1:
             raise DataError(f"k={k} must be at least 1")
-        rows, scores = nearest(self._faiss, queries, min(k, len(self)), self.about["search"], self._vectors)
+        k = min(k, len(self))
+        rows, scores = nearest(self._faiss, queries, k, _further(self.about["search"], k, self._faiss), self._vectors)
         found = [self._metadata(one) for one in rows]
+        self._remember(rows, found)
         return Hits([[item["id"] for item in one] for one in found], [list(map(float, one)) for one in scores], found)
 
     def metadata(self, row: int) -> dict[str, str]:
@@ -190,11 +197,18 @@ class Index:
         return self._metadata(np.array([row]))[0]
 
     def find(self, id: str) -> dict[str, str] | None:
-        """Columns of the first item with an id, None if there is none; the ids are read one after the other."""
+        """Columns of an item by its id, None if there is none; unless it was found lately, all ids are read."""
         import pyarrow.compute as pc
 
-        row = pc.index(self._items.column("id"), id).as_py()
+        if (row := self._rows.get(id)) is None:
+            row = pc.index(self._items.column("id"), id).as_py()
         return None if row < 0 else self.metadata(row)
+
+    def _remember(self, rows: Sequence[np.ndarray], found: Sequence[Sequence[Mapping[str, str]]]) -> None:
+        if len(self._rows) > _ROWS_KEPT:
+            self._rows = {}
+        for at, item in zip(itertools.chain(*rows), itertools.chain(*found), strict=True):
+            self._rows[item["id"]] = int(at)
 
     def _metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, str]]:
         return [self._items.slice(int(row), 1).to_pylist()[0] for row in rows]
@@ -229,13 +243,13 @@ def set_search(index: Any, options: Mapping[str, Any]) -> None:
 def nearest(
     index: Any, queries: np.ndarray, k: int, options: Mapping[str, Any], vectors: np.ndarray | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rows and cosines of the `k` nearest of each query; fewer where an index looks into cells that hold fewer.
+    """Rows and cosines of the `k` nearest of each query, or of all if there are fewer.
 
     Args:
         vectors: (N, D) by which the best of the index are put in order; None trusts the index.
     """
     deep = k if vectors is None else min(index.ntotal, k * int(options.get("rerank", 1)))
-    scores, rows = index.search(queries, deep)  # (Q, deep)
+    scores, rows = _candidates(index, queries, k, deep, options)  # (Q, deep)
     found_rows, found_scores = [], []
     for query, at, score in zip(queries, rows, scores, strict=True):
         score, at = score[at >= 0], at[at >= 0]
@@ -248,6 +262,35 @@ def nearest(
         found_rows.append(at)
         found_scores.append(score)
     return found_rows, found_scores
+
+
+def _candidates(
+    index: Any, queries: np.ndarray, k: int, deep: int, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows (Q, deep), best first, of which at least `k` are there; those that are missing are -1."""
+    faiss = import_faiss()
+    everything, limit, no_limit = index, None, None
+    if "ef_search" in options:
+        everything = index.storage
+        if options["ef_search"] * index.hnsw.nb_neighbors(0) >= index.ntotal:  # the walk would look at as many
+            return tuple(everything.search(queries, deep))
+        limit = faiss.SearchParametersHNSW(efSearch=options["ef_search"])
+    elif "nprobe" in options:
+        limit, no_limit = (faiss.SearchParametersIVF(nprobe=cells) for cells in (options["nprobe"], index.nlist))
+    scores, rows = index.search(queries, deep, params=limit)
+    if (short := (rows >= 0).sum(axis=1) < k).any():  # parts of a graph hang together loosely, cells differ in size
+        scores[short], rows[short] = everything.search(queries[short], deep, params=no_limit)
+    return scores, rows
+
+
+def _further(options: Mapping[str, Any], k: int, index: Any) -> dict[str, Any]:
+    """The settings of a search for `k`, as those of the description were measured with few."""
+    if "ef_search" in options:
+        return {**options, "ef_search": max(options["ef_search"], _FURTHER * k)}
+    if "nprobe" in options:
+        cells = _FURTHER * k * index.nlist // index.ntotal
+        return {**options, "nprobe": min(index.nlist, max(options["nprobe"], cells))}
+    return dict(options)
 
 
 def _version(folder: Path) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -40,6 +41,11 @@ _EF_SEARCH = (32, 64, 128, 256, 512)
 _NPROBE = (4, 8, 16, 32, 64, 128, 256)
 _RERANK = 16  # candidates per wanted neighbour that are compared again
 _TRAINING_POINTS = 64  # per cell
+_AS_NEAR = 1e-4  # by so much a cosine of halves may be off
+_COPY = 0.9995  # cosine from which on a vector is a copy of another, as halves can tell
+_COPIES_PASSED = 100  # of a query; with more of them it is none
+_CROWD = 5  # as many copies of a vector are in a graph's way
+_MANY_COPIES = 0.1  # share of the vectors
 
 
 def choose_kind(count: int) -> str:
@@ -62,7 +68,8 @@ def build_index(
 
     Args:
         embeddings: folder that `trimtab embed` wrote.
-        kind: one of `KINDS`, or "auto" for `choose_kind`.
+        kind: one of `KINDS`, or "auto" for `choose_kind`; where that is a graph and many vectors are copies of each
+            other, "flat".
         queries: embeddings folder of typical queries that recall is measured with. Without it a sample of the vectors
             themselves are the queries, each without itself among its neighbours; texts that look for pictures are
             harder than these.
@@ -88,10 +95,13 @@ def build_index(
         raise DataError(f"{embeddings} holds no embeddings: there is nothing to index")
     if not replaceable(out, DESCRIPTION_FILE):
         raise DataError(f"{out} holds something else than an index: choose another folder")
-    kind = choose_kind(len(source)) if kind == "auto" else kind
+    wanted, kind = kind, choose_kind(len(source)) if kind == "auto" else kind
+    copies = _copies(source) if kind == "hnsw" else 0
+    if wanted == "auto" and copies >= _MANY_COPIES * len(source):
+        kind = "flat"
     typical = None if queries is None else _sample_of(_queries_for(source, queries), sample, seed, verify=True)
     with atomic_folder(out, DESCRIPTION_FILE) as built:
-        return _build(faiss, source, built, kind, typical, recall, sample, seed, progress or (lambda *_: None))
+        return _build(faiss, source, built, kind, copies, typical, recall, sample, seed, progress or (lambda *_: None))
 
 
 def _queries_for(source: Embeddings, folder: str | Path) -> Embeddings:
@@ -116,6 +126,7 @@ def _build(
     source: Embeddings,
     folder: Path,
     kind: str,
+    copies: int,
     typical: np.ndarray | None,
     recall: float,
     sample: int,
@@ -126,23 +137,25 @@ def _build(
     own = np.sort(np.random.default_rng(seed).choice(len(source), min(sample, len(source)), replace=False))
     asked: list[np.ndarray] = []
     done = 0
-    with _Items(folder / ITEMS_FILE) as items, (folder / VECTORS_FILE).open("wb") as raw:
+    # What is exact is neither measured nor compared again.
+    halves = contextlib.nullcontext() if kind == "flat" else (folder / VECTORS_FILE).open("wb")
+    with _Items(folder / ITEMS_FILE) as items, halves as raw:
         for table, vectors in source.blocks():
             vectors = unit(vectors)
             index.add(vectors)
             items.write(table)
             asked.append(vectors[own[(own >= done) & (own < done + len(vectors))] - done])
-            vectors.astype(np.float16).tofile(raw)
+            if raw is not None:
+                raw.write(vectors.astype(np.float16).data)  # tofile() does not say that the disk is full
             done += len(vectors)
             progress(done, len(source))
-    stored = np.memmap(folder / VECTORS_FILE, np.float16, mode="r", shape=(len(source), source.about.dim))
     queries = np.concatenate(asked) if typical is None else typical
-    options, measured = _tune(index, kind, queries, None if typical is not None else own, stored, recall)
+    options, measured = _tune(index, kind, queries, typical is None, folder, recall)
+    set_search(index, options)
     measured["queries_of"] = "the vectors themselves" if typical is None else "queries"
     with (folder / FAISS_FILE).open("wb") as stream:  # by FAISS itself, not below every path of Windows
         faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
-    if kind != "ivfpq":
-        del stored  # Windows deletes no file that is mapped
+    if kind == "hnsw":
         (folder / VECTORS_FILE).unlink()
     names = [name for name in (FAISS_FILE, ITEMS_FILE, VECTORS_FILE) if (folder / name).is_file()]
     about = {
@@ -158,6 +171,7 @@ def _build(
         "parameters": parameters,
         "search": options,
         "recall": measured,
+        "copies": copies,
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names
         },
@@ -188,49 +202,64 @@ def _make(faiss: Any, kind: str, source: Embeddings, seed: int) -> tuple[Any, di
 
 
 def _tune(
-    index: Any, kind: str, queries: np.ndarray, own: np.ndarray | None, stored: np.ndarray, wanted: float
+    index: Any, kind: str, queries: np.ndarray, own: bool, folder: Path, wanted: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The cheapest search settings that reach the wanted recall, and what was measured."""
-    k = min(RECALL_AT, len(stored) - (own is not None))
-    facts: dict[str, Any] = {"at": k, "queries": len(queries)}
+    """The cheapest search settings that reach the wanted recall, and what was measured.
+
+    Args:
+        own: the queries are of the index: each is asked without itself and its copies, which are found easily.
+    """
+    k = min(RECALL_AT, index.ntotal - own)
     if kind == "flat" or k < 1:
-        return {}, {**facts, "recall": 1.0}
-    truth = _exact(queries, own, stored, k)
+        return {}, {"at": k, "queries": len(queries), "recall": 1.0}
+    stored = np.memmap(folder / VECTORS_FILE, np.float16, mode="r", shape=(index.ntotal, index.d))
+    copy = _COPY if own else np.inf
+    truth, copies = _exact(queries, stored, k, copy)
+    if (few := copies <= _COPIES_PASSED).any():
+        queries, truth, copies = queries[few], truth[few], copies[few]
+    deep = k + min(int(copies.max()), _COPIES_PASSED)
+    facts: dict[str, Any] = {"at": k, "queries": len(queries)}
     grid: list[dict[str, Any]] = [{"ef_search": ef} for ef in _EF_SEARCH]
     if kind == "ivfpq":
         probes = [n for n in _NPROBE if n <= index.nlist] or [index.nlist]
         grid = [{"nprobe": n, "rerank": _RERANK} for n in probes]
     tried = []
     for options in grid:
-        set_search(index, options)
-        rows, _ = nearest(index, queries, k + 1, options, stored if kind == "ivfpq" else None)
-        found = [_without(row, None if own is None else own[at])[:k] for at, row in enumerate(rows)]
-        share = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(found, truth, strict=True)]))
+        rows, _ = nearest(index, queries, deep, options, stored if kind == "ivfpq" else None)
+        found = 0
+        for query, at, best in zip(queries, rows, truth, strict=True):
+            cosines = stored[at].astype(np.float32) @ query
+            # By cosines, as of pictures that are there twice it is all the same which is found.
+            found += int((cosines[cosines < copy][:k] >= best.min() - _AS_NEAR).sum())
+        share = found / max(1, int(np.isfinite(truth).sum()))
         tried.append({**options, "recall": round(share, 4)})
         if share >= wanted:
             break
     return options, {**facts, "recall": tried[-1]["recall"], "wanted": wanted, "tried": tried}
 
 
-def _exact(queries: np.ndarray, own: np.ndarray | None, stored: np.ndarray, k: int) -> list[np.ndarray]:
-    """Rows of the `k` nearest of each query by comparing with all, itself aside; `stored` in blocks."""
+def _exact(queries: np.ndarray, stored: np.ndarray, k: int, copy: float) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` highest cosines of each query below `copy`, by comparing with all, and how many are not; `stored` in
+    blocks."""
     best = np.full((len(queries), k), -np.inf, np.float32)
-    rows = np.full((len(queries), k), -1, np.int64)
+    copies = np.zeros(len(queries), np.int64)
     for start in range(0, len(stored), 65_536):
         cosines = queries @ stored[start : start + 65_536].astype(np.float32).T  # (Q, block)
-        if own is not None:
-            here = (own >= start) & (own < start + cosines.shape[1])
-            cosines[np.flatnonzero(here), own[here] - start] = -np.inf
-        new = np.argpartition(-cosines, min(k, cosines.shape[1]) - 1, axis=1)[:, :k]  # no need to sort whole blocks
-        joined = np.concatenate([best, np.take_along_axis(cosines, new, 1)], axis=1)
-        places = np.concatenate([rows, start + new], axis=1)
-        chosen = np.argsort(-joined, axis=1, kind="stable")[:, :k]
-        best, rows = np.take_along_axis(joined, chosen, 1), np.take_along_axis(places, chosen, 1)
-    return list(rows)
+        same = cosines >= copy
+        copies += same.sum(axis=1)
+        cosines[same] = -np.inf
+        best = -np.partition(-np.concatenate([best, cosines], axis=1), k - 1, axis=1)[:, :k]
+    return best, copies
 
 
-def _without(rows: np.ndarray, own: int | None) -> np.ndarray:
-    return rows if own is None else rows[rows != own]
+def _copies(source: Embeddings) -> int:
+    """Vectors that stand there `_CROWD` times or more: in a graph their links lead to each other, and a search gets
+    stuck among them. Queries that are vectors of the index start beside what they look for, and do not show it."""
+    weights = np.random.default_rng(0).integers(1, 2**63, source.about.dim, np.uint64)
+    blocks = (unit(vectors).astype(np.float16).view(np.uint16) for _, vectors in source.blocks(verify=False))
+    keys = np.concatenate([(bits * weights).sum(axis=1) for bits in blocks])
+    _, counts = np.unique(keys, return_counts=True)
+    return int(counts[counts >= _CROWD].sum())
 
 
 def _sample_of(source: Embeddings, size: int, seed: int, *, verify: bool) -> np.ndarray:
@@ -292,3 +321,9 @@ def remarks(about: dict[str, Any]) -> Iterator[str]:
     """What a reader should know about the measured recall."""
     if about["recall"].get("wanted", 0) > about["recall"]["recall"]:
         yield f"no setting reached the wanted recall of {about['recall']['wanted']:g}; the most thorough is used"
+    if about["copies"] >= _MANY_COPIES * about["count"]:
+        many = f"{about['copies']:,} of {about['count']:,} vectors stand there {_CROWD} times or more"
+        if about["kind"] == "flat":
+            yield f"{many}, and a graph would miss others beside them: a search compares with all instead"
+        else:
+            yield f"{many}: the graph misses others beside them more often than the recall says; --kind flat does not"
