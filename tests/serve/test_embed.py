@@ -26,6 +26,7 @@ from tiny_pairs import write_shard
 from trimtab.adapters.adapted import load
 from trimtab.config import PairSource
 from trimtab.data.captions import read_entries
+from trimtab.data.shards import PictureFile
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve import embed as module
 from trimtab.serve.embed import embed
@@ -554,3 +555,72 @@ def test_of_many_skipped_pictures_some_are_listed_and_all_counted(
         (photos / f"inner/图{at}.png").write_bytes(b"nothing")
     outcome = embed(photos, model, tmp_path / "e")
     assert (outcome["count"], outcome["skipped"], len(outcome["skipped_items"])) == (7, 3, 2)
+
+
+def test_what_could_not_be_read_for_a_moment_is_embedded_later(
+    model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Size and time of the file stay as they are."""
+    opened = Path.open
+    broken = {"图2.png"}
+
+    def failing(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.name in broken:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return opened(self, *arguments, **options)
+
+    made: list[int] = []
+    make_shard = module.make_shard
+    monkeypatch.setattr(module, "make_shard", lambda *a: made.append(a[2].number) or make_shard(*a))
+    monkeypatch.setattr(Path, "open", failing)
+    (photos / "图8.png").write_bytes(b"no picture")
+    outcome = embed(photos, model, tmp_path / "e", shard_size=2)
+    assert outcome["skipped"] == 2
+    assert embed(photos, model, tmp_path / "e", shard_size=2)["skipped"] == 2
+    assert made == [0, 1, 2, 3, 4]  # not again as long as it is so
+    broken.clear()
+    assert embed(photos, model, tmp_path / "e", shard_size=2)["count"] == 9
+    assert made == [0, 1, 2, 3, 4, 0]
+    assert embed(photos, model, tmp_path / "e", shard_size=2)["skipped"] == 1
+    assert len(made) == 6
+
+
+def test_a_tar_file_that_could_not_be_read_for_a_moment(
+    model: Any, pictures: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tmp_path, "s.tar", pictures[:3])
+    read_bytes = PictureFile.read_bytes
+
+    def failing(self: PictureFile) -> bytes:
+        if self.name.endswith("001.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(self)
+
+    monkeypatch.setattr(PictureFile, "read_bytes", failing)
+    assert embed(tmp_path / "s.tar", model, tmp_path / "e")["skipped"] == 1
+    monkeypatch.undo()
+    assert embed(tmp_path / "s.tar", model, tmp_path / "e")["count"] == 3
+
+
+def test_parts_that_begin_at_once(model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_file = Path.is_file
+    out = tmp_path / "e"
+
+    def other_part_first(self: Path) -> bool:
+        found = is_file(self)
+        if self.name == "plan.json" and not found:
+            monkeypatch.undo()
+            embed(photos, model, out, shard_size=4, part=(1, 2))
+        return found
+
+    monkeypatch.setattr(Path, "is_file", other_part_first)
+    assert embed(photos, model, out, shard_size=4, part=(2, 2))["count"] == 10
+
+
+def test_what_a_killed_run_was_writing_is_deleted(model: Any, photos: Path, tmp_path: Path) -> None:
+    embed(photos, model, tmp_path / "e", shard_size=4)
+    names = [".shard-00000.parquet.a_b1.tmp", ".shard-00001.json.x.tmp", ".shard-100002.npy.y.tmp"]
+    for name in names:
+        (tmp_path / "e" / name).write_bytes(b"")
+    embed(photos, model, tmp_path / "e", shard_size=4, part=(1, 2))
+    assert {path.name for path in (tmp_path / "e").glob("*.tmp")} == {names[1]}

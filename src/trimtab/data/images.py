@@ -77,6 +77,11 @@ class ImageError(DataError):
         self.source = source
         self.reason = reason
 
+    @property
+    def unread(self) -> bool:
+        """Whether the system did not let it be read, which may be otherwise a moment later."""
+        return isinstance(self.__cause__, OSError) and self.__cause__.errno is not None  # decoders' own have none
+
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
 
@@ -104,7 +109,21 @@ class SkippedImage(NamedTuple):
 
 
 class SkippedImages(list[SkippedImage]):
-    """The pictures that `read_images` left out, in input order."""
+    """The pictures that `read_images` left out, in input order.
+
+    Attributes:
+        unread: positions of those that the system did not let be read, see `ImageError`.
+    """
+
+    def __init__(self, items: Iterable[SkippedImage] = ()) -> None:
+        super().__init__(items)
+        self.unread: set[int] = set()
+
+    def add(self, position: int, error: ImageError) -> None:
+        """Append what could not be used for an error."""
+        self.append(SkippedImage(position, error.source, error.reason))
+        if error.unread:
+            self.unread.add(position)
 
     @property
     def indices(self) -> list[int]:
@@ -195,7 +214,7 @@ def read_images(
             if on_error == "raise":
                 raise
             if skipped is not None:
-                skipped.append(SkippedImage(index, error.source, error.reason))
+                skipped.add(index, error)
             continue
         yield index, image
 

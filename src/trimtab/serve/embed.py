@@ -15,7 +15,7 @@ from trimtab.adapters.adapted import load
 from trimtab.data.images import ImageError
 from trimtab.errors import DataError, ModelError
 from trimtab.files import explain_disk_errors, write_json
-from trimtab.serve.items import Input, Item, Work, encoded_picture, items_of, open_input
+from trimtab.serve.items import Input, Item, Work, encoded_picture, is_readable, items_of, open_input
 from trimtab.serve.store import (
     DESCRIPTION_FILE,
     DTYPES,
@@ -141,6 +141,7 @@ def embed(
     )
     with _claimed(out, part):
         _check_plan(out, job, source, shard_size)
+        _clear_leftovers(out, part)
         digests: list[str] = []
         tell = _Teller(progress or (lambda *_: None), total)
         works = _unfinished(source.works(shard_size), out, digests, part, tell)
@@ -159,7 +160,7 @@ def make_shard(model: DualEncoder, job: Job, work: Work) -> ShardNote:
     items, damage = items_of(work, job.of)
     items = list(items)
     encode = _encode_pictures if job.of == "images" else _encode_texts
-    vectors, skipped = encode(model, items, job.batch_size)
+    vectors, skipped, unread = encode(model, items, job.batch_size)
     if damage:
         name = Path(work.archive or "").name
         skipped[len(items)] = Skipped(name, name, f"the shard {damage}: what follows is lost")
@@ -174,11 +175,17 @@ def make_shard(model: DualEncoder, job: Job, work: Work) -> ShardNote:
         format=job.format,
         items=work.digest,
         skipped=list(skipped.values()),
+        unread=unread,
     )
 
 
-def _encode_pictures(model: DualEncoder, items: list[Item], batch_size: int) -> tuple[np.ndarray, dict[int, Skipped]]:
+Encoded = tuple[np.ndarray, dict[int, Skipped], list[str]]
+"""Vectors, what was left out by its place, and the ids of what the system did not let be read."""
+
+
+def _encode_pictures(model: DualEncoder, items: list[Item], batch_size: int) -> Encoded:
     skipped: dict[int, Skipped] = {}
+    unread: list[str] = []
     given: list[int] = []
 
     def sources() -> Iterator[Path | bytes]:
@@ -187,6 +194,8 @@ def _encode_pictures(model: DualEncoder, items: list[Item], batch_size: int) -> 
                 found = encoded_picture(item)
             except ImageError as error:
                 skipped[at] = Skipped(item.id, item.source, error.reason)
+                if error.unread:
+                    unread.append(item.id)
                 continue
             given.append(at)
             yield found
@@ -195,15 +204,17 @@ def _encode_pictures(model: DualEncoder, items: list[Item], batch_size: int) -> 
     for position, _, reason in model.last_skipped:
         item = items[given[position]]
         skipped[given[position]] = Skipped(item.id, item.source, reason)
-    return vectors, dict(sorted(skipped.items()))
+        if position in model.last_skipped.unread:
+            unread.append(item.id)
+    return vectors, dict(sorted(skipped.items())), unread
 
 
-def _encode_texts(model: DualEncoder, items: list[Item], batch_size: int) -> tuple[np.ndarray, dict[int, Skipped]]:
+def _encode_texts(model: DualEncoder, items: list[Item], batch_size: int) -> Encoded:
     skipped = {
         at: Skipped(item.id, item.source, "is empty") for at, item in enumerate(items) if not item.source.strip()
     }
     texts = [item.source for at, item in enumerate(items) if at not in skipped]
-    return model.encode_text(texts, batch_size=batch_size), skipped
+    return model.encode_text(texts, batch_size=batch_size), skipped, []
 
 
 # Which shards are to be done
@@ -229,11 +240,19 @@ def _unfinished(
         if work.number % part[1] != part[0] - 1:
             continue
         note = read_note(out, work.number)
-        if note is not None and note.items == work.digest:
+        if note is not None and note.items == work.digest and not _readable_now(work, note.unread):
             tell.add(note)
         else:
             (out / DESCRIPTION_FILE).unlink(missing_ok=True)  # it was of an earlier input
             yield work
+
+
+def _readable_now(work: Work, unread: tuple[str, ...]) -> bool:
+    """Whether one of the pictures that could not be read can be now."""
+    if work.items is None:
+        return bool(unread)
+    wanted = set(unread)
+    return any(is_readable(item) for item in work.items if item.id in wanted)
 
 
 def _finish(out: Path, job: Job, source: Input, model: DualEncoder, digests: list[str]) -> dict[str, Any]:
@@ -300,21 +319,30 @@ def _check_plan(out: Path, job: Job, source: Input, shard_size: int) -> None:
         "place": source.place,
     }
     path = out / PLAN_FILE
-    if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{path} is damaged ({error}): delete {out}, or choose another folder") from error
-        before.setdefault("preparing", job.preparing)  # earlier versions did not write it
-        if other := [name for name, value in plan.items() if before.get(name) != value]:
-            raise DataError(
-                f"{out} holds the embeddings of another job ({', '.join(other)} differ): choose another folder, or "
-                "delete it"
-            )
-        return
-    if others := [one.name for one in out.iterdir() if not one.name.startswith(".")]:
-        raise DataError(f"{out} holds other files ({min(others)} ...): choose a folder of its own")
-    write_json(path, plan)
+    if not path.is_file():
+        others = [one.name for one in out.iterdir() if not one.name.startswith(".")]
+        if not others:
+            write_json(path, plan)
+        elif PLAN_FILE not in others:  # else another part has written it in this moment
+            raise DataError(f"{out} holds other files ({min(others)} ...): choose a folder of its own")
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete {out}, or choose another folder") from error
+    before.setdefault("preparing", job.preparing)  # earlier versions did not write it
+    if other := [name for name, value in plan.items() if before.get(name) != value]:
+        raise DataError(
+            f"{out} holds the embeddings of another job ({', '.join(other)} differ): choose another folder, or "
+            "delete it"
+        )
+
+
+def _clear_leftovers(out: Path, part: tuple[int, int]) -> None:
+    """Delete what a killed run of this part was writing."""
+    for path in out.glob(".shard-*.tmp"):
+        number = path.name.removeprefix(".shard-").partition(".")[0]
+        if number.isdecimal() and int(number) % part[1] == part[0] - 1:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -358,3 +358,15 @@ def encoded_picture(item: Item) -> Path | bytes:
         return picture.read_bytes()
     except OSError as error:
         raise ImageError(str(picture), f"cannot be read ({error.strerror or error})") from error
+
+
+def is_readable(item: Item) -> bool:
+    """Whether the system gives the first byte of a picture."""
+    if not isinstance(item.picture, PictureFile):
+        return False
+    try:
+        with item.picture.path.open("rb") as stream:
+            stream.read(1)
+    except OSError:
+        return False
+    return True

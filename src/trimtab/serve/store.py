@@ -105,6 +105,7 @@ class ShardNote:
         sha256: of `file`.
         columns: its columns beside the vectors.
         columns_sha256: of the file that holds these where `file` is ``.npy``; "" in older notes too.
+        unread: ids of the first thousand items that the system did not let be read.
     """
 
     file: str
@@ -115,6 +116,7 @@ class ShardNote:
     columns: tuple[str, ...]
     listed: tuple[Skipped, ...] = ()
     columns_sha256: str = ""
+    unread: tuple[str, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """The facts for `Description.shards`."""
@@ -163,6 +165,7 @@ def write_shard(
     format: Format,
     items: str,
     skipped: Sequence[Skipped] = (),
+    unread: Sequence[str] = (),
 ) -> ShardNote:
     """Write a shard, and then the note that makes it count.
 
@@ -170,6 +173,7 @@ def write_shard(
         columns: ``id`` and others, one text per row of `vectors`.
         vectors: (N, D) float32 or float16.
         items: digest of what was asked for.
+        unread: see `ShardNote`.
 
     Raises:
         TrimtabError: the disk is full or the folder cannot be written.
@@ -184,8 +188,9 @@ def write_shard(
             np.save(stream, vectors, allow_pickle=False)
     sha256, *beside = map(sha256_of, shard_paths(path))
     note = ShardNote(
-        path.name, items, len(vectors), len(skipped), sha256, tuple(columns), tuple(skipped[:_LISTED]), *beside
-    )
+        path.name, items, len(vectors), len(skipped), sha256, tuple(columns), tuple(skipped[:_LISTED]),
+        "".join(beside), tuple(unread[:_LISTED]),
+    )  # fmt: skip
     write_json(folder / note_file(number), asdict(note))
     return note
 
@@ -215,7 +220,9 @@ def read_note(folder: Path, number: int) -> ShardNote | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raw = json.loads((folder / note_file(number)).read_text(encoding="utf-8"))
         listed = tuple(Skipped(**one) for one in raw.pop("listed"))
-        note = ShardNote(**{**raw, "columns": tuple(raw["columns"]), "listed": listed})
+        note = ShardNote(
+            **{**raw, "columns": tuple(raw["columns"]), "listed": listed, "unread": tuple(raw.get("unread", ()))}
+        )
         if all(path.is_file() for path in shard_paths(folder / plain_name(note.file))):
             return note
     return None

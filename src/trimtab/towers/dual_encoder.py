@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trimtab.data.images import ImageError, SkippedImage, SkippedImages, StoredPicture, read_image
+from trimtab.data.images import ImageError, SkippedImages, StoredPicture, read_image
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
@@ -368,7 +368,7 @@ class DualEncoder:
                     except ImageError as error:
                         if on_error == "raise":
                             raise
-                        self.last_skipped.append(SkippedImage(index, error.source, error.reason))
+                        self.last_skipped.add(index, error)
                 if pixels:
                     yield _stack(pixels)
                 advance(len(batch))
