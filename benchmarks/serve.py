@@ -90,10 +90,11 @@ def bare(model: Any, kind: str, items: list[Any], seconds: float, batch: int) ->
     if kind == "image":
         items = [read_image(one) for one in items]
     encode = model.encode_text if kind == "text" else model.encode_image
+    items = items * (1 + batch // len(items))  # so that every pass is full
     encode(items[:batch], batch_size=batch)
     done, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        start = done % (len(items) - batch)
+        start = done % (len(items) - batch + 1)
         encode(items[start : start + batch], batch_size=batch)
         done += batch
     return done / (time.perf_counter() - begun)

@@ -119,6 +119,8 @@ class Site:
 class StubIndex:
     """A few pictures with vectors, searched one by one."""
 
+    checksum = "0123456789abcdef"
+
     def __init__(self, vectors: np.ndarray, names: list[str], fingerprint: str = "f") -> None:
         self.vectors, self.names, self.model_fingerprint = vectors, names, fingerprint
 

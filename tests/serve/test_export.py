@@ -48,6 +48,19 @@ def check(model: Any, folder: Path, pictures: list[Image.Image]) -> Encoder:
     return encoder
 
 
+def test_one_text_and_one_picture(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    model = tiny_base("clip")
+    export_onnx(model, tmp_path / "out")
+    pictures[0].save(tmp_path / "a.png")
+    encoder = Encoder(tmp_path / "out", threads=1)
+    assert np.allclose(encoder.encode_text("a cat"), model.encode_text("a cat"), atol=1e-5)
+    assert np.allclose(encoder.encode_text(iter(["a", "cat"])), model.encode_text(["a", "cat"]), atol=1e-5)
+    expected = model.encode_image(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for one in (tmp_path / "a.png", str(tmp_path / "a.png"), pictures[0], content, [content], iter([content])):
+        assert np.allclose(encoder.encode_image(one), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip", "chinese_clip", "altclip", "vision-text-dual-encoder", "flava"])
 def test_families(tiny_base: Callable[[str], Any], family: str, pictures: list[Image.Image], tmp_path: Path) -> None:
     model = tiny_base(family)

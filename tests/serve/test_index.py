@@ -110,6 +110,13 @@ def test_what_was_found_is_found_again_by_its_id(folders: dict[str, Path], monke
     assert index.find("nowhere") is None
 
 
+def test_indexes_are_told_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+    build_index(write_embeddings(tmp_path / "e", VECTORS[:3]), tmp_path / "i")
+    folder = Path(shutil.copytree(folders["flat"], tmp_path / "j"))
+    one, same, other = (Index.open(at).checksum for at in (folders["flat"], folder, tmp_path / "i"))
+    assert one == same != other
+
+
 def test_one_vector_and_more_than_there_are(embeddings: Path, tmp_path: Path) -> None:
     small = write_embeddings(tmp_path / "e", VECTORS[:3])
     build_index(small, tmp_path / "i")

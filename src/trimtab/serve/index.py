@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from trimtab.errors import DataError, ModelError, TrimtabError
-from trimtab.files import plain_name, sha256_of
+from trimtab.files import digest_of, plain_name, sha256_of
 from trimtab.serve.store import SOURCE_COLUMN, ModelReference, read_description
 
 if TYPE_CHECKING:
@@ -147,6 +147,12 @@ class Index:
     def of(self) -> str:
         """ "images" or "texts"."""
         return str(self.about["of"])
+
+    @property
+    def checksum(self) -> str:
+        """Names what is in its files."""
+        files = self.about["files"]
+        return digest_of(*(files[name]["sha256"] for name in sorted(files)))[:16]
 
     @property
     def model_name(self) -> str:

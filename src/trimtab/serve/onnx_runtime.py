@@ -13,14 +13,18 @@ This file is copied into every exported folder as runtime.py and imports nothing
 
 from __future__ import annotations
 
+import io
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
+
+Picture: TypeAlias = "str | Path | bytes | Image.Image"
+Pictures: TypeAlias = "Iterable[Picture] | Picture"
 
 _TIFF_BITS = 0x0102  # BitsPerSample
 _TIFF_PHOTOMETRIC = 0x0106  # PhotometricInterpretation: 0 has white at 0
@@ -55,24 +59,25 @@ class Encoder:
         self._image = self._session(self.about["image"]["file"])
         self._texts = [_TextTower(self, about) for about in self.about["texts"]]
 
-    def encode_image(self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 32) -> np.ndarray:
-        """(N, D) float32 of paths or opened pictures."""
+    def encode_image(self, images: Pictures, *, batch_size: int = 32) -> np.ndarray:
+        """(N, D) float32 of paths, contents of files or opened pictures, or of one."""
+        images = _several(images)
         parts = [np.zeros((0, self.embedding_dim), np.float32)]
         for start in range(0, len(images), batch_size):
             parts.append(self.encode_pixels(self.pixels(images[start : start + batch_size])))
         return np.concatenate(parts)
 
-    def pixels(self, images: Sequence[str | Path | Image.Image]) -> np.ndarray:
+    def pixels(self, images: Pictures) -> np.ndarray:
         """What the image tower takes, (N, 3, H, W)."""
-        return np.stack([preprocess(read(one), self.about["image"]) for one in images])
+        return np.stack([preprocess(read(one), self.about["image"]) for one in _several(images)])
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """(N, D) float32 of `pixels`."""
         return np.asarray(self._image.run(None, {"pixel_values": pixels})[0])
 
-    def class_scores(self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 32) -> np.ndarray:
+    def class_scores(self, images: Pictures, *, batch_size: int = 32) -> np.ndarray:
         """(N, C) probabilities of the classes in `classes`, by the prompts that were exported."""
-        about = self._classes()
+        about, images = self._classes(), _several(images)
         parts = [np.zeros((0, len(about["classes"])), np.float32)]
         for start in range(0, len(images), batch_size):
             pixels = self.pixels(images[start : start + batch_size])
@@ -92,7 +97,7 @@ class Encoder:
         """Names of the classes that the prompts know."""
         return list(self._classes()["classes"])
 
-    def predict(self, images: Sequence[str | Path | Image.Image]) -> list[str]:
+    def predict(self, images: Pictures) -> list[str]:
         """The likeliest class of each picture."""
         names = self.classes
         return [names[at] for at in self.class_scores(images).argmax(axis=1)]
@@ -104,8 +109,9 @@ class Encoder:
             raise FileNotFoundError(f"{path}: {reason}")
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def encode_text(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
-        """(N, D) float32; texts in Latin script may have a tower of their own."""
+    def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 64) -> np.ndarray:
+        """(N, D) float32 of texts, or of one; those in Latin script may have a tower of their own."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
         vectors = np.zeros((len(texts), self.embedding_dim), np.float32)
         for tower in self._texts:
             chosen = [at for at, text in enumerate(texts) if tower.reads(text)]
@@ -123,6 +129,10 @@ class Encoder:
             options.intra_op_num_threads = self._threads
         path = self.folder / (file.replace(".onnx", "-int8.onnx") if self._int8 and not whole else file)
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _several(images: Pictures) -> list[Picture]:
+    return [images] if isinstance(images, (str, Path, bytes, bytearray, Image.Image)) else list(images)
 
 
 class _TextTower:
@@ -172,7 +182,7 @@ def _tokeniser(path: Path, limit: int) -> Callable[[list[str]], list[list[int]]]
     return lambda texts: [one.ids for one in tokenizer.encode_batch(texts)]
 
 
-def read(image: str | Path | Image.Image) -> Image.Image:
+def read(image: Picture) -> Image.Image:
     """An upright, opaque RGB picture, as `trimtab.data.images.read_image` makes it: 16-bit and float pictures are
     rescaled, not clipped.
 
@@ -180,7 +190,7 @@ def read(image: str | Path | Image.Image) -> Image.Image:
         ValueError: the pixels hold NaN or infinity.
     """
     if not isinstance(image, Image.Image):
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, (bytes, bytearray)) else image) as opened:
             return read(opened)
     image.load()
     orientation = _orientation(image)  # after load(): PNG may carry it behind the pixels

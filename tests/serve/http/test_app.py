@@ -762,7 +762,7 @@ def test_state(server: Running) -> None:
     assert model["id"] == "tiny"
     assert model["embedding_dim"] == 12
     assert model["classes"] == 3
-    assert model["index"] == {"items": 3, "pictures": True}
+    assert model["index"] == {"items": 3, "pictures": True, "checksum": "0123456789abcdef"}
     text = server.get("/metrics").text
     assert 'trimtab_requests_total{route="/healthz",status="200"}' in text
     assert "trimtab_items_in_work 0" in text

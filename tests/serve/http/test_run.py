@@ -99,6 +99,25 @@ def test_an_index_of_another_model_is_refused(tiny_folder: Callable[[str], Path]
         serve(str(tiny_folder("clip")), index=tmp_path / "index", port=0)
 
 
+@pytest.mark.parametrize("where", ["pictures", "elsewhere"])
+def test_a_folder_without_the_pictures_of_the_index_is_warned_of(
+    tiny_folder: Any, tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, where: str
+) -> None:
+    for name in ("pictures", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png())
+    embed(tmp_path / "pictures", tiny_base("clip"), tmp_path / "vectors")
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    monkeypatch.setattr("trimtab.serve.http.run._run", lambda server, listener: None)
+    monkeypatch.setattr("trimtab.serve.http.run._log_to_stderr", lambda: None)
+    with caplog.at_level("WARNING"):
+        serve(
+            str(tiny_folder("clip")), index=tmp_path / "index", pictures=tmp_path / where, port=0, device="cpu",
+            tell=lambda line: None,
+        )  # fmt: skip
+    assert (str(tmp_path / where / "a.png") in caplog.text) == (where == "elsewhere")
+
+
 def test_names_of_models(tmp_path: Path) -> None:
     (tmp_path / "language-zh").mkdir()
     assert served_name(f"{tmp_path}/language-zh/") == "language-zh"
@@ -226,8 +245,9 @@ def test_answers_that_are_not_read_have_large_requests_wait(
     serve_in_a_thread(tiny_folder("clip"), monkeypatch, use)
 
 
-def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
-    tiny_folder: Callable[[str], Path], tmp_path: Path, tiny_base: Callable[[str], Any]
+@pytest.mark.parametrize("ending", [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
+def test_the_command_answers_and_finishes_what_it_began(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, tiny_base: Callable[[str], Any], ending: signal.Signals
 ) -> None:
     (tmp_path / "pictures").mkdir()
     for name, color in (("red.png", (200, 0, 0)), ("blue.png", (0, 0, 200))):
@@ -254,7 +274,7 @@ def test_the_command_answers_and_on_sigterm_finishes_what_it_began(
             other.headers["authorization"] = "Bearer key"
             while "trimtab_items_in_work 300" not in other.get("/metrics").text:
                 assert asking.is_alive()
-        server.popen.send_signal(signal.SIGTERM)
+        server.popen.send_signal(ending)
         asking.join(60)
         assert server.end() == 0
     assert answers[0].status_code == 200

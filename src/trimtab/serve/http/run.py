@@ -25,6 +25,7 @@ logger = logging.getLogger("trimtab.serve")
 
 _KEEP_ALIVE = 10  # seconds that a connection stays open without a request, or with the beginning of one
 _BACKLOG = 1024
+_LOOKED_UP = 5  # pictures of the index, at the start
 
 
 def serve(
@@ -40,7 +41,7 @@ def serve(
     device: str = "auto",
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Serve a model until Ctrl-C or SIGTERM; requests that came before are answered first.
+    """Serve a model until Ctrl-C, SIGTERM or SIGHUP; requests that came before are answered first.
 
     Args:
         model: what `trimtab.load` takes.
@@ -65,6 +66,7 @@ def serve(
     host_names = called(listener)
     unread = Unread()
     try:
+        _log_to_stderr()
         app, service = _build(model, index, pictures, names, options, device, key, host_names, unread)
         config = uvicorn.Config(
             app,
@@ -78,7 +80,6 @@ def serve(
             timeout_graceful_shutdown=max(1, round(options.timeout)),
             server_header=False,
         )
-        _log_to_stderr()
         address = _address(listener)
         tell(f"{service.name} on {address} (Ctrl-C stops it)")
         if key is None and host_names is None:
@@ -144,6 +145,13 @@ def _build(
             if not Path(pictures).is_dir():
                 raise TrimtabError(f"--pictures {pictures}: no such folder")
             thumbnails = Thumbnails(index.find, pictures)
+            first = [index.metadata(row) for row in range(min(_LOOKED_UP, len(index)))]
+            if not any(map(thumbnails.path_of, first)):
+                logger.warning(
+                    "--pictures %s: the first pictures of the index cannot be shown, as %s is not there; name the "
+                    "folder that `trimtab embed` was given, or that of its table (what lies in tar files is not shown)",
+                    pictures, Path(pictures) / (first[0].get("image") or "a picture of a text"),
+                )  # fmt: skip
     service = Service(
         model, name=served_name(model_name), options=options, classes=classes, index=index, thumbnails=thumbnails
     )
@@ -162,6 +170,9 @@ def _run(server: Any, listener: socket.socket) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as `nohup` leaves it
+        signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:

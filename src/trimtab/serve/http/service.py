@@ -47,6 +47,9 @@ class SearchIndex(Protocol):
     @property
     def model_fingerprint(self) -> str: ...
 
+    @property
+    def checksum(self) -> str: ...
+
     def __len__(self) -> int: ...
 
     def search(self, vectors: np.ndarray, k: int = 10) -> Any: ...
@@ -127,7 +130,11 @@ class Service:
             "index": None,
         }
         if self.index is not None:
-            described["index"] = {"items": len(self.index), "pictures": self.thumbnails is not None}
+            described["index"] = {
+                "items": len(self.index),
+                "pictures": self.thumbnails is not None,
+                "checksum": self.index.checksum,
+            }
         return described
 
     async def embed(self, items: Sequence[Text | Picture]) -> tuple[np.ndarray, int]:

@@ -46,7 +46,7 @@ class Thumbnails:
                 self._kept.move_to_end(id)
                 return self._kept[id]
         known = self.find(id)
-        path = None if known is None else self._path(known)
+        path = None if known is None else self.path_of(known)
         if path is None:
             raise Problem(404, "the index has no picture of this id")
         try:
@@ -59,7 +59,7 @@ class Thumbnails:
         image.save(stream, "JPEG", quality=_QUALITY)
         return self._keep(id, stream.getvalue())
 
-    def _path(self, known: Mapping[str, str]) -> Path | None:
+    def path_of(self, known: Mapping[str, str]) -> Path | None:
         """Its file, symlinks followed, if that is inside the root; found as `trimtab embed` found it."""
         try:
             path = PictureFolder(self.root).find(known.get("image") or "", file="the index", row=0)
