@@ -38,7 +38,7 @@ from PIL import Image
 
 from trimtab.adapters.adapted import load
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt
-from trimtab.config import InstanceConfig, PromptConfig, PromptRecipe
+from trimtab.config import GeneralConfig, InstanceConfig, PromptConfig, PromptRecipe
 from trimtab.data.corpora import imagenet21k_texts
 from trimtab.data.labelled import LabelledPictures
 from trimtab.data.shots import Shots, draw_shots
@@ -214,7 +214,7 @@ def thousand_classes(base: DualEncoder) -> dict[str, Any]:
     started = time.process_time()
     with torch.no_grad():
         seen = image_tokens(base, {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]})
-        config = PromptConfig(instance=InstanceConfig(heads=4, width=64))
+        config = PromptConfig(GeneralConfig("a photo of a"), InstanceConfig(heads=4, width=64))
         prompt = StructuredPrompt(config, tower, patch_width=seen.tokens.shape[2], classes=len(names))
         classes = PromptedClasses(tower, prompt, names)
         scores = classes.scores(

@@ -12,7 +12,7 @@ from tiny_adapted import save_tiny_adapted
 from trimtab.adapters.domain import DomainAdapters, save_domain
 from trimtab.adapters.prompt import StructuredPrompt
 from trimtab.adapters.prompted import save_prompt
-from trimtab.config import DomainAdapterConfig, DomainPartConfig, InstanceConfig, PromptConfig
+from trimtab.config import DomainAdapterConfig, DomainPartConfig, GeneralConfig, InstanceConfig, PromptConfig
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
 from trimtab.towers.text_encoder import TextEncoder
@@ -44,7 +44,7 @@ def save_tiny_prompt(
     folder: Path, base: DualEncoder, *, instance: bool = False, patches: bool = False, seed: int = 2
 ) -> Path:
     part = InstanceConfig(tokens=2, heads=2) if instance else None
-    config = PromptConfig(instance=part, domain=DomainPartConfig(patches=instance or patches, rate=1.0))
+    config = PromptConfig(GeneralConfig("a photo of a"), part, DomainPartConfig(patches=instance or patches, rate=1.0))
     prompt = StructuredPrompt(config, PromptTower(base), patch_width=16, classes=len(CLASSES), seed=seed)
     tiny_models.randomised(prompt, seed)
     return save_prompt(

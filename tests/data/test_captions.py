@@ -249,6 +249,23 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_entries(PairSource(str(tmp_path / "linked")))
 
 
+@pytest.mark.parametrize(
+    ("names", "captions"),
+    [
+        (("banana", "T-shirt"), ["a photo of a banana", "a photo of a T-shirt"]),
+        (("香蕉", "T恤"), ["一张香蕉的照片", "一张T恤的照片"]),
+        (("банан", "кот"), ["банан", "кот"]),
+    ],
+)
+def test_without_templates_names_have_one_that_goes_with_their_script(
+    names: tuple[str, str], captions: list[str], tmp_path: Path
+) -> None:
+    rows = [(f"{number}.png", name) for number, name in enumerate(names)]
+    table = write_table(tmp_path / "t.csv", rows, ("image", "label"))
+    entries = read_entries(PairSource(str(table), label="label"))
+    assert [list(entry.texts) for entry in entries] == [[caption] for caption in captions]
+
+
 def test_labels_templates_and_descriptions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [("a.png", "Golden-Delicious"), ("b.png", " milk "), ("c.png", ""), ("d.png", "{}")]
     table = write_table(tmp_path / "t.csv", rows, ("image", "label"))

@@ -84,3 +84,12 @@ def test_the_digest_is_of_what_decides_the_weights() -> None:
         assert recipe_digest(recipe_from_mapping({**DOMAIN, **same}, "here")) == plain
     for other in ({"seed": 1}, {"method": "probe"}, {"training": {"epochs": 3}}, {"bank": {"gamma": 2}}):
         assert recipe_digest(recipe_from_mapping({**DOMAIN, **other}, "here")) != plain
+
+
+def test_captions_that_the_script_chooses_leave_the_digest_as_it_was() -> None:
+    named = {"path": "pairs.csv", "label": "label", "templates": ["a photo of a {}"]}
+    digests = {
+        recipe_digest(recipe_from_mapping({**DOMAIN, "data": {"train": source, "validation": source}}, "here"))
+        for source in (named, {"path": "pairs.csv", "label": "label"})
+    }
+    assert len(digests) == 1

@@ -32,7 +32,8 @@ from trimtab.evaluation.blocks import Lines
 from trimtab.recipes import prompt as prompt_recipe
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.evaluate import evaluate_classification
-from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt
+from trimtab.recipes.folders import recipe_digest
+from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt, settled
 from trimtab.recipes.prompt_report import as_seen, curves
 from trimtab.tasks.prompt import PromptTask
 from trimtab.towers.prompting import PromptTower, _no_patches
@@ -450,6 +451,22 @@ def test_prompts_are_not_trained_on_prompts(
 def test_parts_that_do_not_go_together(toy: Callable[..., Path], changes: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         adapt(toy(**changes))
+
+
+def test_parts_that_do_not_go_together_are_refused_before_pictures_are_encoded(
+    toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.recipes.prompt_features.PictureFeatures.fill", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(RecipeError, match=r"prompt\.instance\.layer=9,.*\(or -1 to -2\): set prompt\.instance\.layer"):
+        adapt(toy(prompt={"instance": {"layer": 9}}))
+
+
+def test_names_and_base_settle_what_a_recipe_leaves_to_them(places: tuple[Path, Path], tmp_path: Path) -> None:
+    given = toy_recipe(*places, tmp_path, prompt={"general": {"init": "a photo of a"}, "instance": {"layer": 1}})
+    left = toy_recipe(*places, tmp_path, prompt={"general": {"init": "auto"}, "instance": {"layer": -1}})
+    assert recipe_digest(settled(left, ["cat", "dog"], 2)) == recipe_digest(given)
+    assert settled(given, ["猫"], 2) == given
+    assert settled(left, ["猫", "狗"], 2).prompt.general.init == "这张图片里有"
 
 
 def test_a_tower_without_patches_takes_no_instance_prompts(

@@ -62,7 +62,8 @@ class VisualAttention(nn.Module):
         inner = config.width or width
         if inner % config.heads:
             raise RecipeError(
-                f"instance.heads={config.heads} does not divide the width {inner}: give instance.width, a multiple"
+                f"prompt.instance.heads={config.heads} does not divide the width {inner}: give "
+                "prompt.instance.width, a multiple"
             )
         self.heads = config.heads
         self.norm = nn.LayerNorm(patch_width, elementwise_affine=False)
@@ -203,18 +204,18 @@ class StructuredPrompt(nn.Module):
     ) -> VisualAttention | MetaToken | None:
         if config is None:
             return None
-        if config.layer >= tower.layers:
+        if not 0 <= config.layer < tower.layers:
             raise RecipeError(
-                f"instance.layer={config.layer}, but the text tower of {tower.base.name} has the layers 0 to "
-                f"{tower.layers - 1}"
+                f"prompt.instance.layer={config.layer}, but the text tower of {tower.base.name} has the layers 0 to "
+                f"{tower.layers - 1} (or -1 to -{tower.layers}): set prompt.instance.layer to one of them"
             )
         width = tower.state_width if config.layer else tower.width
         if config.kind == "meta":
             return MetaToken(config, dim, width)
         if config.tokens > len(self.general):
             raise RecipeError(
-                f"instance.tokens={config.tokens} shift as many context tokens, but general has {len(self.general)}: "
-                "give general.tokens, or fewer instance.tokens"
+                f"prompt.instance.tokens={config.tokens} shift as many context tokens, but general has "
+                f"{len(self.general)}: give prompt.general.tokens, or fewer prompt.instance.tokens"
             )
         return VisualAttention(config, patch_width, width)
 
@@ -222,12 +223,14 @@ class StructuredPrompt(nn.Module):
 def _context(config: PromptConfig, tower: PromptTower) -> Tensor:
     """Start of the context tokens (P, W): a text's embeddings, behind random ones where more are asked for."""
     general = config.general
+    if general.init == "auto":
+        raise ValueError("init=auto depends on class names: `settled` of `trimtab.recipes.prompt_fit` takes them")
     start = tower.embedded(general.init).cpu() if general.init else torch.zeros(0, tower.width)
     count = len(start) if general.tokens is None else general.tokens
     if count < len(start):
         raise RecipeError(
-            f"general.tokens={count}, but init={general.init!r} has {len(start)} tokens: give at least as many, or a "
-            "shorter text"
+            f"prompt.general.tokens={count}, but init={general.init!r} has {len(start)} tokens: give at least as many, "
+            "or a shorter text"
         )
     added = _INIT_STD * torch.randn(count - len(start), tower.width)
     return torch.cat([added, start.to(added.device)])  # of shapes alone where the prompt is built without memory

@@ -26,7 +26,8 @@ class PairSource:
         text: column (of shards: key in JSON members) with the caption; in JSONL and Parquet also a list of captions.
         label: column (or key) with a class name, which is read instead of `text`. A folder always has classes.
         root: folder of a table's pictures; null takes the folder of the table.
-        templates: captions of a class, ``{}`` standing for its name.
+        templates: captions of a class, ``{}`` standing for its name; null takes one that goes with the script of the
+            names, "a photo of a {}" with Latin.
         descriptions: table with the columns ``class`` and ``description``, whose sentences are further captions.
         share: fraction of the images to use, every caption alike; a smaller share lies within a larger one.
         limit: use at most this many images.
@@ -39,7 +40,7 @@ class PairSource:
     text: str = "text"
     label: str | None = None
     root: str | None = None
-    templates: tuple[str, ...] = ("a photo of a {}",)
+    templates: tuple[str, ...] | None = None
     descriptions: str | None = None
     share: float = 1.0
     limit: int | None = None
@@ -52,8 +53,8 @@ class PairSource:
             require(self, name, value is None or bool(value.strip()), "non-empty text, or null")
         for name in ("text", "label"):
             require(self, name, getattr(self, name) != self.image, f"another column than image={self.image!r}")
-        places = [template.count("{}") for template in self.templates]
-        require(self, "templates", set(places) == {1}, "one or more texts with exactly one {} each")
+        given = self.templates is None or {template.count("{}") for template in self.templates} == {1}
+        require(self, "templates", given, "one or more texts with exactly one {} each, or null")
         require(self, "share", 0 < self.share <= 1, "above 0 and at most 1")
         require(self, "limit", self.limit is None or self.limit >= 1, "at least 1, or null for all")
         expand_home(self, "path", "root", "descriptions")

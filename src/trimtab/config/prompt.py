@@ -79,11 +79,12 @@ class GeneralConfig:
     """Learned tokens that all classes share (context of CoOp: Zhou et al., arXiv 2109.01134).
 
     Attributes:
-        init: text whose embeddings they start from; null starts at random.
+        init: text whose embeddings they start from; ``auto`` takes one that goes with the script of the class names, "a
+            photo of a" with Latin; null starts at random.
         tokens: how many; null takes as many as `init` has. Beyond those, further ones start at random before it.
     """
 
-    init: str | None = "a photo of a"
+    init: str | None = "auto"
     tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +105,8 @@ class InstanceConfig:
             ``meta`` a sixteenth of the embedding).
         heads: attention heads; ``attention`` only.
         layer: of the text tower at which they join the other tokens. 0 is its input, as prompts are defined; a later
-            layer is another, cheaper model: what lies below is then the same for all pictures. ``attention`` only.
+            layer is another, cheaper model: what lies below is then the same for all pictures. Negative numbers
+            count from the end. ``attention`` only.
         top_k: classes of each picture, the best without these tokens, that are scored with them (in training the
             true class always is). null scores all.
     """
@@ -120,7 +122,6 @@ class InstanceConfig:
         for name in ("tokens", "heads"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "width", self.width is None or self.width >= 1, "at least 1, or null")
-        require(self, "layer", self.layer >= 0, "at least 0")
         require(self, "top_k", self.top_k is None or self.top_k >= 2, "at least 2, or null for all classes")
         if self.kind == "attention" and self.width is not None:
             require(self, "width", self.width % self.heads == 0, f"a multiple of heads={self.heads}")

@@ -18,6 +18,7 @@ from trimtab.data.images import is_address
 from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
 from trimtab.data.picture_folder import PictureFolder
+from trimtab.data.scripts import default_templates
 from trimtab.data.shards import (
     NOT_UTF8,
     PictureFile,
@@ -53,7 +54,7 @@ class SourceOptions(Protocol):
     @property
     def root(self) -> str | None: ...
     @property
-    def templates(self) -> tuple[str, ...]: ...
+    def templates(self) -> tuple[str, ...] | None: ...
     @property
     def descriptions(self) -> str | None: ...
     @property
@@ -329,7 +330,8 @@ def _with_class_captions(entries: list[Entry], source: SourceOptions) -> list[En
     names = dict.fromkeys(clean_text(text) for entry in entries for text in entry.texts)
     named = [name for name in names if name]
     sentences = _descriptions(source, named)
-    captions = {name: [*fill_all(source.templates, [name]), *sentences.get(fold_name(name), [])] for name in named}
+    templates = default_templates(named)[1][:1] if source.templates is None else source.templates
+    captions = {name: [*fill_all(templates, [name]), *sentences.get(fold_name(name), [])] for name in named}
     return [
         entry._replace(texts=[caption for text in entry.texts for caption in captions.get(clean_text(text), [""])])
         for entry in entries

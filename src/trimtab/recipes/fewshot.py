@@ -36,8 +36,9 @@ from trimtab.recipes.decoding import decoding
 from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
-from trimtab.recipes.prompt_fit import ahead, right
+from trimtab.recipes.prompt_fit import ahead, right, settled
 from trimtab.towers.dual_encoder import DualEncoder
+from trimtab.towers.prompting import PromptTower
 from trimtab.training.distributed import check_alone, make_accelerator
 from trimtab.training.trackers import progress_reporter
 
@@ -122,6 +123,8 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
     warn_of_copies(data.train, name="training")
     warn_of_unjudged(*draws.values())
     base = load(recipe.base, device=str(make_accelerator().device))
+    if not set(plan.methods).isdisjoint(PROMPT_METHODS):
+        recipe = settled(recipe, data.train.classes, PromptTower(base).layers)
     dataset = plan.dataset or dataset_name(recipe)
     drawn_by = ("reserve",) if fewer and data.validation is None else ()
     keys = {

@@ -49,6 +49,9 @@ def used(recipe: Recipe) -> dict[str, Any]:
     for part, name, unused in later:
         if part.get(name) == unused:
             part.pop(name, None)
+    for source in (*mapping["data"]["train"], *mapping["data"]["validation"]):
+        if source.get("templates", ()) is None:  # was the default; which captions came of it the pairs say
+            source["templates"] = ["a photo of a {}"]
     return mapping
 
 

@@ -39,6 +39,7 @@ from trimtab.recipes.prompt_fit import (
     new_prompt,
     new_task,
     right,
+    settled,
     steps_per_epoch,
 )
 from trimtab.recipes.prompt_report import write_prompt_report
@@ -64,9 +65,12 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
     check_no_prompts(recipe.base)
     sets = read_sets(recipe)
     base = load(recipe.base, device=str(make_accelerator().device))
+    recipe = settled(recipe, sets.train.classes, PromptTower(base).layers)
     digest = digest_of(recipe_digest(recipe), sets.train.digest, sets.validation.digest, *base.digests)
     check_checkpoints(recipe, training_folder(recipe.out), digest)
     features = frozen_features(recipe, base, sets)
+    # Parts that do not go with the tower are refused before pictures are encoded.
+    new_prompt(recipe, PromptTower(base), features["train"].patch_width, len(sets.train.classes))
     if dry_run:
         print(without_controls(plan(recipe, base, sets, features)))
         return None

@@ -23,7 +23,7 @@ from trimtab.tasks.prompt import Batch, PromptTask
 from trimtab.towers.classifier import check_class_names, class_vectors, softmax
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
-from trimtab.towers.scripts import default_templates
+from trimtab.towers.scripts import default_context, default_templates
 from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
@@ -164,9 +164,9 @@ def fit_prompt(
         TrainingStopped: see `trimtab.training.loop.train`.
     """
     started = time.monotonic()
-    recipe = recipe.resolved()
     names = check_class_names(classes)
     tower = PromptTower(base)
+    recipe = settled(recipe.resolved(), names, tower.layers)
     prompt = new_prompt(recipe, tower, train_set.features.patch_width, len(names), seed)
     if recipe.context is not None:
         first = fit_prompt(
@@ -217,6 +217,20 @@ def fit_prompt(
         fitted.validation = figures(found, labels, task.logit_scale)
     fitted.seconds = time.monotonic() - started
     return fitted
+
+
+def settled(recipe: PromptRecipe, names: Sequence[str], layers: int) -> PromptRecipe:
+    """The recipe with what it leaves to names and base: a context in their script, and a layer counted from the end.
+
+    Args:
+        layers: of the base's text tower. What it does not have is left for `new_prompt` to refuse.
+    """
+    general, instance = recipe.prompt.general, recipe.prompt.instance
+    if general.init == "auto":
+        general = replace(general, init=default_context(names))
+    if instance is not None and -layers <= instance.layer < 0:
+        instance = replace(instance, layer=instance.layer + layers)
+    return replace(recipe, prompt=replace(recipe.prompt, general=general, instance=instance))
 
 
 def new_prompt(

@@ -243,8 +243,8 @@ class PromptTower:
         placed = self.base.adapters.placed() if hasattr(self.base, "adapters") else []
         if any(site.tower == "text" for site, _ in placed):
             raise ModelError(
-                f"{self.base.name} has adapters on its text tower, and instance.layer={layer} would pass them by: set "
-                "instance.layer=0, or train the domain with tower: image alone"
+                f"{self.base.name} has adapters on its text tower, and prompt.instance.layer={layer} would pass them "
+                "by: set prompt.instance.layer=0, or train the domain with tower: image alone"
             )
         cut = TowerCut(self.base, "text", self._sites[layer])
         with self._reading(self.assemble(layout, prompt, extra)):

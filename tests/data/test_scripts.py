@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimtab.data.scripts import default_context, default_templates, is_latin
 from trimtab.data.templates import DEFAULT_TEMPLATES
-from trimtab.towers.scripts import default_templates, is_latin
 
 LATIN = (
     "a photo of a cat",
@@ -69,3 +69,9 @@ def test_the_script_of_the_names_chooses_templates(names: list[str], language: s
     found, templates = default_templates(names)
     assert found == language
     assert templates == DEFAULT_TEMPLATES.get(language, ["{}"])
+
+
+def test_a_context_ends_where_the_name_begins() -> None:
+    assert default_context(["cat", "dog"]) == "a photo of a"
+    assert default_context(["猫", "T恤"]) == "这张图片里有"
+    assert default_context(["кот"]) == "a photo of a"  # no template is known
