@@ -35,3 +35,16 @@ class Interrupted(TrainingStopped):
     def __init__(self, message: str, *, told: bool = False) -> None:
         super().__init__(message)
         self.told = told
+
+
+MORE_MEMORY = (
+    "free what other programs hold, or set CUDA_VISIBLE_DEVICES to the number of a GPU that is free, or to nothing for "
+    "the CPU"
+)
+"""What to do where memory ran out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of its GPU; torch has several ways to say so."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))

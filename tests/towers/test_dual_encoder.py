@@ -84,6 +84,23 @@ def test_threads_do_not_mix_their_texts(family: str, tiny_base: Any, two_cores: 
     np.testing.assert_allclose(embeddings, base.encode_text(texts, batch_size=2), atol=1e-6)
 
 
+def test_too_little_memory_for_a_batch_changes_no_embedding(
+    clip: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, texts = clip.encode_image(pictures), clip.encode_text(CORPUS)
+    for name in ("pixel_features", "token_features"):
+        whole = getattr(clip, name)
+
+        def small(tensors: dict[str, torch.Tensor], whole: Any = whole) -> torch.Tensor:
+            if len(next(iter(tensors.values()))) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return whole(tensors)
+
+        monkeypatch.setattr(clip, name, small)
+    np.testing.assert_allclose(clip.encode_image(pictures), images, atol=1e-6)
+    np.testing.assert_allclose(clip.encode_text(CORPUS), texts, atol=1e-6)
+
+
 def test_bad_image_stops_with_its_name(clip: Any, files: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff not a picture")

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from trimtab.towers.passes import per_pass, results
+from trimtab.errors import TrimtabError
+from trimtab.towers.passes import Passes, per_pass, results
 from trimtab.towers.turns import Turn
 
 CPU = torch.device("cpu")
@@ -102,3 +103,40 @@ def test_others_are_let_in_between_passes(two_cores: None) -> None:
     with contextlib.closing(results(lambda number: number, range(100), CPU, turn=turn)) as found:
         next(found)
     assert turn._holder is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_a_pass_that_is_too_large_for_the_memory_is_halved(error: Exception) -> None:
+    sizes = []
+
+    def run(span: slice) -> list[int]:
+        sizes.append(span.stop - span.start)
+        if sizes[-1] > 5:
+            raise error
+        return list(range(span.start, span.stop))
+
+    passes = Passes(16)
+    assert [number for some in passes.of(run, 20) for number in some] == list(range(20))
+    assert sizes == [16, 8, 4, 4, 4, 4, 4]
+    assert passes.of(run, 4) == [[0, 1, 2, 3]]  # what did not fit is not tried again
+
+
+def test_where_not_even_one_item_fits_it_is_said_what_to_do() -> None:
+    def full(_: slice) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(TrimtabError, match=r"out of memory for a single picture or text: .*CUDA_VISIBLE_DEVICES"):
+        Passes(16).of(full, 3)
+
+    def broken(_: slice) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Passes(16).of(broken, 3)

@@ -83,6 +83,21 @@ def test_tensors_and_arrays_agree(student: Any) -> None:
         np.testing.assert_allclose(states[row][mask[row]].numpy(), one, atol=1e-5)
 
 
+def test_too_little_memory_for_a_batch_changes_no_state(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = student("bert")
+    wanted = encoder.token_states(CORPUS)
+    whole = encoder._hidden_states
+
+    def small(tokens: dict[str, torch.Tensor], layers: Any) -> Any:
+        if len(tokens["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(tokens, layers)
+
+    monkeypatch.setattr(encoder, "_hidden_states", small)
+    for one, other in zip(encoder.token_states(CORPUS), wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_roberta_positions_leave_room_for_the_offset(student: Any) -> None:
     """A table of CONTEXT + 2 positions holds CONTEXT tokens, since positions start at padding_idx + 1."""
     encoder = student("xlm-roberta")

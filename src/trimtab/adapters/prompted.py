@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from trimtab.errors import DataError, ModelError
 from trimtab.towers.classifier import Classifier, Spellings, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import freeze
+from trimtab.towers.passes import Passes, rows_of
 from trimtab.towers.prompting import PromptTower, image_tokens
 
 Known = tuple[PromptedClasses, torch.Tensor]
@@ -183,15 +185,20 @@ class PromptClassifier(Classifier):
             raise DataError("this classifier looks at more of a picture than its embedding: give pictures")
         parts = [np.zeros((0, len(classes)), np.float32)]
         batches = model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error, progress=progress)
+        passes = Passes(batch_size)
+
+        def scored(pixels: dict[str, torch.Tensor], span: slice) -> np.ndarray:
+            some = rows_of(pixels, span)
+            features, tokens, mask = (
+                image_tokens(model.base, some) if needs_tokens else (model.pixel_features(some), None, None)
+            )
+            tokens = None if tokens is None else tokens.float()
+            pictures = Pictures(F.normalize(features.float(), dim=-1), tokens, mask)
+            return classes.scores(pictures, embeddings).float().cpu().numpy()
+
         for pixels in batches:
             with model.turn:
-                features, tokens, mask = (
-                    image_tokens(model.base, pixels) if needs_tokens else (model.pixel_features(pixels), None, None)
-                )
-                tokens = None if tokens is None else tokens.float()
-                pictures = Pictures(F.normalize(features.float(), dim=-1), tokens, mask)
-                scores = classes.scores(pictures, embeddings)
-            parts.append(scores.float().cpu().numpy())
+                parts += passes.of(partial(scored, pixels), len(next(iter(pixels.values()))))
         model.last_skipped = model.base.last_skipped
         return np.concatenate(parts)
 

@@ -18,6 +18,7 @@ from trimtab.cli import adapting, prompt, report, serve, vectors  # noqa: F401 -
 from trimtab.cli.app import INTERRUPTED, app
 from trimtab.cli.printing import say
 from trimtab.controls import without_controls
+from trimtab.errors import MORE_MEMORY, is_out_of_memory
 
 __all__ = ["INTERRUPTED", "app", "main"]
 
@@ -59,6 +60,9 @@ def main() -> None:
             say(f"error: cannot write {error.filename or 'the output'}: the disk is full: free some space", "bold red")
             if sys.stdout is not None:  # what it still holds would be written, and fail, once more at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(2)
+        if is_out_of_memory(error):
+            say(f"error: out of memory: give a lower --batch-size or training.batch_size, or {MORE_MEMORY}", "bold red")
             sys.exit(2)
         print(without_controls(traceback.format_exc()), end="", file=sys.stderr)
         say(f"This is a bug in trimtab {__version__}: please report it with the text above and the command.", "red")

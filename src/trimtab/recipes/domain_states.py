@@ -32,7 +32,7 @@ from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut
 from trimtab.towers.map_views import make_map_views
-from trimtab.towers.passes import per_pass
+from trimtab.towers.passes import Passes, per_pass
 from trimtab.training.trackers import progress_reporter
 
 _BATCH = 64
@@ -110,19 +110,15 @@ class ImageStates:
         site = str(self.cut.site or "features")
         precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
         parts = ["image states", self.base.fingerprint, self.base.image_input_digest, site, precision]
-        size = per_pass(_BATCH, "images", self.base.device)
+        passes = Passes(per_pass(_BATCH, "images", self.base.device))
         for view in range(self.views + 1):
             count = len(self.images) if view == 0 else self.viewed
             keys = self._keys[:count]
             place = {key: item for item, key in enumerate(keys)}
 
             def compute(some: list[str], view: int = view, place: dict[str, int] = place) -> np.ndarray:
-                return np.concatenate(
-                    [
-                        self._states([place[key] for key in some[start : start + size]], view)
-                        for start in range(0, len(some), size)
-                    ]
-                )
+                items = [place[key] for key in some]
+                return np.concatenate(passes.of(lambda span: self._states(items[span], view), len(items)))
 
             drawn = self._source.cache_parts(view)
             self._cached.append(cached_arrays(folder, [*parts, *drawn], keys, compute, progress=progress))
@@ -224,22 +220,26 @@ class TextStates:
         base, site = self.base, str(cut.site or "features")
         parts = ["text states", base.fingerprint, base.text_input_digest, site, precision]
 
+        passes = Passes(_BATCH)
+
         def lower(texts: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tokens = self.base.text_inputs(texts)
             with fast_inference(self.base.device):
                 return cut.lower(tokens), tokens
 
         def states_of(texts: list[str]) -> list[np.ndarray]:
-            found = []
-            for start in range(0, len(texts), _BATCH):
-                below, tokens = lower(texts[start : start + _BATCH])
+            def run(span: slice) -> list[np.ndarray]:
+                below, tokens = lower(texts[span])
                 states, mask = below["states"].float().cpu().numpy(), cut.token_mask(tokens).numpy()
-                found += [one[real] for one, real in zip(states, mask, strict=True)]
-            return found
+                return [one[real] for one, real in zip(states, mask, strict=True)]
+
+            return [one for some in passes.of(run, len(texts)) for one in some]
 
         def features_of(texts: list[str]) -> np.ndarray:
-            batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
-            return np.concatenate([lower(batch)[0]["features"].float().cpu().numpy() for batch in batches])
+            def run(span: slice) -> np.ndarray:
+                return lower(texts[span])[0]["features"].float().cpu().numpy()
+
+            return np.concatenate(passes.of(run, len(texts)))
 
         if cut.site is None:
             self._states = cached_vectors(folder, parts, self.captions, features_of, progress=progress)
@@ -340,6 +340,6 @@ def base_embeddings(frozen: FrozenStates, train: ImageTextPairs) -> tuple[Tensor
 @torch.no_grad()
 def embed(side: Side, items: np.ndarray, *, batch_size: int = 128) -> Tensor:
     """Unit-norm embeddings (N, D) of pictures as they are, or of captions, on the base's device."""
-    size = per_pass(batch_size, "images" if side.tower == "image" else "texts", side.base.device)
-    parts = [side.features(items[start : start + size]) for start in range(0, len(items), size)]
+    passes = Passes(per_pass(batch_size, "images" if side.tower == "image" else "texts", side.base.device))
+    parts = passes.of(lambda span: side.features(items[span]), len(items))
     return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)

@@ -23,7 +23,7 @@ from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.picture_views import PictureViews
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.passes import per_pass
+from trimtab.towers.passes import Passes, per_pass
 from trimtab.towers.prompting import image_tokens
 
 _BATCH = 64
@@ -140,10 +140,9 @@ class PictureFeatures:
         return Pictures(embeddings, tokens, mask)
 
     def _encode_all(self, positions: Sequence[int], view: int) -> np.ndarray:
-        size = per_pass(_BATCH, "images", self.base.device)
-        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+        passes = Passes(per_pass(_BATCH, "images", self.base.device))
         with fast_inference(self.base.device):
-            return np.concatenate([self._encode(batch, view) for batch in batches])
+            return np.concatenate(passes.of(lambda span: self._encode(positions[span], view), len(positions)))
 
     @torch.no_grad()
     def _encode(self, positions: Sequence[int], view: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from trimtab.data.images import ImageError, SkippedImages, StoredPicture, read_i
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
-from trimtab.towers.passes import per_pass, results
+from trimtab.towers.passes import Passes, per_pass, results, rows_of
 from trimtab.towers.publishing import hide_places
 from trimtab.towers.tokens import TextInputs
 from trimtab.towers.turns import Turn
@@ -262,10 +263,15 @@ class DualEncoder:
         Raises:
             ImageError: an image cannot be used and `on_error` is "raise".
         """
-        parts = []
+        parts: list[np.ndarray] = []
+        passes = Passes(batch_size)
+
+        def embed(pixels: dict[str, Tensor], span: slice) -> np.ndarray:
+            return self._embeddings(self.pixel_features(rows_of(pixels, span)), "an image")
+
         for pixels in self.pixel_batches(images, batch_size=batch_size, progress=progress, on_error=on_error):
             with torch.inference_mode(), self.turn:
-                parts.append(self._embeddings(self.pixel_features(pixels), "an image"))
+                parts += passes.of(partial(embed, pixels), len(next(iter(pixels.values()))))
         return np.concatenate(parts) if parts else np.zeros((0, self.embedding_dim), np.float32)
 
     def encode_text(self, texts: Iterable[str] | str, *, batch_size: int = 256, progress: bool = False) -> np.ndarray:
@@ -289,10 +295,15 @@ class DualEncoder:
         embeddings = np.zeros((len(texts), self.embedding_dim), np.float32)
         self.last_truncated = 0
         batches = self.text_inputs.batches(texts, per_pass(batch_size, "texts", self.device))
+        passes = Passes(batch_size)
 
         def embed(batch: tuple[list[int], dict[str, Tensor], list[int], int]) -> tuple[list[int], np.ndarray, int]:
             positions, tokens, _, cut = batch
-            return positions, self._embeddings(self.token_features(tokens), "a text"), cut
+
+            def run(span: slice) -> np.ndarray:
+                return self._embeddings(self.token_features(rows_of(tokens, span)), "a text")
+
+            return positions, np.concatenate(passes.of(run, len(positions))), cut
 
         # Adapted models change their base while a pass runs.
         several = type(self) is DualEncoder

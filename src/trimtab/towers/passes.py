@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from trimtab.errors import MORE_MEMORY, TrimtabError, is_out_of_memory
+
 # More of them fall out of a core's caches and are slower.
 _ON_CPU = {"images": 16, "texts": 64}
 _MOST_THREADS = 8
@@ -27,6 +29,46 @@ Result = TypeVar("Result")
 def per_pass(wanted: int, kind: str, device: torch.device) -> int:
     """How many ``images`` or ``texts`` go through a tower at once if up to `wanted` may."""
     return min(wanted, _ON_CPU[kind]) if device.type == "cpu" else wanted
+
+
+def rows_of(tensors: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    """Some rows of each tensor of a batch."""
+    return {name: tensor[rows] for name, tensor in tensors.items()}
+
+
+class Passes:
+    """Passes of so many items, and of half as many each time that memory does not do for them.
+
+    Attributes:
+        size: how many go through at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def of(self, run: Callable[[slice], Result], count: int) -> list[Result]:
+        """`run` of one span of `count` items after the other.
+
+        Raises:
+            TrimtabError: memory does not even do for one item.
+        """
+        found: list[Result] = []
+        start = 0
+        while start < count:
+            span = slice(start, min(start + self.size, count))
+            try:
+                found.append(run(span))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if span.stop - start == 1:
+                    raise TrimtabError(f"out of memory for a single picture or text: {MORE_MEMORY}") from error
+            else:
+                start = span.stop
+                continue
+            # Here, since what the error holds is free again by now.
+            self.size = (span.stop - start) // 2
+        return found
 
 
 def results(

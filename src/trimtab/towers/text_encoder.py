@@ -21,7 +21,7 @@ from trimtab.towers.early_exit import LayerStack
 from trimtab.towers.freezing import fingerprint, freeze, tokenizer_digest
 from trimtab.towers.hf import FAMILIES, is_hub_id, pick_device, pick_dtype, resolve_folder, text_inputs_for
 from trimtab.towers.parts import load_config, load_tokenizer, load_weights
-from trimtab.towers.passes import per_pass, results
+from trimtab.towers.passes import Passes, per_pass, results, rows_of
 from trimtab.towers.tokens import TextInputs, context_length
 
 if TYPE_CHECKING:
@@ -210,13 +210,18 @@ class TextEncoder:
         kept_states: list[np.ndarray] = [np.empty(0)] * len(texts)
         truncated = 0
         batches = self.text_inputs.batches(texts, per_pass(batch_size, "texts", self.device))
+        passes = Passes(batch_size)
 
         def read(batch: tuple[list[int], dict[str, Tensor], list[int], int]) -> tuple[list[int], list[np.ndarray], int]:
             positions, tokens, lengths, cut = batch
-            states = self._states(tokens, lengths, picked)[0].cpu().numpy()
-            kept = (length - len(self._prefix_span) for length in lengths)
-            # A view would keep the padding alive.
-            return positions, [row[:count].copy() for row, count in zip(states, kept, strict=True)], cut
+
+            def run(span: slice) -> list[np.ndarray]:
+                states = self._states(rows_of(tokens, span), lengths[span], picked)[0].cpu().numpy()
+                kept = (length - len(self._prefix_span) for length in lengths[span])
+                # A view would keep the padding alive.
+                return [row[:count].copy() for row, count in zip(states, kept, strict=True)]
+
+            return positions, [row for rows in passes.of(run, len(positions)) for row in rows], cut
 
         # A pass that stops early does so by hooks, which passes of other threads would run into.
         several = max(picked) == self.num_layers
