@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -349,6 +351,23 @@ def test_a_dry_run_says_what_it_would_do(
     for part in ("link: prompt", "16 for train, 16 for validation; 4 classes", "trained (", "to train (24 steps)"):
         assert part in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_for_the_cache_is_named_before_the_work(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("trimtab.recipes.estimates.shutil", full)
+    path = toy(data={"views": 1}, training={"epochs": 1})
+    for dry_run in (True, False):
+        caplog.clear()
+        adapt(path, dry_run=dry_run)
+        assert re.search(r"has 0\.0 GB: .* fewer data\.views \(now 1\), or .* TRIMTAB_CACHE", caplog.text)
+    caplog.clear()
+    capsys.readouterr()
+    adapt(path, dry_run=True)
+    assert "free         0.00 GB on its disk" in capsys.readouterr().out
+    assert "TRIMTAB_CACHE" not in caplog.text  # by now all is cached
 
 
 def test_prompts_that_add_nothing_are_named(

@@ -79,6 +79,8 @@ def adapt_domain(recipe: DomainRecipe, *, dry_run: bool = False) -> dict[str, An
             print(without_controls(plan(recipe, pairs, method, frozen, asked)))
         return None
 
+    if world.is_main:
+        frozen.room()
     before = measure(base, general) if world.is_main else {}
     clock = time.monotonic()
     frozen.fill()

@@ -63,6 +63,7 @@ def plan(recipe: DomainRecipe, pairs: DomainPairs, method: Method, frozen: Froze
         *([f"gate         {_GATES[recipe.gate.kind]}"] if recipe.method == "adapter" else []),
         *([f"memory       up to {kept:,} training pictures with their captions"] if kept else []),
         f"cache        {frozen.nbytes / 1e9:.2f} GB in {cache_home() / 'features'}",
+        f"free         {frozen.room()} on its disk",
         f"checkpoints  {checkpoint_bytes(recipe, pairs, method) / 1e9:.2f} GB each at most, two of them in "
         f"{training_folder(recipe.out)}",
         f"in memory    {in_use / 1e9:.2f} GB for weights, gradients and moments; what a batch takes comes on top",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from trimtab.config import DomainRecipe, MapViewsConfig, ViewsConfig
 from trimtab.data.cache import CachedArrays, PackedStates, Progress, cached_arrays, cached_states, cached_vectors
+from trimtab.data.cached import cached_count
 from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.shards import PictureFile
 from trimtab.errors import RecipeError
 from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
 from trimtab.recipes.domain_methods import Method
+from trimtab.recipes.estimates import room_on_disk
 from trimtab.recipes.picture_views import PictureViews
 from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
@@ -107,22 +109,24 @@ class ImageStates:
         if self.cut is None:
             return
         started = time.monotonic()
-        site = str(self.cut.site or "features")
-        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
-        parts = ["image states", self.base.fingerprint, self.base.image_input_digest, site, precision]
         passes = Passes(per_pass(_BATCH, "images", self.base.device))
         for view in range(self.views + 1):
-            count = len(self.images) if view == 0 else self.viewed
-            keys = self._keys[:count]
+            parts, keys = self._cache_of(self.cut, view)
             place = {key: item for item, key in enumerate(keys)}
 
             def compute(some: list[str], view: int = view, place: dict[str, int] = place) -> np.ndarray:
                 items = [place[key] for key in some]
                 return np.concatenate(passes.of(lambda span: self._states(items[span], view), len(items)))
 
-            drawn = self._source.cache_parts(view)
-            self._cached.append(cached_arrays(folder, [*parts, *drawn], keys, compute, progress=progress))
+            self._cached.append(cached_arrays(folder, parts, keys, compute, progress=progress))
         self.seconds = time.monotonic() - started
+
+    def _cache_of(self, cut: TowerCut, view: int) -> tuple[list[str], list[str]]:
+        """What names the cache of a view, and its items."""
+        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        parts = ["image states", self.base.fingerprint, self.base.image_input_digest]
+        parts += [str(cut.site or "features"), precision, *self._source.cache_parts(view)]
+        return parts, self._keys[: None if view == 0 else self.viewed]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,8 +140,20 @@ class ImageStates:
         """Bytes that the cache takes, from the shapes alone."""
         if self.cut is None:
             return 0
-        each = 2 * sum(int(np.prod(shape)) for shape, _ in self._layout.values())
-        return each * (len(self.images) + self.views * self.viewed)
+        return self._bytes_each * (len(self.images) + self.views * self.viewed)
+
+    def missing_bytes(self, folder: Path) -> int:
+        """Bytes of what is not in the cache yet."""
+        if self.cut is None:
+            return 0
+        caches = [self._cache_of(self.cut, view) for view in range(self.views + 1)]
+        return self._bytes_each * sum(
+            len(set(keys)) - cached_count(folder, "arrays", parts, keys) for parts, keys in caches
+        )
+
+    @property
+    def _bytes_each(self) -> int:
+        return 2 * sum(int(np.prod(shape)) for shape, _ in self._layout.values())
 
     @cached_property
     def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -203,6 +219,19 @@ class TextStates:
             each = float(self.cut.token_mask(tokens).sum()) * below["states"].shape[-1] / len(some)
         return round(2 * each * len(self.captions))
 
+    def missing_bytes(self, folder: Path) -> int:
+        """Bytes of what is not in the cache yet, as roughly."""
+        if self.cut is None or not self.captions:
+            return 0
+        kind: Literal["states", "arrays"] = "states" if self.cut.site else "arrays"
+        missing = len(set(self.captions)) - cached_count(folder, kind, self._cache_parts(self.cut), self.captions)
+        return round(self.nbytes / len(self.captions) * missing)
+
+    def _cache_parts(self, cut: TowerCut) -> list[str]:
+        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        inputs = [self.base.fingerprint, self.base.text_input_digest]
+        return ["text states", *inputs, str(cut.site or "features"), precision]
+
     def __len__(self) -> int:
         return len(self.captions)
 
@@ -216,9 +245,7 @@ class TextStates:
         if cut is None:
             return
         started = time.monotonic()
-        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
-        base, site = self.base, str(cut.site or "features")
-        parts = ["text states", base.fingerprint, base.text_input_digest, site, precision]
+        parts = self._cache_parts(cut)
 
         passes = Passes(_BATCH)
 
@@ -270,6 +297,12 @@ class FrozenStates:
     def nbytes(self) -> int:
         """Bytes that the caches take, roughly: texts are taken to be as long as the first ones."""
         return self.images.nbytes + self.texts.nbytes
+
+    def room(self) -> str:
+        """What is free on the cache's disk, and a warning where what is not in the cache yet needs more."""
+        folder = cache_home() / "features"
+        needed = self.images.missing_bytes(folder) + self.texts.missing_bytes(folder)
+        return room_on_disk(folder, needed, views=self.images.views)
 
     def fill(self) -> None:
         """Compute what is not in the cache yet.

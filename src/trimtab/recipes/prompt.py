@@ -28,7 +28,7 @@ from trimtab.errors import RecipeError
 from trimtab.files import cache_home, digest_of
 from trimtab.precision import fast_training, tune_allocator
 from trimtab.recipes.decoding import decoding
-from trimtab.recipes.estimates import about
+from trimtab.recipes.estimates import about, room_on_disk
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import (
@@ -75,6 +75,7 @@ def adapt_prompt(recipe: PromptRecipe, *, dry_run: bool = False) -> dict[str, An
         print(without_controls(plan(recipe, base, sets, features)))
         return None
 
+    room(recipe, features)
     clock = time.monotonic()
     for part in features.values():
         with progress_reporter("pictures", "pictures") as report:
@@ -214,6 +215,13 @@ def frozen_features(recipe: PromptRecipe, base: DualEncoder, sets: LabelledSets)
     }
 
 
+def room(recipe: PromptRecipe, features: dict[str, PictureFeatures]) -> str:
+    """What is free on the cache's disk, and a warning where what is not in the cache yet needs more."""
+    folder = cache_home() / "features"
+    needed = sum(part.missing_bytes(folder) for part in features.values())
+    return room_on_disk(folder, needed, views=recipe.data.views)
+
+
 def knows_domain(base: DualEncoder) -> bool:
     """Whether it was trained on pictures of a domain, alone or composed with other links."""
     return isinstance(base, DomainAdapted) or getattr(base, "domain", None) is not None
@@ -259,6 +267,7 @@ def plan(
         f"pictures     {counts}; {len(sets.train.classes):,} classes",
         f"parameters   {parameters:,} trained ({share}), the others frozen",
         f"cache        {sum(part.nbytes for part in features.values()) / 1e9:.2f} GB in {cache_home() / 'features'}",
+        f"free         {room(recipe, features)} on its disk",
         f"time         {about(passes * each)} to encode once, {about(training)} to train ({sum(steps):,} steps), "
         "without the start of class vectors and validation",
     ])  # fmt: skip

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from trimtab.adapters.prompt import Pictures
 from trimtab.config import ViewsConfig
 from trimtab.data.cache import CachedArrays, Progress, cached_arrays
+from trimtab.data.cached import cached_count
 from trimtab.data.shards import PictureFile
 from trimtab.files import cache_home
 from trimtab.precision import fast_inference, has_fast_bf16
@@ -83,26 +84,28 @@ class PictureFeatures:
         """Bytes that the cache takes."""
         return 2 * self._width * len(self._source) * (1 + self.views)
 
+    def missing_bytes(self, folder: Path) -> int:
+        """Bytes of what is not in the cache yet."""
+        keys = self._source.keys()
+        views = range(self.views + 1)
+        cached = sum(cached_count(folder, "arrays", self._cache_parts(view), keys) for view in views)
+        return 2 * self._width * (len(set(keys)) * len(views) - cached)
+
     def fill(self, folder: Path | None = None, progress: Progress | None = None) -> PictureFeatures:
         """Compute what is not in the cache yet; returns itself.
 
         Raises:
             DataError: a picture cannot be decoded any more.
         """
-        base = self.base
-        precision = "bf16" if has_fast_bf16(base.device) else "fp32"
-        tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
-        parts = [f"picture embeddings and {tokens} tokens", base.fingerprint, base.image_input_digest, precision]
         keys = self._source.keys()
         place = {key: at for at, key in enumerate(keys)}
         for view in range(self.views + 1):
-            drawn = self._source.cache_parts(view)
 
             def compute(some: list[str], view: int = view) -> np.ndarray:
                 return self._encode_all([place[key] for key in some], view)
 
             where = cache_home() / "features" if folder is None else folder
-            self._cached.append(cached_arrays(where, [*parts, *drawn], keys, compute, progress=progress))
+            self._cached.append(cached_arrays(where, self._cache_parts(view), keys, compute, progress=progress))
         return self
 
     def encode(self) -> Pictures:
@@ -124,6 +127,12 @@ class PictureFeatures:
             mine = views == view
             flat[mine] = self._cached[view][rows[mine]]
         return self._unpacked(torch.from_numpy(flat).to(self.base.device))
+
+    def _cache_parts(self, view: int) -> list[str]:
+        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
+        parts = [f"picture embeddings and {tokens} tokens", self.base.fingerprint, self.base.image_input_digest]
+        return [*parts, precision, *self._source.cache_parts(view)]
 
     @property
     def _width(self) -> int:
