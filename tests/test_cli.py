@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,17 @@ def test_options_that_do_not_go_together(arguments: tuple[str, ...], expected: s
 )
 def test_options_that_do_not_exist(arguments: tuple[str, ...]) -> None:
     assert run("evaluate", "model", *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["adapt", "fewshot"])
+def test_a_key_given_as_an_option_is_told_how_keys_are_given(command: str, recipe: Path) -> None:
+    for options, key in ((("--base", "models/clip"), "base"), (("--data.train=t.csv",), "data.train")):
+        result = run(command, recipe, *options)
+        assert result.exit_code == 2
+        said = " ".join(re.sub("[^!-~]", " ", result.output).split())
+        assert f"values of a recipe are given without dashes, as {key}=VALUE" in said
+    assert "VALUE)" not in run(command, recipe, "--unknown").output
+    assert "VALUE)" not in run("evaluate", "--base", "starter").output
 
 
 # Models

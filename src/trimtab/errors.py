@@ -39,7 +39,7 @@ class Interrupted(TrainingStopped):
 
 MORE_MEMORY = (
     "free what other programs hold, or set CUDA_VISIBLE_DEVICES to the number of a GPU that is free, or to nothing for "
-    "the CPU"
+    "the CPU, as --device cpu does"
 )
 """What to do where memory ran out."""
 

@@ -233,6 +233,26 @@ def test_an_optional_column_that_is_there_twice_is_refused(suffix: str, tmp_path
     assert len(read_rows(path, ("image",))) == 1
 
 
+@pytest.mark.parametrize(
+    ("found", "wanted", "hint"),
+    [
+        (("image", "text"), COLUMNS, "are the columns of a domain or prompt recipe"),
+        (("image", "label"), COLUMNS, "are the columns of a domain or prompt recipe"),
+        (COLUMNS, ("image", "text"), "are the columns of a language recipe"),
+        (("image", "text"), ("image", "label"), None),
+        (("zh", "en"), COLUMNS, None),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_table_of_another_link_is_told_from_its_columns(
+    suffix: str, found: tuple[str, str], wanted: tuple[str, str], hint: str | None, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / f"t{suffix}", [("a", "b")], found)
+    with pytest.raises(DataError) as error:
+        list(read_rows(table, wanted))
+    assert hint in str(error.value) if hint else "recipe" not in str(error.value)
+
+
 def test_missing_columns_of_parquet(tmp_path: Path) -> None:
     path = write_table(tmp_path / "t.parquet", [("a", "b")], ("zh", "en"))
     with pytest.raises(DataError, match="columns found: zh, en"):

@@ -85,6 +85,12 @@ def test_a_prompt_folder_is_described_by_its_classes(tmp_path: Path, tiny_base: 
     assert describe(save_tiny_prompt(tmp_path / "plain", base))["parts"] == ["general tokens from 'a photo of a'"]
 
 
+def test_a_training_folder_is_told_from_what_the_run_wrote(tmp_path: Path) -> None:
+    (tmp_path / "mine.v2.training").mkdir()
+    with pytest.raises(ModelError, match=rf"it is the training folder of {tmp_path}/mine\.v2, give that$"):
+        describe(tmp_path / "mine.v2.training")
+
+
 def test_a_composed_folder_has_the_facts_of_each_link(
     adapted: Path, tmp_path: Path, tiny_base: Callable[[str], Any]
 ) -> None:

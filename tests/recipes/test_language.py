@@ -453,6 +453,14 @@ def test_a_run_with_a_memory_looks_words_up(
     assert cosines[1].mean() > 0.95
 
 
+def test_a_run_that_gains_nothing_says_that_the_start_is_kept(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    outcome = adapt(make(adapter={"init": "ridge"}, training={"learning_rate": 1e-12}))
+    assert outcome is not None
+    assert outcome["validation"]["epoch"] == -1
+    assert "no epoch was better on validation than the start" in caplog.text
+    assert "closed-form solution is kept, and training added nothing" in caplog.text
+
+
 def test_a_memory_that_costs_match_is_weakened(
     make: Any, base: Any, student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

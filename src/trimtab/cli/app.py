@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Annotated, Any
 
@@ -36,6 +37,20 @@ class _Commands(TyperGroup):
                 "yellow",
             )
             raise typer.Exit(INTERRUPTED) from error
+        except Exception as error:
+            # By name: typer brings click, or a copy of it with classes of its own.
+            if type(error).__name__ == "NoSuchOption" and ctx.invoked_subcommand in ("adapt", "fewshot"):
+                _explain_keys(error)
+            raise
+
+
+def _explain_keys(error: Any) -> None:
+    """Say how values of a recipe are given, where an option was tried that is a key of recipes."""
+    from trimtab.config import RECIPES
+
+    key = error.option_name.lstrip("-")
+    if key.split(".")[0] in {field.name for recipe in RECIPES.values() for field in dataclasses.fields(recipe)}:
+        error.message += f" (values of a recipe are given without dashes, as {key}=VALUE)"
 
 
 def _expanded(argument: str) -> str:

@@ -235,7 +235,8 @@ class PromptRecipe:
     """The prompt link: few labelled pictures turn a base into a classifier.
 
     Attributes:
-        base: ``starter``, a transformers folder or hub id, or an adapted folder of the domain link.
+        base: ``starter``, a transformers folder or hub id, or an adapted folder of the domain link. One of the language
+            link is taken too; prompts then stand in the text tower of its base, which reads the class names.
         out: the adapted folder to write.
         method: ``structured`` trains the parts as `prompt` and `objective` say. ``coop`` is General alone with
             cross-entropy alone, and ``cocoop`` adds to it an instance part of the kind ``meta``; of `prompt` they

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,10 +336,24 @@ def check_columns(
     """
     if missing := [name for name in columns if name not in found]:
         listed = ", ".join(found) or "none"
-        raise DataError(f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{hint}")
+        raise DataError(
+            f"{path}: has no column {', '.join(map(repr, missing))}; columns found: {listed}{hint}"
+            + _other_link(found, columns)
+        )
     for name in (*columns, *optional):
         if found.count(name) > 1:
             raise DataError(f"{path}: column {name!r} stands in the header {found.count(name)} times: rename one")
+
+
+def _other_link(found: Collection[str], columns: Collection[str]) -> str:
+    """Whose a table is that has the columns of another link's recipes than are looked for."""
+    if {"target", "english"} <= set(found):
+        return "; target and english are the columns of a language recipe"
+    if {"image", "text"} <= set(found) or {"image", "label"} <= set(found):
+        # Whoever looks for one of them may only lack the other.
+        mine = {"image", "text", "label"}.isdisjoint(columns)
+        return "; image with text or label are the columns of a domain or prompt recipe" if mine else ""
+    return ""
 
 
 def _read_jsonl(path: Path, columns: list[str], optional: list[str], nullable: Sequence[str]) -> Iterator[Row]:
@@ -356,7 +370,10 @@ def _read_jsonl(path: Path, columns: list[str], optional: list[str], nullable: S
             raise DataError(f"{path}, row {number}: is not an object: write {{{_example(columns)}}}")
         if missing := [name for name in columns if name not in record]:
             listed = ", ".join(map(str, record)) or "none"
-            raise DataError(f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}")
+            raise DataError(
+                f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}"
+                + _other_link(record, columns)
+            )
         _refuse_nulls(path, number, record, filled)
         yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
 

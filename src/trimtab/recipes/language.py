@@ -148,6 +148,12 @@ def adapt_language(recipe: LanguageRecipe, *, dry_run: bool = False) -> dict[str
     if not world.is_main:
         return None
     best = dict(result.best or {})
+    if best.get("epoch", 0) < 0:
+        logger.warning(
+            "no epoch was better on validation than the start (match %.1f%%): the closed-form solution is kept, and "
+            "training added nothing; give more pairs, or lower training.learning_rate",
+            best["match"],
+        )
     if text.words is not None:
         best |= remember(task, frozen, text)
     outcome = {

@@ -164,7 +164,8 @@ def sites(base: DualEncoder, tower: TowerName, part: PartName) -> list[Site]:
     if layout.blocks is None:
         raise RecipeError(
             f"the {tower} tower of {base.name} ({module.config.model_type}) has no convolutional blocks; it has "
-            f"{len(_modules(module, layout.layers))} Transformer layers, which take kind=bottleneck or transformer"
+            f"{len(_modules(module, layout.layers))} Transformer layers, which take kind=bottleneck or "
+            "transformer, as in recipes/domain-clip.yaml"
         )
     return [
         Site(tower, part, index, f"{path}.{name}", *_block_sizes(block))

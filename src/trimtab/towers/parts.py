@@ -44,6 +44,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         hint = ""
         if list(folder.glob("open_clip_*")):
             hint = "; it holds an OpenCLIP checkpoint: turn it into one with `trimtab convert`"
+        elif folder.suffix == ".training":
+            hint = f": it is the training folder of {folder.with_suffix('')}, give that"
         raise ModelError(f"{folder} has no config.json, so it is not a transformers model folder{hint}")
     try:
         text = path.read_text(encoding="utf-8")
