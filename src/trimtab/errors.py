@@ -25,6 +25,10 @@ class TrainingStopped(TrimtabError):  # noqa: N818 - it reads as what happened
     """Training ended early for a reason in the message: NaN, collapse, no space; finished work is kept."""
 
 
+class OutOfMemory(TrimtabError, MemoryError):  # noqa: N818 - as the above
+    """Memory does not even do for one item; a training step or validation says the rest."""
+
+
 class Interrupted(TrainingStopped):
     """Training stopped because the user or a scheduler asked for it; the same command goes on.
 

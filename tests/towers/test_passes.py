@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import OutOfMemory
 from trimtab.towers.passes import Passes, per_pass, results
 from trimtab.towers.turns import Turn
 
@@ -132,7 +132,7 @@ def test_where_not_even_one_item_fits_it_is_said_what_to_do() -> None:
     def full(_: slice) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(TrimtabError, match=r"out of memory for a single picture or text: .*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(OutOfMemory, match=r"out of memory for a single picture or text: .*CUDA_VISIBLE_DEVICES"):
         Passes(16).of(full, 3)
 
     def broken(_: slice) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trimtab.errors import MORE_MEMORY, TrimtabError, is_out_of_memory
+from trimtab.errors import MORE_MEMORY, OutOfMemory, is_out_of_memory
 
 # More of them fall out of a core's caches and are slower.
 _ON_CPU = {"images": 16, "texts": 64}
@@ -50,7 +50,7 @@ class Passes:
         """`run` of one span of `count` items after the other.
 
         Raises:
-            TrimtabError: memory does not even do for one item.
+            OutOfMemory: memory does not even do for one item.
         """
         found: list[Result] = []
         start = 0
@@ -62,7 +62,7 @@ class Passes:
                 if not is_out_of_memory(error):
                     raise
                 if span.stop - start == 1:
-                    raise TrimtabError(f"out of memory for a single picture or text: {MORE_MEMORY}") from error
+                    raise OutOfMemory(f"out of memory for a single picture or text: {MORE_MEMORY}") from error
             else:
                 start = span.stop
                 continue
