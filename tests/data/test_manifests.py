@@ -279,6 +279,17 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
             read_rows(tmp_path / name, COLUMNS)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_columns_are_found_in_any_order(suffix: str, tmp_path: Path) -> None:
+    rows = [("2", "dog", "", "狗"), ("", "", "", ""), (" ", "", "\u3000", " "), ("", "cat", "x", "猫")]
+    path = write_table(tmp_path / f"t{suffix}", rows, ("weight", " english ", "more", "target"))
+    read = read_rows(path, COLUMNS, optional=("language", "weight"))
+    assert [(row.row, row.values) for row in read] == [
+        (2, {"target": "狗", "english": "dog", "language": "", "weight": "2"}),
+        (5, {"target": "猫", "english": "cat", "language": "", "weight": ""}),
+    ]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([".csv", ".tsv", ".jsonl"]), st.binary(max_size=60))
 def test_arbitrary_bytes_give_rows_or_a_data_error(suffix: str, tail: bytes) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tiny_language import toy_pairs, write_pairs
 from trimtab.config import LanguageRecipe, TextSource, recipe_from_mapping
@@ -218,6 +221,15 @@ def test_test_texts_stay_out_in_every_spelling(recipe: Any, tmp_path: Path, pack
     # Of the rows the four spelt otherwise, and the toy language's own 小猫 if it is there.
     own = sum(target in tests for target, _ in toy_pairs(100))
     assert text.counts["excluded as test texts"]["dropped"] == 4 + own
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=3), st.sampled_from([*" \n\u3000\u200d\ufe0f\u0308。.!?-_Ａİßaﬁ狗١½$"]))))
+def test_texts_are_compared_without_case_width_blanks_and_punctuation(parts: list[str]) -> None:
+    text = "".join(parts)
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    seen = "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC")
+    assert sources._normal(text) == (seen or folded), "punctuation alone stays what it is"
 
 
 def test_excluding_everything_is_an_error(recipe: Any, tmp_path: Path) -> None:

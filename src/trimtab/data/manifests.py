@@ -278,12 +278,14 @@ def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iter
     text = read_text(path)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # it guards memory, and all of the text is there
     header: list[str] | None = None
+    places: list[tuple[str, int | None]] = []  # of the columns asked for, in a row
     for start, fields, unclosed in tsv_records(text) if tab else _csv_records(path, text):
-        if not any(field.strip() for field in fields):  # as spreadsheets leave them below the last row
+        if not "".join(fields).strip():  # as spreadsheets leave them below the last row
             continue
         if header is None:
             header = [name.strip() for name in fields]
             check_columns(path, header, columns, _separator_hint(fields, tab), optional)
+            places = [(name, header.index(name) if name in header else None) for name in (*columns, *optional)]
             continue
         if len(fields) != len(header):
             quote = "; a quote opens in this row and is not closed before the next" if unclosed else ""
@@ -291,8 +293,7 @@ def _read_delimited(path: Path, columns: list[str], optional: list[str]) -> Iter
                 f"{path}, row {start}: has {len(fields)} fields, the header has {len(header)} "
                 f"({', '.join(header)}): quote fields that hold the separator{quote}"
             )
-        record = dict(zip(header, fields))
-        yield Row(start, {name: record.get(name, "") for name in (*columns, *optional)})
+        yield Row(start, {name: "" if place is None else fields[place] for name, place in places})
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Record]:

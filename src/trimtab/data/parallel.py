@@ -181,7 +181,9 @@ def read_parallel(
 
 def clean_text(text: str) -> str:
     """Drop control characters and byte-order marks, turn every run of white space into one blank, strip; in NFC."""
-    return unicodedata.normalize("NFC", " ".join(_JUNK.sub("", text).split()))
+    if not text.isprintable() or "  " in text or text != text.strip():  # most texts have nothing to drop
+        text = " ".join(_JUNK.sub("", text).split())
+    return unicodedata.normalize("NFC", text)
 
 
 def clean(
@@ -328,9 +330,11 @@ def _groups(pairs: ParallelText) -> np.ndarray:
 
 def says_nothing(text: str) -> bool:
     """Whether there is nothing to see: joiners, direction marks, variation selectors are no text by themselves."""
+    if text[:1].isalnum():  # as most texts begin
+        return False
     return not any(unicodedata.category(char)[0] not in "CZ" and char not in _SELECTORS for char in text)
 
 
 def _length_ratio(target: str, english: str) -> float:
-    sizes = sorted(len(text.encode()) + _RATIO_OFFSET for text in (target, english))
-    return sizes[1] / sizes[0]
+    shorter, longer = sorted((len(target.encode()), len(english.encode())))
+    return (longer + _RATIO_OFFSET) / (shorter + _RATIO_OFFSET)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
 import random
 import unicodedata
@@ -249,16 +248,21 @@ def _refuse_none(train: ParallelText, reason: str) -> None:
         raise DataError(f"no pair is left to train on: {reason}")
 
 
-@functools.lru_cache(maxsize=65536)
-def _is_mark(character: str) -> bool:
-    """Punctuation, blanks and invisible signs."""
-    return unicodedata.category(character)[0] in "PZC"
+class _WithoutMarks(dict[int, int | None]):
+    """For `str.translate`: drops punctuation, blanks and invisible signs. Each character is looked up once."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZC" else code
+        return self[code]
+
+
+_WITHOUT_MARKS = _WithoutMarks()
 
 
 def _normal(text: str) -> str:
     """What two sentences share that differ only in case, punctuation, blanks or width of letters."""
     plain = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(character for character in plain if not _is_mark(character)) or plain
+    return plain.translate(_WITHOUT_MARKS) or plain
 
 
 def _exclude(text: ParallelText, test_texts: Collection[str]) -> tuple[ParallelText, dict[str, int]]:
