@@ -130,8 +130,10 @@ def test_offsets_equal_their_formulas() -> None:
     of_rows, of_columns = hubness_offsets(rows, columns, "csls", chunk=5)
     assert of_rows == pytest.approx(np.sort(cosine, axis=1)[:, -10:].mean(axis=1) / 2, abs=1e-6)
     assert of_columns == pytest.approx(np.sort(cosine.T, axis=1)[:, -10:].mean(axis=1) / 2, abs=1e-6)
+    of_rows, of_columns = hubness_offsets(rows, columns, "dual_softmax", logit_scale=20, chunk=5)
+    assert of_rows == pytest.approx(np.log(np.exp(20 * cosine).sum(axis=1)) / 40, abs=1e-6)
+    assert of_columns == pytest.approx(np.log(np.exp(20 * cosine).sum(axis=0)) / 40, abs=1e-6)
     # Ranking by cosine minus the offset is ranking by the product of the two softmaxes.
-    _, of_columns = hubness_offsets(rows, columns, "dual_softmax", logit_scale=20, chunk=5)
     logits = 20 * cosine
     both = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) * np.exp(logits) / np.exp(logits).sum(axis=0)
     assert np.array_equal(np.argsort(cosine - of_columns, axis=1), np.argsort(both, axis=1))

@@ -140,10 +140,8 @@ def hubness_offsets(
         return np.zeros(len(rows)), np.zeros(len(columns))
     if method == "csls":
         return _mean_nearest(rows, columns, chunk) / 2, _mean_nearest(columns, rows, chunk) / 2
-    return (
-        _log_sum_exp(rows, columns, logit_scale, chunk) / (2 * logit_scale),
-        _log_sum_exp(columns, rows, logit_scale, chunk) / (2 * logit_scale),
-    )
+    of_rows, of_columns = _log_sum_exp(rows, columns, logit_scale, chunk)
+    return of_rows / (2 * logit_scale), of_columns / (2 * logit_scale)
 
 
 def nearest(
@@ -214,11 +212,16 @@ def _mean_nearest(candidates: np.ndarray, queries: np.ndarray, chunk: int) -> np
     return means
 
 
-def _log_sum_exp(candidates: np.ndarray, queries: np.ndarray, scale: float, chunk: int) -> np.ndarray:
+def _log_sum_exp(rows: np.ndarray, columns: np.ndarray, scale: float, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of scale * cosine, over the columns for each row (N,) and over the rows for each column (M,)."""
     # Cosines are at most 1, so exp(scale * (cosine - 1)) cannot overflow; float64 keeps the small ones.
-    sums = np.zeros(len(candidates))
-    for some in spans(len(candidates), chunk):
-        for part in spans(len(queries), chunk):
-            cosine = (candidates[some] @ queries[part].T).astype(np.float64)
-            sums[some] += np.exp(scale * (cosine - 1)).sum(axis=1)
-    return np.log(np.maximum(sums, 1e-300)) + scale
+    of_rows, of_columns = np.zeros(len(rows)), np.zeros(len(columns))
+    for across in spans(len(rows), chunk):
+        for down in spans(len(columns), chunk):
+            terms = (rows[across] @ columns[down].T).astype(np.float64)
+            terms -= 1  # in place, as a block is large
+            terms *= scale
+            np.exp(terms, out=terms)
+            of_rows[across] += terms.sum(axis=1)
+            of_columns[down] += terms.sum(axis=0)
+    return np.log(np.maximum(of_rows, 1e-300)) + scale, np.log(np.maximum(of_columns, 1e-300)) + scale
