@@ -26,6 +26,7 @@ from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
 from trimtab.towers.passes import Passes, per_pass, results, rows_of
 from trimtab.towers.publishing import hide_places
+from trimtab.towers.resizing import shrunk
 from trimtab.towers.tokens import TextInputs
 from trimtab.towers.turns import Turn
 
@@ -405,7 +406,7 @@ class DualEncoder:
         if max(image.size) > _MAX_ASPECT * min(image.size):
             size = f"{image.width}x{image.height}"
             raise ImageError(f"<image {size}>", f"is too narrow ({size}): crop it to at most {_MAX_ASPECT}:1")
-        return dict(self.image_processor(images=[image], return_tensors="pt"))
+        return dict(self.image_processor(images=[shrunk(image, self.image_processor)], return_tensors="pt"))
 
     # Saving
 
