@@ -12,7 +12,7 @@ from PIL import Image
 
 from tiny_pictures import jpeg_segment, many_scans, tiled_tiff
 from trimtab.data.bombs import count_scans, tile_of_tiff
-from trimtab.data.images import ImageError, read_image
+from trimtab.data.images import ImageError, check_image, read_image
 
 COMMENT, APP1 = 0xFE, 0xE1
 
@@ -47,6 +47,8 @@ def test_many_scans_are_refused_before_they_are_decoded(tmp_path: Path, monkeypa
     bomb = many_scans(usual, 101 - scans(usual))
     (tmp_path / "bomb.jpg").write_bytes(bomb)
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("was decoded"))
+    with pytest.raises(ImageError, match="scans: save it again"):
+        check_image(bomb)
     for source in (bomb, tmp_path / "bomb.jpg", Image.open(io.BytesIO(bomb))):
         with pytest.raises(ImageError, match="takes too long to decode safely: more than 100 scans: save it again"):
             read_image(source)

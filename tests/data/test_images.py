@@ -7,6 +7,7 @@ import pickle
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
 from tiny_pictures import bmp_with_alpha, tiff_of_12_bits
-from trimtab.data.images import ImageError, SkippedImages, read_image, read_images
+from trimtab.data import images
+from trimtab.data.images import ImageError, SkippedImages, check_image, read_image, read_images
 from trimtab.errors import DataError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -391,3 +393,51 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(data: bytes, changes: li
         broken[position % len(broken)] = value
     with contextlib.suppress(ImageError):  # any other error fails the test
         assert read_image(bytes(broken), max_pixels=1_000_000).mode == "RGB"
+
+
+def reason(data: bytes, read: Callable[..., object]) -> str:
+    try:
+        read(data, max_pixels=1_000_000)
+    except ImageError as error:
+        return error.reason
+    return ""
+
+
+JPEGS = [
+    encoded(noise(size, mode), "JPEG", **options)
+    for size in ((24, 18), (131, 67))
+    for mode in ("RGB", "L", "CMYK")
+    for options in ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3})
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from([*JPEGS, *GOOD]),
+    st.lists(st.tuples(st.integers(0, 20_000), st.binary(min_size=1, max_size=3)), max_size=4),
+    st.one_of(st.just(0), st.integers(0, 40), st.integers(0, 20_000)),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_check_refuses_what_reading_refuses(data: bytes, changes: list[tuple[int, bytes]], cut: int) -> None:
+    broken = bytearray(data)
+    for position, values in changes:
+        at = position % len(broken)
+        broken[at : at + len(values)] = values
+    del broken[len(broken) - cut % len(broken) :]
+    assert reason(bytes(broken), check_image) == reason(bytes(broken), read_image)
+
+
+def test_a_jpeg_is_checked_at_an_eighth_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [], images._decode
+
+    def watched(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+        decoded.append(decode(image, name, max_pixels).size)
+        return decode(image, name, max_pixels)
+
+    monkeypatch.setattr(images, "_decode", watched)
+    photo = noise((640, 483))
+    assert check_image(encoded(photo, "JPEG", progressive=True)) == (640, 483)
+    assert check_image(encoded(photo, "PNG")) == (640, 483)
+    assert decoded == [(80, 61), (640, 483)]
+    with pytest.raises(ImageError, match="640x483 pixels"):
+        check_image(encoded(photo, "JPEG"), max_pixels=300_000)

@@ -270,7 +270,8 @@ def test_the_second_run_does_not_decode_again(folder: Path, monkeypatch: pytest.
     (folder / "003.png").write_bytes(b"nothing")
     source = PairSource(str(write_table(folder / "t.csv", [(f"{i:03}.png", f"caption {i}") for i in range(6)])))
     pairs = load_pairs([source], notes=folder / "notes")
-    monkeypatch.setattr(PictureFile, "read", lambda self: pytest.fail("decoded again"))
+    for way in ("check", "read"):
+        monkeypatch.setattr(PictureFile, way, lambda self: pytest.fail("decoded again"))
     again = load_pairs([source], notes=folder / "notes")
     assert listed(again) == listed(pairs)
     assert (again.counts, again.dropped, again.digest) == (pairs.counts, pairs.dropped, pairs.digest)

@@ -320,7 +320,8 @@ def test_damaged_pictures_are_found_and_noted(tmp_path: Path, monkeypatch: pytes
     assert found[pictures[3]] == "is too narrow (1001x2)"
 
     with monkeypatch.context() as patch:
-        patch.setattr(PictureFile, "read", lambda self: pytest.fail("decoded again"))
+        for way in ("check", "read"):
+            patch.setattr(PictureFile, way, lambda self: pytest.fail("decoded again"))
         assert find_damaged(pictures, notes) == found
     (tmp_path / "c.png").write_bytes(picture_bytes(7))
     assert list(find_damaged(pictures, notes)) == [pictures[1], pictures[3]], "a changed file is looked at again"
@@ -328,6 +329,18 @@ def test_damaged_pictures_are_found_and_noted(tmp_path: Path, monkeypatch: pytes
         note.write_text("[[99, 1]]")
     assert list(find_damaged(pictures, notes)) == [pictures[1], pictures[3]], "a damaged note is made anew"
     assert find_damaged([], notes) == {}
+
+
+def test_a_check_that_fails_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: PictureFile) -> tuple[int, int]:
+        raise ImageError(str(self), "cannot be scaled, as lossless JPEGs cannot")
+
+    save_pictures(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    monkeypatch.setattr(PictureFile, "check", check)
+    found = find_damaged(pictures := [PictureFile(tmp_path / name, name) for name in ("a.png", "b.png")])
+    assert list(found) == pictures[1:]
+    assert "not an image" in found[pictures[1]]
 
 
 def test_picture_names() -> None:
@@ -341,16 +354,16 @@ def test_many_pictures_are_noted_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
     save_pictures(tmp_path, names)
     (tmp_path / "e.png").write_bytes(b"nothing")
     pictures = [PictureFile(tmp_path / name, name) for name in names]
-    original, told, decoded = PictureFile.read, [], []
+    original, told, decoded = PictureFile.check, [], []
 
-    def read(self: PictureFile) -> Image.Image:
+    def check(self: PictureFile) -> tuple[int, int]:
         if self.name == "d.png" and "d.png" not in decoded:
             decoded.append("d.png")
             raise KeyboardInterrupt
         decoded.append(self.name)
         return original(self)
 
-    monkeypatch.setattr(PictureFile, "read", read)
+    monkeypatch.setattr(PictureFile, "check", check)
     with pytest.raises(KeyboardInterrupt):
         find_damaged(pictures, tmp_path / "notes", lambda *at: told.append(at))
     assert told == [(2, 5)]

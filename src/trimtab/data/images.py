@@ -10,9 +10,9 @@ import stat
 import struct
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypeAlias
+from typing import BinaryIO, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import (
@@ -33,6 +33,7 @@ from trimtab.errors import DataError
 DEFAULT_MAX_PIXELS = 120_000_000
 _MAX_SCANS = 100  # of a JPEG; encoders write ten or so
 
+T = TypeVar("T")
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | StoredPicture"
 
 # Importing the plugin registers its format with Pillow; no other plugin is ever asked to parse a file.
@@ -163,8 +164,29 @@ def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         return _decode(source, str(name), max_pixels)
     if isinstance(source, StoredPicture):
         return source.read(max_pixels=max_pixels)
+    return _read_encoded(source, max_pixels, _decode)
+
+
+def check_image(source: str | Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Decode one picture as `read_image` does, a JPEG at an eighth of its size, which takes a fraction of the time.
+
+    All of a JPEG is gone through nonetheless, so what is damaged fails here too. A few that are whole fail here alone,
+    such as lossless ones, which no decoder scales.
+
+    Returns:
+        Width and height as they are stored.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    return _read_encoded(source, max_pixels, _check)
+
+
+def _read_encoded(
+    source: str | os.PathLike[str] | bytes, max_pixels: int, use: Callable[[Image.Image, str, int], T]
+) -> T:
     if isinstance(source, (bytes, bytearray)):
-        return _read_stream(io.BytesIO(source), f"<{len(source)} bytes>", max_pixels)
+        return _read_stream(io.BytesIO(source), f"<{len(source)} bytes>", max_pixels, use)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"<{type(source).__name__}>", "not a path, bytes, PIL image or NumPy array")
     name = source if isinstance(source, str) else str(Path(source))
@@ -177,7 +199,7 @@ def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(name, "is not a regular file")
         with Path(source).open("rb") as stream:
-            return _read_stream(stream, name, max_pixels)
+            return _read_stream(stream, name, max_pixels, use)
     except FileNotFoundError:
         raise ImageError(name, "no such file") from None
     except (OSError, ValueError) as error:
@@ -219,7 +241,7 @@ def read_images(
         yield index, image
 
 
-def _read_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _read_stream(stream: BinaryIO, name: str, max_pixels: int, use: Callable[[Image.Image, str, int], T]) -> T:
     prefix = stream.read(512)
     if not prefix:
         raise ImageError(name, "the file is empty")
@@ -240,7 +262,7 @@ def _read_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
             raise
         except Exception as error:  # decoders fail in every way on arbitrary bytes
             raise ImageError(name, _explain(error, format_name, max_pixels)) from error
-        return _decode(image, name, max_pixels)
+        return use(image, name, max_pixels)
 
 
 def _is_rightly(format_name: str, prefix: bytes) -> bool:
@@ -261,6 +283,14 @@ def _no_bomb_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
+
+
+def _check(image: Image.Image, name: str, max_pixels: int) -> tuple[int, int]:
+    width, height = image.size
+    if width * height <= max_pixels:  # else it is to be refused by its full size
+        image.draft(None, (1, 1))  # of the formats here JPEG alone knows it
+    _decode(image, name, max_pixels)
+    return width, height
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:

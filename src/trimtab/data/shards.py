@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from PIL import Image
 
-from trimtab.data.images import DEFAULT_MAX_PIXELS, ImageError, StoredPicture, is_address, read_image
+from trimtab.data.images import DEFAULT_MAX_PIXELS, ImageError, StoredPicture, check_image, is_address, read_image
 from trimtab.errors import DataError
 from trimtab.files import digest_of, write_json
 
+T = TypeVar("T")
 UNREADABLE_SUFFIXES = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".svg")
 """Of pictures in formats that are not read: they are counted and listed, not passed over."""
 PICTURE_SUFFIXES = (
@@ -98,12 +99,19 @@ class PictureFile(StoredPicture):
         Raises:
             ImageError: it is missing, or no whole picture of a known format.
         """
+        return self._by(lambda source: read_image(source, max_pixels=max_pixels))
+
+    def check(self) -> tuple[int, int]:
+        """Width and height of what can be read, as `trimtab.data.images.check_image`."""
+        return self._by(check_image)
+
+    def _by(self, reader: Callable[[Path | bytes], T]) -> T:
         if self.offset is None:
-            return read_image(self.path, max_pixels=max_pixels)
+            return reader(self.path)
         if self.length > _MAX_MEMBER:
             raise ImageError(str(self), f"has {self.length >> 20} MB, the limit is {_MAX_MEMBER >> 20} MB")
         try:
-            return read_image(self.read_bytes(), max_pixels=max_pixels)
+            return reader(self.read_bytes())
         except ImageError as error:
             raise ImageError(str(self), error.reason) from None
         except OSError as error:
@@ -350,9 +358,16 @@ def _state(picture: PictureFile) -> str:
 
 
 def _why_unusable(picture: PictureFile) -> str:
+    with contextlib.suppress(ImageError):
+        if not _is_narrow(*picture.check()):
+            return ""
+    # What is not plainly usable is read in full, whose word counts.
     try:
         width, height = picture.read().size
     except ImageError as error:
         return error.reason
-    narrow = max(width, height) > _MAX_ASPECT * min(width, height)
-    return f"is too narrow ({width}x{height})" if narrow else ""
+    return f"is too narrow ({width}x{height})" if _is_narrow(width, height) else ""
+
+
+def _is_narrow(width: int, height: int) -> bool:
+    return max(width, height) > _MAX_ASPECT * min(width, height)
