@@ -77,6 +77,29 @@ def test_the_order_does_not_matter(base: Any, folders: dict[str, Path]) -> None:
     assert put(base, a, b).fingerprint == put(base, b, a).fingerprint
 
 
+def test_a_model_is_saved_from_where_it_was_loaded(
+    base: Any, student: TextEncoder, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another folder of the same name may lie in what is the current one by then."""
+    for project, seed in (("here", 1), ("there", 5)):
+        save_tiny_domain(tmp_path / project / "shop", base, seed=seed)
+        for link in ("language", "prompt"):
+            shutil.copytree(folders[link], tmp_path / project / link)
+    monkeypatch.chdir(tmp_path / "here")
+    put(base, Path("shop"), Path("language"), student=student).save_pretrained("all")
+    models = {name: load_adapted(name, base=base) for name in ("shop", "prompt")}
+    models["language"] = load_adapted("language", base=base, student=student)
+    models["all"] = put(base, Path("all"), student=student)
+    monkeypatch.chdir(tmp_path / "there")
+    shutil.rmtree("prompt")
+    shutil.rmtree("language")
+    for name, model in models.items():
+        assert model.name == name
+        model.save_pretrained(tmp_path / "saved" / name)
+    assert load_adapted(tmp_path / "saved" / "shop", base=base).fingerprint == models["shop"].fingerprint
+    assert put(base, tmp_path / "saved" / "all", student=student).fingerprint == models["all"].fingerprint
+
+
 def test_english_through_the_adapter_stays_so(base: Any, student: Any, folders: Any, tmp_path: Path) -> None:
     other = save_language(tmp_path / "zh", base, student, english="adapter")
     model = put(base, other, folders["domain"])

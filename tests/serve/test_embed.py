@@ -327,6 +327,14 @@ def test_an_unknown_model(photos: Path, tmp_path: Path) -> None:
         embed(photos, "./no-such-model", tmp_path / "e")
 
 
+def test_a_folder_is_read_from_where_it_was_opened(model: Any, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    embed(photos, model, "e")
+    opened = Embeddings.open("e")
+    monkeypatch.chdir(photos)
+    assert sum(len(vectors) for _, vectors in opened.blocks()) == 10
+
+
 # Going on
 
 

@@ -19,6 +19,7 @@ from trimtab.adapters.files import (
     find_place,
     is_adapted_folder,
     is_composed_folder,
+    lasting_place,
     read_adapter,
     rebuilt,
     saved_folder,
@@ -71,7 +72,7 @@ class LanguageAdapted(DualEncoder):
         self.english = english
         self.name = name or base.name
         self._known_fingerprint = "", ""
-        self.folder = folder
+        self.folder = lasting_place(folder)
         self.text_inputs = student.text_inputs
         self.adapter.to(base.device)
         self.student.to(base.device)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from trimtab.adapters.adapted import LanguageAdapted
 from trimtab.adapters.domain import DomainAdapted
+from trimtab.adapters.files import lasting_place
 from trimtab.adapters.prompt import Pictures, PromptedClasses
 from trimtab.adapters.prompted import PromptAdapted
 from trimtab.errors import DataError
@@ -68,7 +69,7 @@ class Composed(DualEncoder):
         self.aliases = dict(aliases or {})
         self._alias_spellings = Spellings(self.aliases)
         self.name = name or base.name
-        self.folder = folder
+        self.folder = lasting_place(folder)
         if self.aliases:
             _check_aliases(self.aliases, prompt)
         self._known_fingerprint = "", ""

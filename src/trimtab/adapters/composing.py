@@ -162,8 +162,8 @@ def _check_prompt(
     trained = f"{described.folder} holds prompts that were trained on {own!r}"
     if domain is not None and described.base.fingerprint in _fingerprints(base, language):
         raise ModelError(
-            f"{trained}, without the domain link {domain.folder}: its adapters move pictures and texts away from where "
-            f"these prompts learned to find them. Train the prompts again with base={domain.folder}, or leave one out"
+            f"{trained}, without the domain link {domain.name}: its adapters move pictures and texts away from where "
+            f"these prompts learned to find them. Train the prompts again with base={domain.name}, or leave one out"
         )
     if is_adapted_folder(own) or is_composed_folder(own):
         raise ModelError(f"{trained}, and that is not among the links: give that folder too, as it was then")
@@ -240,7 +240,7 @@ def _check_fingerprint(model: Composed, folder: Path) -> None:
 
 
 def _card(model: Composed) -> str:
-    lines = [f"- `{name}/`, from `{Path(link.folder).name}`" for name, link in model.links.items()]
+    lines = [f"- `{name}/`, from `{Path(link.name).name}`" for name, link in model.links.items()]
     aliases = f"\n{len(model.aliases)} other names of classes are in `{COMPOSED_FILE}`.\n" if model.aliases else ""
     student = [model.links["language"].student.name] if "language" in model.links else []
     head = card_head(["clip", *model.links], models=[model.base.name, *student])

@@ -21,6 +21,7 @@ from trimtab.adapters.files import (
     DESCRIPTION_FILE,
     AdapterFile,
     BaseReference,
+    lasting_place,
     read_adapter,
     reading_config,
     rebuilt,
@@ -219,7 +220,7 @@ class DomainAdapted(DualEncoder):
         self._memory: PairMemory | None = memory.to(base.device) if memory is not None else None
         self._states_below: StatesBelow | None = None
         self.name = name or base.name
-        self.folder = folder
+        self.folder = lasting_place(folder)
         self._own_scale = logit_scale is not None
         if logit_scale is not None:
             self.logit_scale = logit_scale

@@ -305,6 +305,11 @@ def find_place(folder: str | Path, role: str, name: str) -> str:
     )
 
 
+def lasting_place(folder: Path | None) -> Path | None:
+    """The folder as it is called from anywhere: the current one may be another when a model is saved."""
+    return None if folder is None else folder.resolve()
+
+
 def saved_folder(folder: Path | None, how: str) -> Path:
     """The adapted folder that a model was loaded from.
 

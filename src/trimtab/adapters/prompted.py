@@ -16,6 +16,7 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     copy_adapted,
+    lasting_place,
     reading_config,
     rebuilt,
     save_adapter,
@@ -69,7 +70,7 @@ class PromptAdapted(DualEncoder):
         self.templates = tuple(templates)
         self.class_scale = class_scale
         self.name = name or base.name
-        self.folder = folder
+        self.folder = lasting_place(folder)
         self.prompt_tower = tower or PromptTower(base)
 
     @property

@@ -37,7 +37,7 @@ def compose(
     return {
         "folder": str(folder),
         "base": model.base.name,
-        "links": {name: str(link.folder) for name, link in model.links.items()},
+        "links": {name: link.name for name, link in model.links.items()},
         "names": len(model.aliases),
         "fingerprint": model.fingerprint,
     }

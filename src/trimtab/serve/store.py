@@ -310,7 +310,7 @@ class Embeddings:
                 f"{folder}: {missing[0]}{more} of {len(files)} files is missing: run the same `trimtab embed` again, "
                 "or copy the folder again"
             )
-        return cls(folder, about)
+        return cls(folder.resolve(), about)  # shards are read later, when the current folder may be another
 
     def __len__(self) -> int:
         return self.about.count
