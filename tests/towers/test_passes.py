@@ -37,6 +37,32 @@ def test_batches_run_side_by_side_each_with_its_share_of_the_cores(two_cores: No
     assert torch.get_num_threads() == 2
 
 
+def test_threads_that_start_meanwhile_keep_all_cores(two_cores: None) -> None:
+    """Also where several threads encode at once, each of which would give back what it found."""
+
+    def cores_of_a_new_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    with contextlib.closing(results(lambda number: number, range(9), CPU)) as one:
+        next(one)
+        assert cores_of_a_new_thread() == torch.get_num_threads() == 2
+        seen: list[int] = []
+
+        def other() -> None:
+            seen.extend(results(lambda _: torch.get_num_threads(), range(4), CPU))
+            seen.append(torch.get_num_threads())
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert seen == [1, 1, 1, 1, 2]
+    assert cores_of_a_new_thread() == torch.get_num_threads() == 2
+
+
 def test_autocast_of_the_caller_holds_in_every_thread(two_cores: None) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = list(results(torch.nn.Linear(4, 4), [torch.randn(2, 4)] * 3, CPU))

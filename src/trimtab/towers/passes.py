@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,6 +22,8 @@ from trimtab.errors import MORE_MEMORY, OutOfMemory, is_out_of_memory
 _ON_CPU = {"images": 16, "texts": 64}
 _MOST_THREADS = 8
 _PASSES_A_TURN = 8  # of those on several cores at once, before other threads are let in
+
+_taking = threading.Lock()
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -109,8 +112,7 @@ def results(
             return run(batch)
 
     waiting: collections.deque[Future[Result]] = collections.deque()
-    pool = ThreadPoolExecutor(count)
-    torch.set_num_threads(max(1, cores // count))
+    pool = ThreadPoolExecutor(count, initializer=_take_cores, initargs=(max(1, cores // count),))
     try:
         more = True
         while more:
@@ -126,4 +128,14 @@ def results(
             more = passes == at_once
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)
+
+
+def _take_cores(count: int) -> None:
+    """Have the thread that calls it use so many cores, and no other one."""
+    with _taking:
+        # Torch also gives the count to every thread that starts later, so another thread puts that back.
+        of_new_threads = torch.get_num_threads()
+        torch.set_num_threads(count)
+        other = threading.Thread(target=torch.set_num_threads, args=(of_new_threads,))
+        other.start()
+        other.join()
