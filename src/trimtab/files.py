@@ -298,6 +298,38 @@ def write_json(target: str | Path, value: Any) -> None:
     write_text(target, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def read_description(path: Path, schema: int, error: type[TrimtabError], again: str) -> dict[str, Any]:
+    """A JSON description of a schema that is known; the schema is looked at before all else, as newer ones may differ.
+
+    Args:
+        schema: the newest that is known.
+        error: the kind of error to raise.
+        again: the remedy where it is damaged.
+
+    Raises:
+        TrimtabError: as `error`; damaged, not ours, or of a newer schema.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path} is damaged ({problem}): {again}") from problem
+    if not isinstance(raw, dict):
+        raise error(f"{path} is not a JSON object: it was not written by trimtab")
+    found = raw.get("schema_version")
+    if type(found) is not int or found < 1:
+        raise error(f"{path} is damaged (it has no valid schema_version): {again}")
+    if found > schema:
+        raise error(f"{path} has schema {found}; this trimtab reads up to {schema}. {upgrade_from(raw)}")
+    return raw
+
+
+def upgrade_from(description: dict[str, Any]) -> str:
+    """Who wrote a description that is newer than this version, and what to do."""
+    versions = description.get("versions")  # of whatever shape newer schemas have
+    writer = versions.get("trimtab", "a newer version") if isinstance(versions, dict) else "a newer version"
+    return f"It was written by trimtab {writer}: upgrade with `pip install -U trimtab`"
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

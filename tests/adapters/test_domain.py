@@ -547,6 +547,16 @@ def test_without_a_trained_logit_scale_the_base_keeps_its_own(load: Load, tmp_pa
     assert trimtab.load(folder, base=base).logit_scale == base.logit_scale
 
 
+def test_an_option_of_a_newer_version_asks_for_an_upgrade(load: Load, tmp_path: Path) -> None:
+    base = load("clip")
+    path = save_domain(tmp_path / "d", make(base, group("image")), base=base) / "adapter.json"
+    about = json.loads(path.read_text())
+    about["config"]["adapters"][0]["later"] = 1
+    path.write_text(json.dumps({**about, "versions": {"trimtab": "9.9"}}))
+    with pytest.raises(ModelError, match=r"'later'.* written by trimtab 9\.9: upgrade"):
+        trimtab.load(tmp_path / "d", base=base)
+
+
 def test_saving_again_keeps_the_dial(load: Load, tmp_path: Path) -> None:
     base = load("clip")
     folder = save_domain(tmp_path / "a", make(base, group("image")), base=base, card="# 卡\n")

@@ -171,9 +171,24 @@ def test_newer_schema_asks_for_an_upgrade(folder: Path) -> None:
         read_adapter(folder)
 
 
+@pytest.mark.parametrize("role", ["base", "student"])
+def test_what_a_newer_version_says_of_a_model_asks_for_an_upgrade(folder: Path, role: str) -> None:
+    known = json.loads((folder / "adapter.json").read_text())[role]
+    edit(folder, **{role: {**known, "later": 1}}, versions={"trimtab": "9.9"})
+    with pytest.raises(ModelError, match=rf"later of the {role} .* written by trimtab 9\.9: upgrade"):
+        read_adapter(folder)
+
+
+def test_folders_of_the_first_schema_are_read(folder: Path) -> None:
+    edit(folder, schema_version=1)
+    assert read_adapter(folder).schema_version == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"schema_version": True}, "no valid schema_version"),
+        ({"schema_version": 1.0}, "no valid schema_version"),
         ({"schema_version": None}, "no valid schema_version"),
         ({"schema_version": "1"}, "no valid schema_version"),
         ({"base": {"nom": "x"}}, "value of a wrong kind"),

@@ -221,6 +221,14 @@ def sealed(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("path", ["index.json", "embeddings.json"])
+@pytest.mark.parametrize("schema", [True, 1.0, "1", None])
+def test_a_schema_is_a_whole_number(tmp_path: Path, path: str, schema: Any) -> None:
+    (tmp_path / path).write_text(json.dumps({"schema_version": schema}))
+    with pytest.raises(DataError, match="no valid schema_version"):
+        (Index if path == "index.json" else Embeddings).open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["index.json", "embeddings.json"])
 def test_descriptions_that_are_nested_too_deeply_are_damaged(tmp_path: Path, path: str) -> None:
     (tmp_path / path).write_text('{"schema_version": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(DataError, match=rf"{path} is damaged"):

@@ -17,6 +17,7 @@ from trimtab.adapters.files import (
     check_student,
     copy_adapted,
     find_place,
+    from_config,
     is_adapted_folder,
     is_composed_folder,
     lasting_place,
@@ -26,7 +27,7 @@ from trimtab.adapters.files import (
 )
 from trimtab.adapters.language import LanguageAdapter
 from trimtab.adapters.prompted import load_prompt
-from trimtab.config import LanguageAdapterConfig, from_mapping
+from trimtab.config import LanguageAdapterConfig
 from trimtab.errors import ModelError
 from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder, as_texts
@@ -259,7 +260,7 @@ def where_english_goes(described: AdapterFile) -> Literal["route", "adapter"]:
 def build_language_adapter(described: AdapterFile) -> LanguageAdapter:
     """The module that an adapted folder describes, not yet filled."""
     try:
-        config = from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder))
+        config = from_config(LanguageAdapterConfig, described.config["adapter"], described)
         sizes = {name: int(described.config[name]) for name in ("input_dim", "output_dim")}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"lacks config {error}" if isinstance(error, KeyError) else f"has a wrong size ({error})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,10 +25,11 @@ from trimtab.adapters.files import (
     is_adapted_folder,
     is_composed_folder,
     read_adapter,
+    refuse_newer,
 )
 from trimtab.adapters.prompted import load_prompt
 from trimtab.errors import ModelError
-from trimtab.files import atomic_folder, replaceable, write_json, write_text
+from trimtab.files import atomic_folder, read_description, replaceable, write_json, write_text
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base, portable
 
@@ -213,16 +213,15 @@ def read_composed(folder: str | Path) -> dict[str, Any]:
         ModelError: damaged, of a newer schema, or with the files of a link missing.
     """
     path = Path(folder) / COMPOSED_FILE
+    raw = read_description(path, SCHEMA_VERSION, ModelError, "compose again, or copy the folder again")
+    refuse_newer(raw, path)
     try:
-        raw = dict(json.loads(path.read_text(encoding="utf-8")))
-        schema, links = int(raw["schema_version"]), list(raw["links"])
+        links = list(raw["links"])
         raw["base"] = asdict(BaseReference(**raw["base"]))
         raw["aliases"] = {str(name): str(own) for name, own in raw["aliases"].items()}
         raw["fingerprint"] = str(raw["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is damaged ({error}): compose again, or copy the folder again") from error
-    if schema > SCHEMA_VERSION:
-        raise ModelError(f"{path} has schema {schema}; this trimtab reads up to {SCHEMA_VERSION}: upgrade trimtab")
     for name in links:
         if name not in LINKS:
             raise ModelError(f"{path} names a link {name!r}, which is none of {', '.join(LINKS)}")

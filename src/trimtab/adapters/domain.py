@@ -21,6 +21,7 @@ from trimtab.adapters.files import (
     DESCRIPTION_FILE,
     AdapterFile,
     BaseReference,
+    from_config,
     lasting_place,
     read_adapter,
     reading_config,
@@ -30,7 +31,7 @@ from trimtab.adapters.files import (
 )
 from trimtab.adapters.gate import DomainGate, mixed
 from trimtab.adapters.kinds import KINDS
-from trimtab.config import DomainAdapterConfig, from_mapping, to_mapping
+from trimtab.config import DomainAdapterConfig, to_mapping
 from trimtab.errors import ModelError, RecipeError
 from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder
@@ -435,7 +436,7 @@ def load_domain(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
     where = described.folder / DESCRIPTION_FILE
     with reading_config(where):
         mappings, alpha = list(described.config["adapters"]), float(described.config["alpha"])
-    groups = tuple(from_mapping(DomainAdapterConfig, mapping, str(where)) for mapping in mappings)
+    groups = tuple(from_config(DomainAdapterConfig, mapping, described) for mapping in mappings)
     tensors = dict(described.tensors)
     scale = tensors.pop(_LOGIT_SCALE, None)
     if scale is not None and (scale.numel() != 1 or scale <= 0):

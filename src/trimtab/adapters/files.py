@@ -15,13 +15,14 @@ import platform
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from trimtab.errors import DataError, ModelError
-from trimtab.files import atomic_path
+from trimtab.config import from_mapping
+from trimtab.errors import DataError, ModelError, RecipeError
+from trimtab.files import atomic_path, read_description, upgrade_from
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound="nn.Module")
+_Config = TypeVar("_Config")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 was that of trimtab 0.1, which knew no `text_input_digest` and no `image_input_digest`
 TENSORS_FILE = "adapter.safetensors"
 DESCRIPTION_FILE = "adapter.json"
 CARD_FILE = "README.md"
@@ -192,24 +194,10 @@ def read_adapter(folder: str | Path, *, tensors: bool = True) -> AdapterFile:
     path = folder / DESCRIPTION_FILE
     if not path.is_file():
         raise ModelError(f"{folder} is not an adapted folder: it has no {DESCRIPTION_FILE}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged ({error}): copy the folder again") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} is not a JSON object: it was not written by trimtab")
-    schema = raw.get("schema_version")
-    if not isinstance(schema, int) or schema < 1:
-        raise ModelError(f"{path} has no valid schema_version: it was not written by trimtab")
-    if schema > SCHEMA_VERSION:
-        versions = raw.get("versions")  # of whatever shape newer schemas have
-        writer = versions.get("trimtab", "a newer version") if isinstance(versions, dict) else "a newer version"
-        raise ModelError(
-            f"{path} has schema {schema}; this trimtab reads up to {SCHEMA_VERSION}. It was written by "
-            f"trimtab {writer}: upgrade with `pip install -U trimtab`"
-        )
+    raw = read_description(path, SCHEMA_VERSION, ModelError, "copy the folder again")
     if missing := [key for key in _REQUIRED if key not in raw]:
         raise ModelError(f"{path} lacks {', '.join(missing)}: copy the folder again")
+    refuse_newer(raw, path)
     try:
         student = raw.get("student")
         described = AdapterFile(
@@ -220,11 +208,27 @@ def read_adapter(folder: str | Path, *, tensors: bool = True) -> AdapterFile:
             student=StudentReference(**{**student, "layers": tuple(student["layers"])}) if student else None,
             tensors=_read_tensors(folder / TENSORS_FILE, raw) if tensors else {},
             **{key: dict(raw.get(key) or {}) for key in ("tokenizer", "versions", "recipe", "data", "metrics")},
-            schema_version=schema,
+            schema_version=raw["schema_version"],
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} has a value of a wrong kind ({error}): copy the folder again") from error
     return described
+
+
+def refuse_newer(description: dict[str, Any], path: Path) -> None:
+    """Refuse a description that says more of its base or student than is known here.
+
+    Raises:
+        ModelError: naming the keys and the version that wrote it.
+    """
+    for role, kind in (("base", BaseReference), ("student", StudentReference)):
+        found = description.get(role)
+        if not isinstance(found, dict) or "fingerprint" not in found:
+            continue
+        if unknown := sorted(found.keys() - {one.name for one in fields(kind)}):
+            raise ModelError(
+                f"{path}: {', '.join(unknown)} of the {role} is not known to this trimtab. {upgrade_from(description)}"
+            )
 
 
 def rebuilt(adapter: AdapterFile, build: Callable[[], _Module]) -> _Module:
@@ -450,6 +454,20 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+def from_config(cls: type[_Config], mapping: Any, adapter: AdapterFile) -> _Config:
+    """Options out of an adapted folder's config.
+
+    Raises:
+        ModelError: an option that this version does not know, or a value that it refuses.
+    """
+    try:
+        return from_mapping(cls, mapping, str(adapter.folder / DESCRIPTION_FILE))
+    except RecipeError as error:
+        raise ModelError(
+            f"{error}. {upgrade_from({'versions': adapter.versions})}, or copy the folder again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -18,13 +18,14 @@ from trimtab.adapters.files import (
     StudentReference,
     check_base,
     find_place,
+    from_config,
     read_adapter,
     reading_config,
     rebuilt,
     save_adapter,
 )
 from trimtab.adapters.resampler import FusionAdapter, ResamplerConfig
-from trimtab.config import LanguageAdapterConfig, from_mapping, to_mapping
+from trimtab.config import LanguageAdapterConfig, to_mapping
 from trimtab.errors import ModelError
 from trimtab.files import digest_of
 from trimtab.towers.dual_encoder import DualEncoder
@@ -245,8 +246,8 @@ def load_fusion_adapted(
     check_base(described, base)
     student = load_student(described, student=student, device=device, dtype=dtype)
     with reading_config(described.folder / DESCRIPTION_FILE):
-        language = from_mapping(LanguageAdapterConfig, described.config["adapter"], str(described.folder))
-        resampler = from_mapping(ResamplerConfig, described.config["resampler"], str(described.folder))
+        language = from_config(LanguageAdapterConfig, described.config["adapter"], described)
+        resampler = from_config(ResamplerConfig, described.config["resampler"], described)
         sizes = {name: int(described.config[name]) for name in ("input_dim", "output_dim")}
     adapter = rebuilt(described, lambda: FusionAdapter(language, resampler, **sizes))
     return FusionAdapted(

@@ -16,6 +16,7 @@ from trimtab.adapters.files import (
     AdapterFile,
     BaseReference,
     copy_adapted,
+    from_config,
     lasting_place,
     reading_config,
     rebuilt,
@@ -23,7 +24,7 @@ from trimtab.adapters.files import (
     saved_folder,
 )
 from trimtab.adapters.prompt import LINK, Pictures, PromptedClasses, StructuredPrompt, extended
-from trimtab.config import PromptConfig, from_mapping, to_mapping
+from trimtab.config import PromptConfig, to_mapping
 from trimtab.errors import DataError, ModelError
 from trimtab.towers.classifier import Classifier, Spellings, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
@@ -251,7 +252,7 @@ def load_prompt(described: AdapterFile, base: DualEncoder, name: str, folder: Pa
     if not class_scale > 0:
         raise ModelError(f"{where} has class_scale={class_scale}, no number above 0: copy the folder again")
     tower = PromptTower(base)
-    config = from_mapping(PromptConfig, mapping, str(where))
+    config = from_config(PromptConfig, mapping, described)
     prompt = rebuilt(described, lambda: StructuredPrompt(config, tower, patch_width=patch_width, classes=len(classes)))
     return PromptAdapted(
         base,

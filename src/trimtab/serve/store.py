@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trimtab import __version__
+from trimtab import __version__, files
 from trimtab.errors import DataError
 from trimtab.files import atomic_path, explain_disk_errors, plain_name, sha256_of, write_json, write_text
 
@@ -258,14 +258,7 @@ def read_description(path: Path, schema: int, kind: str) -> dict[str, Any]:
         if not path.parent.is_dir():
             raise DataError(f"{path.parent}: no such folder; `{made}` makes one (current folder: {Path.cwd()})")
         raise DataError(f"{path.parent} holds no {kind}: it has no {path.name}; name a folder that `{made}` wrote")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        found = int(raw["schema_version"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}): make the {kind} again") from error
-    if found > schema:
-        raise DataError(f"{path} has schema {found}; this trimtab reads up to {schema}: upgrade trimtab")
-    return dict(raw)
+    return files.read_description(path, schema, DataError, f"make the {kind} again")
 
 
 @dataclass(frozen=True)
