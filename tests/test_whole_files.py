@@ -47,6 +47,23 @@ def test_cache_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     assert cache_home() == tmp_path / "home" / "own"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="users of Windows have no entry in passwd")
+@pytest.mark.parametrize("explicit", [None, "~/own"])
+def test_a_user_without_a_home_is_told_of_the_variable(monkeypatch: pytest.MonkeyPatch, explicit: str | None) -> None:
+    import pwd
+
+    def absent(uid: int) -> None:
+        raise KeyError(f"uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "TRIMTAB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    if explicit is not None:
+        monkeypatch.setenv("TRIMTAB_CACHE", explicit)
+    monkeypatch.setattr(pwd, "getpwuid", absent)
+    with pytest.raises(TrimtabError, match="set TRIMTAB_CACHE"):
+        cache_home()
+
+
 # Atomic writes
 
 

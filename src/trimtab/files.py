@@ -21,10 +21,18 @@ def cache_home() -> Path:
     """Folder for fetched packages, built models and feature caches.
 
     ``TRIMTAB_CACHE`` when set, else ``trimtab`` below ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        TrimtabError: it lies below a home folder, and the user has none, as in many containers.
     """
-    if explicit := os.environ.get("TRIMTAB_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+    try:
+        if explicit := os.environ.get("TRIMTAB_CACHE"):
+            return Path(explicit).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+    except RuntimeError as error:
+        raise TrimtabError(
+            "there is no home folder for the cache: set TRIMTAB_CACHE to a folder that you may write to"
+        ) from error
 
 
 @contextlib.contextmanager
