@@ -44,7 +44,12 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 
 # An image source is a type that models and users share: it is named, never called.
-ANNOTATIONS: dict[str, set[str]] = {"adapters": {"trimtab.data.images"}, "evaluation": {"trimtab.towers.dual_encoder"}}
+# The package names its rooms for type checkers.
+ANNOTATIONS: dict[str, set[str]] = {
+    "adapters": {"trimtab.data.images"},
+    "evaluation": {"trimtab.towers.dual_encoder"},
+    "__init__": {f"trimtab.{room}" for room in ARROWS},
+}
 EXCEPTIONS = {
     ("cli/adapting.py", "trimtab.towers.open_clip"),  # a conversion is one call with nothing to compose
     ("recipes/starter.py", "transformers"),  # it makes a tower

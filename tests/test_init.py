@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ast
 import os
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +34,20 @@ def test_public_names_are_listed() -> None:
     assert set(trimtab.__all__) <= set(dir(trimtab))
     assert set(trimtab.__all__) == trimtab._PLACES.keys()
     assert trimtab.__version__
+
+
+def test_type_checkers_know_all_names_and_no_others() -> None:
+    tree = ast.parse(Path(trimtab.__file__).read_text(encoding="utf-8"))
+    checked = next(one for one in tree.body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING")
+    names = [name.name for one in checked.body if isinstance(one, ast.ImportFrom) for name in one.names]
+    assert sorted(names) == sorted([*trimtab._PLACES, *trimtab._ROOMS])
+    assert not any(isinstance(one, ast.FunctionDef) and one.name == "__getattr__" for one in tree.body)
+
+
+def test_first_use_leaves_the_random_numbers_of_the_caller() -> None:
+    code = "import random, trimtab; random.seed(0); trimtab.adapt; print(random.random())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert float(out.stdout) == random.Random(0).random()
 
 
 def test_unknown_names_are_told_the_known_ones() -> None:

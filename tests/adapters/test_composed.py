@@ -72,6 +72,14 @@ def test_every_tower_is_that_of_its_link(
     assert np.array_equal(base.encode_image(pictures), load(base.name, device="cpu").encode_image(pictures))
 
 
+@pytest.mark.parametrize("link", ["language", "domain", "prompt", "instance prompt"])
+def test_loading_leaves_the_random_numbers_of_the_caller(base: Any, student: Any, folders: Any, link: str) -> None:
+    before = torch.get_rng_state()
+    own = base if link != "instance prompt" else load_adapted(folders["domain"], base=base)
+    load_adapted(folders[link], base=own, **({"student": student} if link == "language" else {}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_order_does_not_matter(base: Any, folders: dict[str, Path]) -> None:
     a, b = folders["language"], folders["domain"]
     assert put(base, a, b).fingerprint == put(base, b, a).fingerprint

@@ -250,7 +250,8 @@ def rebuilt(adapter: AdapterFile, build: Callable[[], _Module]) -> _Module:
         where = adapter.folder / DESCRIPTION_FILE
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{where} has a wrong size ({reason}): copy the folder again") from error
-    module = build()
+    with torch.random.fork_rng(devices=[]):  # the random weights that it starts with are not the caller's draw
+        module = build()
     load_into(module, adapter)
     return module
 
