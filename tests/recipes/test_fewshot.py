@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -397,6 +398,16 @@ def test_clip_lora_starts_as_the_template_and_leaves_the_base_alone(
     assert any(one.grad is not None for one in lora.updates)
     assert base.model.state_dict().keys() == before.keys()
     assert all(torch.equal(one, before[name]) for name, one in base.model.state_dict().items())
+
+
+def test_without_peft_nothing_runs_before_clip_lora(
+    monkeypatch: pytest.MonkeyPatch, recipe: PromptRecipe, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    plan = Plan(shots=(1,), seeds=(1,), methods=("template", "clip_lora"))
+    with pytest.raises(ModelError, match=r"pip install 'trimtab\[peft\]'"):
+        fewshot(recipe, plan, tmp_path / "runs.jsonl")
+    assert not (tmp_path / "runs.jsonl").exists()
 
 
 def test_clip_lora_takes_no_adapted_folder(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trimtab.adapters.adapted import load
 from trimtab.config import recipe_from_mapping
 from trimtab.data.fashion import CHINESE, FashionFiles
 from trimtab.data.pictures import Captioned
-from trimtab.errors import RecipeError
+from trimtab.errors import DataError, RecipeError
 from trimtab.evaluation.markdown import block_markdown
 from trimtab.recipes import quickstart as module
 from trimtab.recipes import quickstart_language, quickstart_prompt, quickstart_together
@@ -104,9 +105,17 @@ def _replace_everything_big(
     monkeypatch.setattr(module, "load_recipe", recipe)
     monkeypatch.setattr(quickstart_prompt, "SHOTS", (1, 2))
     monkeypatch.setattr(module, "fetch", lambda key: tmp_path)
+    monkeypatch.setattr(module, "import_renderer", lambda: None)
     monkeypatch.setattr(module, "write_fashion", write_clothes)
     monkeypatch.setattr(quickstart_language, "tuxpaint_photos", lambda locale: items)
     monkeypatch.setattr(quickstart_language, "openmoji_pictures", pictures)
+
+
+def test_without_the_renderer_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    monkeypatch.setattr(module, "fetch", lambda key: pytest.fail(f"fetched {key}"))
+    with pytest.raises(DataError, match=r"pip install 'trimtab\[quickstart\]'"):
+        module.quickstart(tmp_path / "out")
 
 
 def test_a_file_in_the_way_is_refused_before_anything_is_fetched(

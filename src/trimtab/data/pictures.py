@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from trimtab.data.corpora import cldr_annotations, emoji_table, held_out_emoji
@@ -101,6 +102,15 @@ def _svg_metadata(path: Path) -> tuple[str, list[str]]:
     return title.strip(), [subject for subject in subjects if subject and len(subject) < 30]
 
 
+def import_renderer() -> Any:
+    """What renders vector pictures, or a sentence on how to get it."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise DataError("rendering SVG needs resvg-py: pip install 'trimtab[quickstart]'") from error
+    return resvg_py
+
+
 def render_svg(path: Path, target: Path, *, size: int = RENDERED_SIZE, background: str | None = "#ffffff") -> Path:
     """Render a vector picture to PNG, its longer side `size` pixels; nothing is done when it exists.
 
@@ -112,10 +122,7 @@ def render_svg(path: Path, target: Path, *, size: int = RENDERED_SIZE, backgroun
     """
     if target.exists():
         return target
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise DataError("rendering SVG needs resvg-py: pip install 'trimtab[quickstart]'") from error
+    resvg_py = import_renderer()
     try:
         # With both sides given the renderer fits the picture inside and keeps its proportions.
         data = bytes(

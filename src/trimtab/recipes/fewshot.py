@@ -33,6 +33,7 @@ from trimtab.evaluation.fewshot_summaries import names_of, spread_of
 from trimtab.files import digest_of, explain_disk_errors
 from trimtab.precision import has_fast_bf16, tune_allocator
 from trimtab.recipes.decoding import decoding
+from trimtab.recipes.fewshot_lora import check_lora
 from trimtab.recipes.fewshot_methods import CHANGES, METHODS, PROBES, PROMPT_METHODS, Episode, Split
 from trimtab.recipes.folders import used
 from trimtab.recipes.prompt_features import PictureFeatures
@@ -137,6 +138,8 @@ def fewshot(recipe: PromptRecipe, plan: Plan, out: str | Path, *, progress: Call
     }
     pictures = Pictures(recipe, plan, data, draws, base)
     known = _finished(out, inputs)
+    if any(one[2] == "clip_lora" and key not in known for one, key in keys.items()):
+        check_lora(base)
     for (seed, shots, method), key in keys.items():
         if key in known or key in (known := _finished(out, inputs)):  # by another process meanwhile
             continue

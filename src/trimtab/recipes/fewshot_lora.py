@@ -39,6 +39,23 @@ _QUERIES = ("q_proj", "k_proj", "v_proj", "query", "key", "value")
 _CLASSES_AT_ONCE = 128
 
 
+def check_lora(base: DualEncoder) -> None:
+    """Refuse what `LowRank` cannot work with.
+
+    Raises:
+        ModelError: peft is missing, or the base is an adapted folder.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ModelError("the method clip_lora needs peft: pip install 'trimtab[peft]'") from error
+    if type(base) is not DualEncoder:  # what was trained beside the towers would not go into the copy
+        raise ModelError(
+            f"clip_lora trains inside the towers of a base, and {base.name} is one with adapters or prompts: leave "
+            "clip_lora out, or take the base below it"
+        )
+
+
 class LowRank:
     """A copy of a base with low-rank updates in both towers, and a classifier of its own class texts.
 
@@ -63,15 +80,9 @@ class LowRank:
         options: ViewsConfig,
         view_seed: int = 0,
     ) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise ModelError("the method clip_lora needs peft: pip install 'trimtab[peft]'") from error
-        if type(base) is not DualEncoder:  # what was trained beside the towers would not go into the copy
-            raise ModelError(
-                f"clip_lora trains inside the towers of a base, and {base.name} is one with adapters or prompts: leave "
-                "clip_lora out, or take the base below it"
-            )
+        check_lora(base)
+        from peft import LoraConfig, inject_adapter_in_model
+
         self.base, self.views, self.options, self.view_seed = base, views, options, view_seed
         self.model = copy.copy(base)
         self.model.model = copy.deepcopy(base.model)

