@@ -322,6 +322,24 @@ def test_inputs_and_options_that_do_not_fit(
         embed(input, "no-such-model", tmp_path / "e", **options)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are any bytes on Linux alone")
+@pytest.mark.parametrize("where", ["folder", "table", "root", "out", "model"])
+def test_a_place_whose_name_is_no_utf8_is_refused_before_the_work(
+    model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(photos, latin)
+    for folder in (photos, latin):
+        write_csv(folder / "t.csv", ["image"], [("图0.png",)])
+    options: dict[str, Any] = {"root": latin} if where == "root" else {}
+    source = {"folder": latin, "table": latin / "t.csv", "root": photos / "t.csv"}.get(where, photos)
+    if where == "model":
+        monkeypatch.setattr(model, "name", str(latin))
+    monkeypatch.setattr(module, "make_shard", lambda *_: pytest.fail("embedded"))
+    with pytest.raises(DataError, match=r"caf\\udce9.*: the name is not UTF-8: rename it"):
+        embed(source, model, latin / "e" if where == "out" else tmp_path / "e", **options)
+
+
 def test_an_unknown_model(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="unknown model"):
         embed(photos, "./no-such-model", tmp_path / "e")

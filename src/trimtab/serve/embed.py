@@ -13,6 +13,7 @@ import numpy as np
 
 from trimtab.adapters.adapted import load
 from trimtab.data.images import ImageError
+from trimtab.data.shards import NOT_UTF8, readable_name
 from trimtab.errors import DataError, ModelError
 from trimtab.files import explain_disk_errors, write_json
 from trimtab.serve.items import Input, Item, Work, encoded_picture, is_readable, items_of, open_input
@@ -139,6 +140,7 @@ def embed(
         device,
         input_digest(loaded, source.of),
     )
+    _check_names(*source.described().values(), job.out, job.model)
     with _claimed(out, part):
         _check_plan(out, job, source, shard_size)
         _clear_leftovers(out, part)
@@ -363,6 +365,13 @@ def _claimed(out: Path, part: tuple[int, int]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_names(*names: str) -> None:
+    """Refuse names that neither a description nor a table could hold, before the work."""
+    for name in names:
+        if (shown := readable_name(name)) != name:
+            raise DataError(f"{shown}: {NOT_UTF8}")
 
 
 def _check_options(
