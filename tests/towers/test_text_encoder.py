@@ -83,6 +83,13 @@ def test_tensors_and_arrays_agree(student: Any) -> None:
         np.testing.assert_allclose(states[row][mask[row]].numpy(), one, atol=1e-5)
 
 
+def test_loading_leaves_the_random_numbers_of_the_caller(tiny_folder: Callable[[str], Path]) -> None:
+    """Its file has no pooler, which transformers fills with random weights."""
+    before = torch.get_rng_state()
+    TextEncoder.load(tiny_folder("bert"), device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_too_little_memory_for_a_batch_changes_no_state(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = student("bert")
     wanted = encoder.token_states(CORPUS)

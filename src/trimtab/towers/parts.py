@@ -112,7 +112,8 @@ def load_weights(
     loader = getattr(transformers, model_class)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        with quiet():
+        # What a file lacks, such as a pooler that is not used, starts with random weights: not the caller's draw.
+        with quiet(), torch.random.fork_rng(devices=[]):
             model, report = loader.from_pretrained(
                 folder,
                 config=config,
