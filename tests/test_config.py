@@ -241,6 +241,14 @@ def test_bad_overrides(recipe, override, message):
     assert message in str(caught.value)
 
 
+def test_paths_stand_for_their_text() -> None:
+    mapping = {"link": "language", "base": Path("a/clip"), "student": Path("b/bert"), "data": {"train": Path("p.csv")}}
+    recipe = config.recipe_from_mapping(mapping, "the recipe", ["student.prefix=query"])
+    assert recipe.base == str(Path("a/clip"))
+    assert (recipe.student.name, recipe.student.prefix) == (str(Path("b/bert")), "query")
+    assert [source.path for source in recipe.data.train] == ["p.csv"]
+
+
 def test_overriding_leaves_the_mapping_alone():
     raw = {"link": "language", "data": {"train": ["a.csv"]}}
     config.recipe_from_mapping(raw, "test", ["data.max_chars=5", "training.epochs=1"])

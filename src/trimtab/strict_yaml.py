@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
 import re
 import reprlib
 import types
@@ -166,7 +167,7 @@ def _put(cls: type, mapping: dict[str, Any], path: list[str], value: Any, overri
             raise RecipeError(f"override {override!r}: {whole} has no keys; give {whole}=... as a whole")
         cls = inner if isinstance(inner, type) else type(inner)
         child = node.get(key)
-        if isinstance(child, str) and (short := getattr(cls, "SHORTHAND", None)):
+        if isinstance(child, (str, os.PathLike)) and (short := getattr(cls, "SHORTHAND", None)):
             child = {short: child}
         elif child is None:
             child = {}
@@ -178,7 +179,7 @@ def _put(cls: type, mapping: dict[str, Any], path: list[str], value: Any, overri
 
 def _build(cls: Any, raw: Any, where: str, path: tuple[str, ...]) -> Any:
     short = getattr(cls, "SHORTHAND", None)
-    if isinstance(raw, str) and short:
+    if isinstance(raw, (str, os.PathLike)) and short:
         raw = {short: raw}
     hints = _hints(cls)
     if not isinstance(raw, Mapping):
@@ -231,6 +232,7 @@ def _coerce(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Any:
 
 
 def _text(value: Any) -> str | None:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     return value if isinstance(value, str) else None
 
 

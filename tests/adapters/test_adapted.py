@@ -501,6 +501,17 @@ def test_a_folder_that_went_away_is_named(adapted: LanguageAdapted, tmp_path: Pa
         model.save_pretrained(tmp_path / "again")
 
 
+def test_a_place_may_be_any_path_like(adapted: LanguageAdapted, tmp_path: Path) -> None:
+    class Place:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "folder")
+
+    save(tmp_path / "folder", adapted)
+    model = trimtab.load(Place(), base=adapted.base, student=adapted.student)
+    assert (model.name, model.fingerprint) == (str(tmp_path / "folder"), adapted.fingerprint)
+    assert trimtab.load(adapted.base.name, links=Place(), device="cpu").fingerprint == adapted.fingerprint
+
+
 def test_one_link_alone_and_a_misspelt_place(adapted: LanguageAdapted, tmp_path: Path) -> None:
     folder = save(tmp_path / "adapted", adapted)
     model = trimtab.load(adapted.base.name, links=str(folder), device="cpu")

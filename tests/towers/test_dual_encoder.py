@@ -135,6 +135,11 @@ def test_wrong_arguments(clip: Any) -> None:
         clip.encode_image([], on_error="ignore")
     with pytest.raises(ValueError, match="batch_size=0"):
         clip.encode_text(["a"], batch_size=0)
+    for encode in (clip.encode_image, clip.encode_text):
+        with pytest.raises(TypeError, match=r"batch_size=2\.0 must be a whole number"):
+            encode([], batch_size=2.0)
+    with pytest.raises(DataError, match=r"give embeddings as a NumPy array, tensor\.numpy\(\)"):
+        clip.similarity(torch.ones(1, clip.embedding_dim), ["a"])
     with pytest.raises(DataError, match="text 1 is a NoneType"):
         clip.encode_text(["a", None])
     with pytest.raises(DataError, match="text 0 is not valid Unicode"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -269,9 +270,9 @@ def build_language_adapter(described: AdapterFile) -> LanguageAdapter:
 
 
 def load(
-    name: str | Path,
+    name: str | os.PathLike[str],
     *,
-    links: Sequence[str | Path] | str | Path = (),
+    links: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     device: str = "auto",
     dtype: str = "float32",
     trust_remote_code: bool = False,
@@ -293,9 +294,11 @@ def load(
     """
     if unknown := sorted(places.keys() - {"base", "student"}):
         raise TypeError(f"load() got an unexpected keyword argument {unknown[0]!r}")
-    links = [links] if isinstance(links, (str, Path)) else links
+    links = [links] if isinstance(links, (str, os.PathLike)) else links
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    first, *others = (local_folder(one, trust_remote_code=trust_remote_code) for one in (name, *links))
+    name = os.fspath(name)
+    named = [name, *(os.fspath(one) for one in links)]
+    first, *others = (local_folder(one, trust_remote_code=trust_remote_code) for one in named)
     if others or is_composed_folder(first):
         from trimtab.adapters.composing import load_composed  # it builds on this module
 

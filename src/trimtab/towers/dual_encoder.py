@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -491,6 +492,8 @@ class DualEncoder:
         return embeddings
 
     def _are_embeddings(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            raise DataError(f"a tensor of torch {tuple(value.shape)}: give embeddings as a NumPy array, tensor.numpy()")
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape[1:] != (self.embedding_dim,):
             return False
         norms = np.linalg.norm(value.astype(np.float32), axis=1)
@@ -575,6 +578,10 @@ def _as_sources(images: Any) -> Iterable[ImageSource]:
 
 
 def _check_batch_size(batch_size: int) -> None:
+    try:
+        operator.index(batch_size)
+    except TypeError:
+        raise TypeError(f"batch_size={batch_size!r} must be a whole number") from None
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
 
