@@ -645,8 +645,10 @@ def test_parts_that_begin_at_once(model: Any, photos: Path, tmp_path: Path, monk
 
 def test_what_a_killed_run_was_writing_is_deleted(model: Any, photos: Path, tmp_path: Path) -> None:
     embed(photos, model, tmp_path / "e", shard_size=4)
-    names = [".shard-00000.parquet.a_b1.tmp", ".shard-00001.json.x.tmp", ".shard-100002.npy.y.tmp"]
+    names = [".shard-00000.parquet.a_b1.tmp", ".shard-00001.json.x.tmp", ".shard-00000.npy.y.tmp"]
     for name in names:
         (tmp_path / "e" / name).write_bytes(b"")
-    embed(photos, model, tmp_path / "e", shard_size=4, part=(1, 2))
-    assert {path.name for path in (tmp_path / "e").glob("*.tmp")} == {names[1]}
+        os.utime(tmp_path / "e" / name, (0, 0))
+    os.utime(tmp_path / "e" / names[2])  # another run, in other parts, is at it
+    embed(photos, model, tmp_path / "e", shard_size=4)
+    assert {path.name for path in (tmp_path / "e").glob("*.tmp")} == {names[2]}

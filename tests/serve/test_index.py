@@ -386,6 +386,13 @@ def test_many_copies_make_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert build_index(write_embeddings(tmp_path / "f", vectors[100:]), tmp_path / "i")["kind"] == "hnsw"
 
 
+def test_a_graph_bears_some_copies_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "FLAT_UP_TO", 100)
+    vectors = np.concatenate([np.repeat(made(10), 60, axis=0), made(600, seed=1)])
+    about = build_index(write_embeddings(tmp_path / "e", vectors), tmp_path / "i")
+    assert (about["kind"], about["copies"]) == ("hnsw", 0)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
 def test_a_full_disk_is_told(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 ENGINES = ("local", "ray")
+_ABANDONED = 3600  # seconds after which nobody is writing a file any more
 Progress = Callable[[int, "int | None"], None]
 """Is called with the items done and, where it is known, their number in all."""
 
@@ -143,7 +145,7 @@ def embed(
     _check_names(*source.described().values(), job.out, job.model)
     with _claimed(out, part):
         _check_plan(out, job, source, shard_size)
-        _clear_leftovers(out, part)
+        _clear_leftovers(out)
         digests: list[str] = []
         tell = _Teller(progress or (lambda *_: None), total)
         works = _unfinished(source.works(shard_size), out, digests, part, tell)
@@ -339,12 +341,12 @@ def _check_plan(out: Path, job: Job, source: Input, shard_size: int) -> None:
         )
 
 
-def _clear_leftovers(out: Path, part: tuple[int, int]) -> None:
-    """Delete what a killed run of this part was writing."""
+def _clear_leftovers(out: Path) -> None:
+    """Delete what killed runs were writing. Runs in other numbers of parts have other locks, so age tells it apart."""
     for path in out.glob(".shard-*.tmp"):
-        number = path.name.removeprefix(".shard-").partition(".")[0]
-        if number.isdecimal() and int(number) % part[1] == part[0] - 1:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed or deleted meanwhile, or another user's
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ _TRAINING_POINTS = 64  # per cell
 _AS_NEAR = 1e-4  # by so much a cosine of halves may be off
 _COPY = 0.9995  # cosine from which on a vector is a copy of another, as halves can tell
 _COPIES_PASSED = 100  # of a query; with more of them it is none
-_CROWD = 5  # as many copies of a vector are in a graph's way
+_CROWD = 2 * _NEIGHBOURS + 1  # as many copies of a vector lead to each other alone, by all their links
 _MANY_COPIES = 0.1  # share of the vectors
 
 
@@ -254,7 +254,8 @@ def _exact(queries: np.ndarray, stored: np.ndarray, k: int, copy: float) -> tupl
 
 def _copies(source: Embeddings) -> int:
     """Vectors that stand there `_CROWD` times or more: in a graph their links lead to each other, and a search gets
-    stuck among them. Queries that are vectors of the index start beside what they look for, and do not show it."""
+    stuck among them, however long. Queries that are vectors of the index start beside what they look for, and do not
+    show it."""
     weights = np.random.default_rng(0).integers(1, 2**63, source.about.dim, np.uint64)
     blocks = (unit(vectors).astype(np.float16).view(np.uint16) for _, vectors in source.blocks(verify=False))
     keys = np.concatenate([(bits * weights).sum(axis=1) for bits in blocks])
