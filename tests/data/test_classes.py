@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from trimtab.data.classes import warn_of_equal
+from trimtab.data.classes import equal_rows, warn_of_equal
 
 
 def warnings(names: list[str], vectors: np.ndarray, caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -32,6 +33,18 @@ def test_near_vectors_and_single_classes_are_fine(caplog: pytest.LogCaptureFixtu
     assert warnings(["a"], np.ones((1, 4), np.float32), caplog) == []
     near = np.float32([[1, 0], [1, 1e-5]])
     assert warnings(["a", "b"], near, caplog) == []
+
+
+def test_many_vectors_are_compared_without_a_copy_of_them() -> None:
+    vectors = np.random.default_rng(0).standard_normal((5000, 256)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[4000] = vectors[9]
+    tracemalloc.start()
+    try:
+        assert equal_rows(vectors) == [[9, 4000]]
+        assert tracemalloc.get_traced_memory()[1] < vectors.nbytes / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_invisible_characters_are_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -195,6 +195,15 @@ def test_copies_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "1 of 6 training pictures are copies of others of their class" in again
 
 
+def test_only_pictures_of_equal_size_are_read_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for at in range(6):
+        (tmp_path / f"{at}.png").write_text("x" * (at or 1))
+    read = []
+    monkeypatch.setattr(PictureFile, "digest", lambda self: read.append(self.path.name) or self.path.name)
+    warn_of_copies(pictures(tmp_path, (3, 3)), name="test")
+    assert read == ["0.png", "1.png"]
+
+
 def test_classes_that_nothing_judges_are_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = pictures(folder, (4, 4))
     warn_of_unjudged(Shots(data, data))

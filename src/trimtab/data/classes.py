@@ -32,11 +32,12 @@ def equal_rows(vectors: np.ndarray, *, tie: float = 1e-6) -> list[list[int]]:
     """Pairs of rows of (N, F) that are equal, the lower number first; of K equal ones K - 1 pairs."""
     # Equal vectors are neighbours along any direction, so that not all pairs need comparing.
     direction = np.random.default_rng(0).standard_normal(vectors.shape[1])
-    along = vectors @ direction
+    along = np.einsum("nf,f->n", vectors, direction)  # `@` would copy all vectors to float64
     order = np.argsort(along, kind="stable")
     near = np.flatnonzero(np.diff(along[order]) <= tie * np.abs(direction).sum())
-    differences = np.abs(vectors[order[near]] - vectors[order[near + 1]]).max(axis=1, initial=0)
-    return [sorted(order[at : at + 2].tolist()) for at in near[differences <= tie]]
+    # One by one, as of many pictures nearly all are that near, and copies of their rows would fill the memory.
+    pairs = (sorted(order[at : at + 2].tolist()) for at in near)
+    return [pair for pair in pairs if np.ptp(vectors[pair], axis=0).max(initial=0) <= tie]
 
 
 def told_alike(pairs: Sequence[list[int]], names: Sequence[str]) -> tuple[str, str, str]:

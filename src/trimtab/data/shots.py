@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,7 +135,11 @@ def warn_of_copies(part: LabelledPictures, *, name: str) -> None:
     first: dict[str, int] = {}
     again: list[tuple[int, int]] = []
     torn: list[tuple[int, int]] = []
+    sizes = [_status(image).st_size for image in part.images]
+    times = Counter(sizes)
     for at, image in enumerate(part.images):
+        if times[sizes[at]] == 1:
+            continue  # no need to read it
         if (before := first.setdefault(_content(image), at)) != at:
             (again if part.labels[before] == part.labels[at] else torn).append((before, at))
     if torn:
@@ -194,9 +199,14 @@ def _ranked(part: LabelledPictures, contents: Sequence[str], seed: int, stream: 
 
 def _content(image: PictureFile) -> str:
     """What changes with a picture's bytes."""
+    status = _status(image)
     with explain_vanished(image):
-        status = image.path.stat()
         return _digest(image, status.st_size, status.st_mtime_ns)
+
+
+def _status(image: PictureFile) -> os.stat_result:
+    with explain_vanished(image):
+        return image.path.stat()
 
 
 @functools.lru_cache(maxsize=1 << 17)
