@@ -156,6 +156,9 @@ def test_evaluations_with_other_templates_say_so(tmp_path: Path) -> None:
     runs, _ = read_runs([tmp_path / "a.json", tmp_path / "c.json"])
     assert [run.scores[0].row for run in runs] == ["model", "model"]
     assert dict(runs[0].facts)["templates"] == "{}"
+    (tmp_path / "d.json").write_text(json.dumps({**found, "task": "retrieval", "mR": 50.0}), encoding="utf-8")
+    runs, _ = read_runs([tmp_path / "a.json", tmp_path / "d.json"])
+    assert [run.scores[0].row for run in runs] == ["model", "model"]
 
 
 def test_figures_that_are_level_as_shown_are_marked_alike() -> None:

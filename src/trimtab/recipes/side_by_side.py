@@ -219,8 +219,9 @@ def _results(found: Any, path: Path, name: str) -> RunResult:
             dataset = f"{dataset} (transductive: {hubness})"
         scores = [Score(dataset, "model", key, float(value)) for key, value in metrics.items()]
         facts = [(key, value) for key, value in found.items() if isinstance(value, (str, int, float))]
-        templates = "; ".join(map(str, found.get("templates") or [found.get("templates_for", "unknown")]))
+        templates = ""
         if found["task"] == "classification":
+            templates = "; ".join(map(str, found.get("templates") or [found.get("templates_for", "unknown")]))
             facts.append(("templates", templates))
         base = str(found.get("base") or found.get("model") or "")
         test_set = _test_set(found) if scores else ()
