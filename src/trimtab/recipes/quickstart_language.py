@@ -162,7 +162,7 @@ def language_sections(
             language=LANGUAGE,
             missing={"translation": NO_TRANSLATION},
             metrics=("mR",),
-            title="Retrieval on pictures and texts that no training saw",
+            title=f"Retrieval on pictures and {LANGUAGE} texts that no training saw",
             note="mR is the mean of R@1, R@5 and R@10 in both directions, in percent.",
         ),
         Text(

@@ -99,23 +99,30 @@ def test_an_index_of_another_model_is_refused(tiny_folder: Callable[[str], Path]
         serve(str(tiny_folder("clip")), index=tmp_path / "index", port=0)
 
 
-@pytest.mark.parametrize("where", ["pictures", "elsewhere"])
+@pytest.mark.parametrize("where", ["pictures", "elsewhere", "texts.csv"])
 def test_a_folder_without_the_pictures_of_the_index_is_warned_of(
     tiny_folder: Any, tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, where: str
 ) -> None:
     for name in ("pictures", "elsewhere"):
         (tmp_path / name).mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png())
-    embed(tmp_path / "pictures", tiny_base("clip"), tmp_path / "vectors")
+    (tmp_path / "texts.csv").write_text("text\na red apple\n", encoding="utf-8")
+    of_texts = where == "texts.csv"
+    embed(tmp_path / (where if of_texts else "pictures"), tiny_base("clip"), tmp_path / "vectors")
     build_index(tmp_path / "vectors", tmp_path / "index")
     monkeypatch.setattr("trimtab.serve.http.run._run", lambda server, listener: None)
     monkeypatch.setattr("trimtab.serve.http.run._log_to_stderr", lambda: None)
     with caplog.at_level("WARNING"):
         serve(
-            str(tiny_folder("clip")), index=tmp_path / "index", pictures=tmp_path / where, port=0, device="cpu",
+            str(tiny_folder("clip")),
+            index=tmp_path / "index",
+            pictures=tmp_path if of_texts else tmp_path / where,
+            port=0,
+            device="cpu",
             tell=lambda line: None,
-        )  # fmt: skip
+        )
     assert (str(tmp_path / where / "a.png") in caplog.text) == (where == "elsewhere")
+    assert ("they have no pictures" in caplog.text) == of_texts
 
 
 def test_names_of_models(tmp_path: Path) -> None:

@@ -147,10 +147,11 @@ def _build(
             thumbnails = Thumbnails(index.find, pictures)
             first = [index.metadata(row) for row in range(min(_LOOKED_UP, len(index)))]
             if not any(map(thumbnails.path_of, first)):
+                image = first[0].get("image")
                 logger.warning(
-                    "--pictures %s: the first pictures of the index cannot be shown, as %s is not there; name the "
-                    "folder that `trimtab embed` was given, or that of its table (what lies in tar files is not shown)",
-                    pictures, Path(pictures) / (first[0].get("image") or "a picture of a text"),
+                    "--pictures %s: the first items of the index cannot be shown, as %s; name the folder that "
+                    "`trimtab embed` was given, or that of its table (what lies in tar files is not shown)",
+                    pictures, f"{Path(pictures) / image} is not there" if image else "they have no pictures",
                 )  # fmt: skip
     service = Service(
         model, name=served_name(model_name), options=options, classes=classes, index=index, thumbnails=thumbnails
