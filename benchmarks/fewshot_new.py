@@ -21,13 +21,13 @@ from trimtab.adapters.prompt import PromptedClasses, extended
 from trimtab.config import PromptRecipe
 from trimtab.data.labelled import LabelledPictures, base_and_new
 from trimtab.data.shots import draw_shots
+from trimtab.data.templates import default_templates
 from trimtab.files import digest_of
 from trimtab.recipes.fewshot import append_run, read_fewshot, read_runs, setting
 from trimtab.recipes.fewshot_methods import CHANGES
 from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt, right
 from trimtab.towers.classifier import class_vectors
-from trimtab.towers.scripts import default_templates
 
 SHOTS = 16
 

@@ -15,7 +15,7 @@ import trimtab
 SOURCE = Path(trimtab.__file__).parent
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
-GROUND = {"errors", "files", "controls"}
+GROUND = {"errors", "files", "controls", "scripts"}
 CONFIG = {"config", "strict_yaml"}
 TORCH = {"precision"}
 LIGHT = {"__init__", "__main__", "cli"} | GROUND | CONFIG
@@ -24,6 +24,7 @@ LIGHT = {"__init__", "__main__", "cli"} | GROUND | CONFIG
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "controls": set(),
+    "scripts": set(),
     "files": {"errors"},
     "strict_yaml": {"errors"},
     "config": {"errors", "strict_yaml"},

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.data.templates import DEFAULT_TEMPLATES, check_template, fill, fill_all, templates_for
+from trimtab.data.templates import (
+    DEFAULT_TEMPLATES,
+    check_template,
+    default_context,
+    default_templates,
+    fill,
+    fill_all,
+    templates_for,
+)
 from trimtab.errors import RecipeError
 
 
@@ -44,3 +52,29 @@ def test_templates_for_language_tags() -> None:
         templates_for("de")
     templates_for("en").append("changed")
     assert "changed" not in DEFAULT_TEMPLATES["en"]
+
+
+@pytest.mark.parametrize(
+    ("names", "language"),
+    [
+        (["cat", "café", "T-shirt 2"], "en"),
+        (["猫", "狗"], "zh"),
+        (["猫", "T恤", "iPod", "狗（大）", "卡尔·马克思", "𠮷"], "zh"),
+        (["cat", "dog", "麻将"], "en"),
+        (["犬", "猫", "ねこ"], "bare name"),
+        (["犬", "猫", "アニメ"], "bare name"),
+        (["кот", "собака"], "bare name"),
+        (["고양이"], "bare name"),
+        ([], "bare name"),
+    ],
+)
+def test_the_script_of_the_names_chooses_templates(names: list[str], language: str) -> None:
+    found, templates = default_templates(names)
+    assert found == language
+    assert templates == DEFAULT_TEMPLATES.get(language, ["{}"])
+
+
+def test_a_context_ends_where_the_name_begins() -> None:
+    assert default_context(["cat", "dog"]) == "a photo of a"
+    assert default_context(["猫", "T恤"]) == "这张图片里有"
+    assert default_context(["кот"]) == "a photo of a"  # no template is known

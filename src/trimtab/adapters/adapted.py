@@ -31,10 +31,10 @@ from trimtab.adapters.prompted import load_prompt
 from trimtab.config import LanguageAdapterConfig
 from trimtab.errors import ModelError
 from trimtab.files import digest_of
+from trimtab.scripts import is_latin
 from trimtab.towers.dual_encoder import DualEncoder, as_texts
 from trimtab.towers.freezing import freeze
 from trimtab.towers.hf import BUILT_IN, fetch_links, is_hub_id, load_base, resolve_folder
-from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 from trimtab.towers.tokens import check_texts
 

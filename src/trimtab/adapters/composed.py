@@ -31,9 +31,9 @@ from trimtab.adapters.prompt import Pictures, PromptedClasses
 from trimtab.adapters.prompted import PromptAdapted
 from trimtab.errors import DataError
 from trimtab.files import digest_of
+from trimtab.scripts import is_latin
 from trimtab.towers.classifier import Classifier, Spellings, check_class_names, class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.scripts import default_templates, is_latin
 
 LINKS = ("domain", "language", "prompt")
 """In the order in which they lie on the base."""
@@ -209,7 +209,7 @@ class _Prompted(PromptAdapted):
             return classes
         vectors = torch.zeros(0, self.embedding_dim)
         if others:
-            vectors = torch.from_numpy(class_vectors(self.composed, others, default_templates(others)[1]))
+            vectors = torch.from_numpy(class_vectors(self.composed, others))
         place = {name: at for at, name in enumerate(scored)}
         rest = iter(range(len(scored), len(scored) + len(others)))
         order = [place[name] if name is not None else next(rest) for name in own]

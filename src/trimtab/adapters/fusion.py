@@ -28,11 +28,11 @@ from trimtab.adapters.resampler import FusionAdapter, ResamplerConfig
 from trimtab.config import LanguageAdapterConfig, to_mapping
 from trimtab.errors import ModelError
 from trimtab.files import digest_of
+from trimtab.scripts import is_latin
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.freezing import fingerprint, freeze
 from trimtab.towers.fusion import fuse, image_sequence, teacher_sequence
 from trimtab.towers.hf import load_base, portable
-from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from trimtab.data.images import is_address
 from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
 from trimtab.data.picture_folder import PictureFolder
-from trimtab.data.scripts import default_templates
 from trimtab.data.shards import (
     NOT_UTF8,
     PictureFile,
@@ -28,7 +27,7 @@ from trimtab.data.shards import (
     read_shard,
     readable_name,
 )
-from trimtab.data.templates import fill_all
+from trimtab.data.templates import default_templates, fill_all
 from trimtab.errors import DataError, RecipeError
 
 logger = logging.getLogger(__name__)

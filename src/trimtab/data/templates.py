@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from trimtab.errors import RecipeError
+from trimtab.scripts import is_han, is_kana, is_latin
 
+_BARE_NAME = "{}"
 # The lists run in parallel: each template of one language translates that of the other at the same place.
 DEFAULT_TEMPLATES: dict[str, list[str]] = {
     "en": [
@@ -84,3 +87,31 @@ def templates_for(language: str) -> list[str]:
 def known_language(tag: str, known: Collection[str]) -> str | None:
     """Which of `known` a language tag means: itself, or its language without country and script; None for neither."""
     return next((one for one in (tag, tag.replace("_", "-").split("-")[0]) if one in known), None)
+
+
+def default_templates(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Templates for class names by their script: English ones for Latin, Chinese for Han, else the bare name.
+
+    The script of most names decides, so that "T恤" and "iPod" may stand in a Chinese list. Where any name has
+    kana, names in Han count as Japanese.
+
+    Returns:
+        whom they are for ("en", "zh" or "bare name"), and the templates.
+    """
+    japanese = any(map(is_kana, "".join(names)))
+    votes: Counter[str] = Counter()
+    for name in names:
+        if is_latin(name):
+            votes["en"] += 1
+        else:
+            han = all(is_han(letter) or is_latin(letter) for letter in name)
+            votes["zh" if han and not japanese else "bare name"] += 1
+    most = votes.most_common(1)[0][0] if votes else "bare name"
+    return most, list(DEFAULT_TEMPLATES.get(most, [_BARE_NAME]))
+
+
+def default_context(names: Sequence[str]) -> str:
+    """What stands before the name in the first default template that ends with it; the English one where none does."""
+    _, templates = default_templates(names)
+    ends = [template for template in (*templates, *DEFAULT_TEMPLATES["en"]) if template.endswith(_BARE_NAME)]
+    return next(start for end in ends if (start := end.removesuffix(_BARE_NAME).strip()))

@@ -15,8 +15,8 @@ from trimtab.data.shards import PictureFile
 from trimtab.errors import DataError
 from trimtab.evaluation.forgetting import GeneralSet
 from trimtab.recipes.decoding import decoding
+from trimtab.scripts import is_latin
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.scripts import is_latin
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from trimtab.data.manifests import (
 )
 from trimtab.data.shards import PictureFile
 from trimtab.data.shots import warn_of_copies
-from trimtab.data.templates import fill_all
+from trimtab.data.templates import default_templates, fill_all
 from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation import (
     ClassificationResult,
@@ -52,7 +52,6 @@ from trimtab.evaluation.blocks import (
 )
 from trimtab.evaluation.summaries import class_errors, reproducibility, skipped_images
 from trimtab.files import digest_of, explain_disk_errors, followed, is_special, sha256_of, write_json
-from trimtab.towers.scripts import default_templates
 
 if TYPE_CHECKING:
     from trimtab.adapters.prompted import PromptClassifier

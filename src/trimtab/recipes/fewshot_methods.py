@@ -20,6 +20,7 @@ from trimtab.adapters.prompt import Pictures
 from trimtab.config import ContextConfig, DomainPartConfig, PromptRecipe
 from trimtab.data.classes import warn_of_equal
 from trimtab.data.shots import Shots
+from trimtab.data.templates import default_templates
 from trimtab.errors import RecipeError
 from trimtab.evaluation.ranking import TIE
 from trimtab.objectives.probes import KeyCache, Linear, fit_logistic, fit_lp_plus_plus, train_keys
@@ -28,7 +29,6 @@ from trimtab.recipes.prompt_features import PictureFeatures
 from trimtab.recipes.prompt_fit import LabelledFeatures, fit_prompt, right
 from trimtab.towers.classifier import class_vectors
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.scripts import default_templates
 
 PENALTIES = tuple(10.0**power for power in range(-1, -7, -1))
 STRENGTHS = (10.0, 50.0, 250.0)

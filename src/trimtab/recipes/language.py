@@ -34,11 +34,11 @@ from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
 from trimtab.recipes.estimates import about, room_on_disk
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.sources import PREPARED, PreparedText, Words, drawing_probability, prepare, shown_source
+from trimtab.scripts import is_latin
 from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base, portable
 from trimtab.towers.memory import PairMemory
-from trimtab.towers.scripts import is_latin
 from trimtab.towers.text_encoder import TextEncoder
 from trimtab.training import distributed
 from trimtab.training.checkpoint import CheckpointFolder

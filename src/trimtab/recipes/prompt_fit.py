@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, extended
 from trimtab.config import PromptRecipe
+from trimtab.data.templates import default_context, default_templates
 from trimtab.evaluation.ranking import TIE
 from trimtab.objectives.class_vectors import best_factor, solve_vectors
 from trimtab.recipes.prompt_features import PictureFeatures
@@ -23,7 +24,6 @@ from trimtab.tasks.prompt import Batch, PromptTask
 from trimtab.towers.classifier import check_class_names, class_vectors, softmax
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.prompting import PromptTower
-from trimtab.towers.scripts import default_context, default_templates
 from trimtab.training.checkpoint import CheckpointFolder
 from trimtab.training.loop import train
 from trimtab.training.run import Selection

@@ -11,9 +11,8 @@ import numpy as np
 from trimtab.data.captions import fold_name
 from trimtab.data.classes import warn_of_equal
 from trimtab.data.parallel import clean_text
-from trimtab.data.templates import check_template, fill_all
+from trimtab.data.templates import check_template, default_templates, fill_all
 from trimtab.errors import DataError
-from trimtab.towers.scripts import default_templates
 
 if TYPE_CHECKING:
     from trimtab.data.images import ImageSource, SkippedImages
@@ -225,8 +224,13 @@ class Spellings:
         return found or self._tidied.get(fold_name(cleaned))
 
 
-def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """One unit vector per class, (C, D): each filled template normalised, their mean normalised again."""
+def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+    """One unit vector per class, (C, D): each filled template normalised, their mean normalised again.
+
+    Args:
+        templates: None takes those that go with the script of the names.
+    """
+    templates = default_templates(names)[1] if templates is None else templates
     parts = []
     size = max(1, _TEXTS_AT_ONCE // len(templates))
     for start in range(0, len(names), size):

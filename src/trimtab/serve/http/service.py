@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from trimtab.data.templates import fill_all
+from trimtab.data.templates import default_templates, fill_all
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.serve.http.addresses import Fetcher
 from trimtab.serve.http.batching import Batcher
@@ -27,7 +27,6 @@ from trimtab.serve.http.problems import Problem
 from trimtab.serve.http.thumbnails import Thumbnails
 from trimtab.towers.classifier import Classifier, Prediction, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.scripts import default_templates
 
 TEXT, IMAGE = "text", "image"
 _KEPT_CLASSIFIERS = 32

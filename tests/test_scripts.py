@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.data.scripts import default_context, default_templates, is_latin
-from trimtab.data.templates import DEFAULT_TEMPLATES
+from trimtab.scripts import is_latin
 
 LATIN = (
     "a photo of a cat",
@@ -49,29 +48,3 @@ def test_one_foreign_letter_decides(text: str, letter: str, place: int) -> None:
 @given(st.text(), st.text())
 def test_a_text_is_latin_if_its_parts_are(one: str, other: str) -> None:
     assert is_latin(one + other) == (is_latin(one) and is_latin(other))
-
-
-@pytest.mark.parametrize(
-    ("names", "language"),
-    [
-        (["cat", "café", "T-shirt 2"], "en"),
-        (["猫", "狗"], "zh"),
-        (["猫", "T恤", "iPod", "狗（大）", "卡尔·马克思", "𠮷"], "zh"),
-        (["cat", "dog", "麻将"], "en"),
-        (["犬", "猫", "ねこ"], "bare name"),
-        (["犬", "猫", "アニメ"], "bare name"),
-        (["кот", "собака"], "bare name"),
-        (["고양이"], "bare name"),
-        ([], "bare name"),
-    ],
-)
-def test_the_script_of_the_names_chooses_templates(names: list[str], language: str) -> None:
-    found, templates = default_templates(names)
-    assert found == language
-    assert templates == DEFAULT_TEMPLATES.get(language, ["{}"])
-
-
-def test_a_context_ends_where_the_name_begins() -> None:
-    assert default_context(["cat", "dog"]) == "a photo of a"
-    assert default_context(["猫", "T恤"]) == "这张图片里有"
-    assert default_context(["кот"]) == "a photo of a"  # no template is known

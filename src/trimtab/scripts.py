@@ -1,0 +1,33 @@
+"""Which script a text is written in: to send English to its own tower, and to choose templates for names."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+
+# How Unicode's names of letters begin that English has: the okina and one of the apostrophes are modifiers.
+_NO_SCRIPT = ("LATIN", "MODIFIER LETTER")
+_MICRO = "µ"  # the sign in "10 µm" is of no script either; NFKC makes a Greek letter of it
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_foreign(character: str) -> bool:
+    # NFKC writes full-width letters, ligatures and signs such as "º" in plain letters.
+    plain = unicodedata.normalize("NFKC", character.replace(_MICRO, ""))
+    return any(letter.isalpha() and not unicodedata.name(letter, "LATIN").startswith(_NO_SCRIPT) for letter in plain)
+
+
+def is_latin(text: str) -> bool:
+    """Whether every letter of a text is Latin; so is a text without letters."""
+    return text.isascii() or not any(map(_is_foreign, text))
+
+
+def is_han(letter: str) -> bool:
+    """Whether a letter is Chinese, as kanji are too."""
+    return "\u3400" <= letter <= "\u9fff" or "\uf900" <= letter <= "\ufaff" or letter >= "\U00020000"
+
+
+def is_kana(letter: str) -> bool:
+    """Whether a letter is Japanese alone."""
+    # Not the middle dot and the long-vowel mark at the end of the block, which Chinese text has too.
+    return "\u3041" <= letter <= "\u30fa" or "\uff66" <= letter <= "\uff9d"
