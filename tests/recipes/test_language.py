@@ -20,7 +20,7 @@ from trimtab.adapters.language import LanguageAdapter
 from trimtab.config import LanguageRecipe
 from trimtab.data import corpora
 from trimtab.data.parallel import ParallelText
-from trimtab.errors import ModelError, RecipeError, TrimtabError
+from trimtab.errors import ModelError, OutOfMemory, RecipeError, TrimtabError
 from trimtab.recipes import language
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.sources import PreparedText, prepare
@@ -328,7 +328,7 @@ def test_validation_takes_fewer_at_once_where_memory_is_short(encoded: Any) -> N
     assert language.validate(small, frozen, text) == language.validate(roomy, frozen, text)
     assert min(sizes) <= small.room
     small.room = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemory):
         language.validate(small, frozen, text)
 
 

@@ -128,6 +128,13 @@ def test_the_end_of_another_process_is_no_bug_of_this_one(error):
         raise error
 
 
+def test_a_port_that_is_taken_is_no_lost_process(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    taken = dist.DistNetworkError("The server socket has failed to listen. port: 29500, name: EADDRINUSE")
+    with pytest.raises(TrimtabError, match=r"^MASTER_PORT=29500 is taken.*give another"), explain_lost_processes():
+        raise taken
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shapes"), explain_lost_processes():
         raise RuntimeError("shapes do not fit")

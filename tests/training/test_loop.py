@@ -175,11 +175,12 @@ def test_collapse_stops_and_keeps_the_checkpoint_before(tmp_path):
         problem.train(tmp_path, validate=lambda epoch: {"collapse": collapse[epoch]}, select=None)
 
 
-def test_out_of_memory_gives_advice(tmp_path):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # the driver's own is no more than that
+def test_out_of_memory_gives_advice(tmp_path, kind):
     problem = Problem()
 
     def step(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("CUDA error: out of memory")
 
     problem.step = step  # type: ignore[method-assign]
     with pytest.raises(TrainingStopped, match=r"out of memory at step 1;.*training\.batch_size"):

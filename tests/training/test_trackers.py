@@ -115,6 +115,13 @@ def test_services_are_called_as_their_packages_expect(tmp_path, monkeypatch):
         assert start == {"run_id": "m1"}  # without parameters, which MLflow lets nobody change
         assert rest == [("end", status), ("finish", code)]
 
+    # One that begins anew, as nothing was saved of the one before, whose steps are behind those that are there.
+    calls.clear()
+    with open_trackers(["wandb", "mlflow"], tmp_path, {"seed": 2}):
+        pass
+    assert "id" not in calls[0]
+    assert calls[2:4] == [{"run_name": tmp_path.name}, {"seed": "2"}]
+
 
 def test_a_run_of_mlflow_that_takes_no_parameters_is_closed(tmp_path, monkeypatch):
     calls: list = []

@@ -39,6 +39,7 @@ from trimtab.tasks.language import LanguageTask
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base, portable
 from trimtab.towers.memory import PairMemory
+from trimtab.towers.passes import Passes
 from trimtab.towers.text_encoder import TextEncoder
 from trimtab.training import distributed
 from trimtab.training.checkpoint import CheckpointFolder
@@ -368,17 +369,12 @@ def narrowing(student: float, teacher: float) -> float:
     return max(0.0, (student - teacher) / max(1 - teacher, 1e-6))
 
 
-def _features(task: LanguageTask, states: PackedStates, rows: np.ndarray, at_once: int = 500) -> np.ndarray:
-    parts = []
-    try:
-        for start in range(0, len(rows), at_once):
-            values, mask = states.rows(rows[start : start + at_once])
-            parts.append(task.features(torch.from_numpy(values), torch.from_numpy(mask)))
-    except torch.OutOfMemoryError:  # a device that trains on smaller batches
-        if at_once == 1:
-            raise
-        return _features(task, states, rows, at_once // 2)
-    return np.concatenate(parts)
+def _features(task: LanguageTask, states: PackedStates, rows: np.ndarray) -> np.ndarray:
+    def run(span: slice) -> np.ndarray:
+        values, mask = states.rows(rows[span])
+        return task.features(torch.from_numpy(values), torch.from_numpy(mask))
+
+    return np.concatenate(Passes(500).of(run, len(rows)))
 
 
 def plan(

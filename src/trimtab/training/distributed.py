@@ -126,6 +126,11 @@ def explain_lost_processes() -> Iterator[None]:
         if not dist.is_available() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         reason = " ".join(str(error).split())[:400]
+        if "EADDRINUSE" in reason:
+            raise TrimtabError(
+                f"MASTER_PORT={os.environ.get('MASTER_PORT')} is taken, so that the processes cannot meet there: give "
+                f"another one to all of them ({reason})"
+            ) from error
         raise TrimtabError(
             "another process of this run ended or does not answer: look at its message, which may stand above, and "
             f"start the same command again to resume ({reason})"

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trimtab.config import TrainingConfig
-from trimtab.errors import Interrupted, RecipeError, TrainingStopped
+from trimtab.errors import Interrupted, RecipeError, TrainingStopped, is_out_of_memory
 from trimtab.precision import fast_training
 from trimtab.training import distributed
 from trimtab.training.checkpoint import CheckpointFolder
@@ -226,8 +226,7 @@ def _explain_out_of_memory(run: Run, *, in_validation: bool = False) -> Iterator
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
+        if not is_out_of_memory(error):
             raise
         if in_validation:
             raise TrainingStopped(

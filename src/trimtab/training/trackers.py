@@ -54,7 +54,7 @@ class Wandb:
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         import wandb
 
-        known = _run_id(folder, "wandb")
+        known = _run_id(folder, "wandb", first_step)
         self.run: Any = wandb.init(
             project=None if _environment("WANDB_PROJECT") else "trimtab",
             dir=str(folder),
@@ -79,7 +79,7 @@ class Mlflow:
         self.mlflow: Any = mlflow
         if not _environment("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
-        if known := _run_id(folder, "mlflow"):
+        if known := _run_id(folder, "mlflow", first_step):
             mlflow.start_run(run_id=known)
             return
         run = mlflow.start_run(run_name=folder.name)
@@ -102,10 +102,10 @@ def _run_id_file(folder: Path, service: str) -> Path:
     return folder / f"{service}-run"
 
 
-def _run_id(folder: Path, service: str) -> str | None:
-    """The service's id of the run that is resumed here, if there is one."""
+def _run_id(folder: Path, service: str, first_step: int) -> str | None:
+    """The service's id of the run that is resumed here; None of one that begins, though an earlier one left its id."""
     file = _run_id_file(folder, service)
-    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+    return file.read_text(encoding="utf-8").strip() if first_step and file.exists() else None
 
 
 def _keep_run_id(folder: Path, service: str, run_id: str) -> None:
@@ -166,8 +166,8 @@ def open_trackers(
             except ImportError as error:
                 raise _missing(name, error) from error
             except Exception as error:  # services fail in ways of their own
-                known = _run_id_file(folder, name)
-                again = f", delete {known} to begin a new run there" if known.exists() else ""
+                known = _run_id(folder, name, first_step)
+                again = f", delete {_run_id_file(folder, name)} to begin a new run there" if known else ""
                 raise TrimtabError(
                     f"tracker {name!r} could not start ({_reason(error)}): mend its settings{again}, or leave it out "
                     "of training.trackers"
