@@ -191,6 +191,22 @@ def test_bytes_are_told_before(tiny_base: Any, pairs: Any, cache: Path) -> None:
     assert states.nbytes == 2 * 17 * 16 * (14 + 2 * 10)  # 16 patches and a CLS token of width 16
 
 
+def test_bytes_of_captions_take_a_pass_of_one_and_none_where_all_are_cached(
+    tiny_base: Any, pairs: Any, cache: Path, monkeypatch: Any
+) -> None:
+    base = tiny_base("clip")
+    cut, passed = TowerCut(base, "text", sites(base, "text", "layers")[1]), []
+    lower = cut.lower
+    monkeypatch.setattr(cut, "lower", lambda tokens: passed.append(len(tokens["input_ids"])) or lower(tokens))
+    texts = TextStates(base, cut, pairs.captions)
+    assert texts.missing_bytes(cache) == texts.nbytes > 0
+    assert passed == [1, 1]
+    texts.fill(cache)
+    passed.clear()
+    assert texts.missing_bytes(cache) == 0
+    assert not passed
+
+
 def test_a_picture_that_went_bad_is_named(tiny_base: Any, pairs: Any, cache: Path) -> None:
     base = tiny_base("clip")
     states = picture_states(base, TowerCut(base, "image", None), pairs)

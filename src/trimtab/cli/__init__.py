@@ -62,7 +62,9 @@ def main() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(2)
         if is_out_of_memory(error):
-            say(f"error: out of memory: give a lower --batch-size or training.batch_size, or {MORE_MEMORY}", "bold red")
+            reason = " ".join(str(error).split())[:300]
+            advice = f"give a lower --batch-size or training.batch_size, or {MORE_MEMORY}"
+            say(f"error: out of memory: {advice}" + (f" ({reason})" if reason else ""), "bold red")
             sys.exit(2)
         print(without_controls(traceback.format_exc()), end="", file=sys.stderr)
         say(f"This is a bug in trimtab {__version__}: please report it with the text above and the command.", "red")

@@ -34,7 +34,7 @@ from trimtab.tasks.domain import Side
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut
 from trimtab.towers.map_views import make_map_views
-from trimtab.towers.passes import Passes, per_pass
+from trimtab.towers.passes import Passes, per_pass, rows_of
 from trimtab.training.trackers import progress_reporter
 
 _BATCH = 64
@@ -212,7 +212,7 @@ class TextStates:
         some = self.captions[:: max(1, len(self.captions) // 64)]
         tokens = self.base.text_inputs(some)
         with torch.no_grad():
-            below = self.cut.lower(tokens)
+            below = self.cut.lower(rows_of(tokens, slice(1)))
         if self.cut.site is None:
             each = float(below["features"].shape[-1])
         else:
@@ -225,7 +225,7 @@ class TextStates:
             return 0
         kind: Literal["states", "arrays"] = "states" if self.cut.site else "arrays"
         missing = len(set(self.captions)) - cached_count(folder, kind, self._cache_parts(self.cut), self.captions)
-        return round(self.nbytes / len(self.captions) * missing)
+        return round(self.nbytes / len(self.captions) * missing) if missing else 0
 
     def _cache_parts(self, cut: TowerCut) -> list[str]:
         precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
