@@ -26,8 +26,8 @@ class PairSource:
         text: column (of shards: key in JSON members) with the caption; in JSONL and Parquet also a list of captions.
         label: column (or key) with a class name, which is read instead of `text`. A folder always has classes.
         root: folder of a table's pictures; null takes the folder of the table.
-        templates: captions of a class, ``{}`` standing for its name; null takes one that goes with the script of the
-            names, "a photo of a {}" with Latin.
+        templates: captions of a class, ``{}`` standing for its name; null takes one that goes with the script of most
+            names in this source, "a photo of a {}" with Latin.
         descriptions: table with the columns ``class`` and ``description``, whose sentences are further captions.
         share: fraction of the images to use, every caption alike; a smaller share lies within a larger one.
         limit: use at most this many images.
