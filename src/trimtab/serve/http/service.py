@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trimtab.data.templates import default_templates, fill_all
-from trimtab.errors import DataError, ModelError, TrimtabError
+from trimtab.errors import DataError, ModelError, OutOfMemory, TrimtabError
 from trimtab.serve.http.addresses import Fetcher
 from trimtab.serve.http.batching import Batcher
 from trimtab.serve.http.inputs import Picture, Text, check_count, fetched, is_web_address, pixels_of
@@ -415,5 +415,7 @@ def _make(model: DualEncoder, classes: Sequence[str]) -> Classifier:
 def _as_problem() -> Iterator[None]:
     try:
         yield
+    except OutOfMemory:  # nothing that the client can mend
+        raise
     except TrimtabError as error:
         raise Problem(422, str(error), param="classes") from error
