@@ -17,6 +17,7 @@ from tiny_links import CLASSES, save_language, save_tiny_domain, save_tiny_promp
 from tiny_models import CONTEXT, build_siglip, randomised
 from tiny_pictures import bmp_with_alpha, tiff_of_12_bits
 from tiny_starter import build_starter
+from trimtab import scripts
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters
@@ -28,7 +29,6 @@ from trimtab.serve import export as module
 from trimtab.serve import onnx_runtime
 from trimtab.serve.export import export_onnx, quantise
 from trimtab.serve.onnx_runtime import Encoder, is_latin, read
-from trimtab.towers import scripts
 from trimtab.towers.hf import load_base
 from trimtab.towers.memory import PairMemory
 from trimtab.towers.text_encoder import TextEncoder
