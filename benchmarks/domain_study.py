@@ -31,6 +31,8 @@ CROPPED = "cached maps mirrored, and cropped to 60%"
 CROP = "data.map_augmentation={crop_min: 0.6, flip: true}"
 DESCRIBED = "captions: names and descriptions"
 TEXT = ", {tower: text, kind: bottleneck, first: -2, width: 64}"
+IMAGE_LORA = "lora.targets=[linear1, linear2, expand.0, project.0]"
+WIDER_LORA = (IMAGE_LORA, "lora.rank=28", "lora.alpha=56")
 
 
 def conv(first: int, width: int = 128, more: str = "") -> str:
@@ -128,6 +130,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "continual fine-tuning with a quarter": Variant("full", share=0.25),
     **rates("LoRA", "lora", "2e-3", "5e-3", "1e-2"),
+    "LoRA in the image tower alone": Variant("lora", (IMAGE_LORA,)),
+    "LoRA in the image tower alone, as many weights as the adapters, rate 2e-3": Variant(
+        "lora", (*WIDER_LORA, "training.learning_rate=2e-3")
+    ),
+    "LoRA in the image tower alone, as many weights as the adapters, rate 5e-3": Variant("lora", WIDER_LORA),
     **rates("linear maps on both towers", "probe", "2e-3", "5e-3", "1e-2", "2e-2"),
     **cropped({**BANK, DESCRIBED: adapters("bank.epoch_share=0.25"), **PLACES, **STEPS, **SHARES}),
 }
