@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 import tiny_domain
 import tiny_pairs
 import trimtab
+from full_disk import check_full_disk_is_named
 from tiny_domain import CAPTIONS, merged, toy_mapping, write_pairs
 from trimtab.cli import app
 from trimtab.config import load_recipe, recipe_from_mapping
@@ -629,18 +630,7 @@ def test_dry_run_says_all_and_does_nothing(toy: Any, tmp_path: Path, monkeypatch
 def test_a_disk_without_room_for_the_cache_is_named_before_the_work(
     toy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
-    monkeypatch.setattr("trimtab.recipes.estimates.shutil", full)
-    path = toy(data={"views": 1}, training={"epochs": 1})
-    for dry_run in (True, False):
-        caplog.clear()
-        adapt(path, dry_run=dry_run)
-        assert re.search(r"has 0\.0 GB: .* fewer data\.views \(now 1\), or .* TRIMTAB_CACHE", caplog.text)
-    caplog.clear()
-    capsys.readouterr()
-    adapt(path, dry_run=True)
-    assert "free         0.00 GB on its disk" in capsys.readouterr().out
-    assert "TRIMTAB_CACHE" not in caplog.text  # by now all is cached
+    check_full_disk_is_named(toy(data={"views": 1}, training={"epochs": 1}), monkeypatch, caplog, capsys)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -37,8 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def compute_in_bf16(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
     """Whatever the machine has: what is compared must not depend on it."""
-    for module in ("trimtab.precision", "trimtab.recipes.domain_states"):
-        monkeypatch.setattr(f"{module}.has_fast_bf16", lambda device: wanted)
+    monkeypatch.setattr("trimtab.precision.has_fast_bf16", lambda device: wanted)
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import trimtab
+from full_disk import check_full_disk_is_named
 from tiny_language import merged
 from tiny_links import save_tiny_domain, save_tiny_prompt
 from tiny_pictures import signal_at
@@ -356,18 +355,7 @@ def test_a_dry_run_says_what_it_would_do(
 def test_a_disk_without_room_for_the_cache_is_named_before_the_work(
     toy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
-    monkeypatch.setattr("trimtab.recipes.estimates.shutil", full)
-    path = toy(data={"views": 1}, training={"epochs": 1})
-    for dry_run in (True, False):
-        caplog.clear()
-        adapt(path, dry_run=dry_run)
-        assert re.search(r"has 0\.0 GB: .* fewer data\.views \(now 1\), or .* TRIMTAB_CACHE", caplog.text)
-    caplog.clear()
-    capsys.readouterr()
-    adapt(path, dry_run=True)
-    assert "free         0.00 GB on its disk" in capsys.readouterr().out
-    assert "TRIMTAB_CACHE" not in caplog.text  # by now all is cached
+    check_full_disk_is_named(toy(data={"views": 1}, training={"epochs": 1}), monkeypatch, caplog, capsys)
 
 
 def test_prompts_that_add_nothing_are_named(

@@ -26,7 +26,7 @@ from trimtab.data.pairs import ImageTextPairs
 from trimtab.data.shards import PictureFile
 from trimtab.errors import RecipeError
 from trimtab.files import cache_home
-from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.precision import fast_inference, resolved_precision
 from trimtab.recipes.domain_methods import Method
 from trimtab.recipes.estimates import room_on_disk
 from trimtab.recipes.picture_views import PictureViews
@@ -123,7 +123,7 @@ class ImageStates:
 
     def _cache_of(self, cut: TowerCut, view: int) -> tuple[list[str], list[str]]:
         """What names the cache of a view, and its items."""
-        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        precision = resolved_precision("auto", self.base.device)
         parts = ["image states", self.base.fingerprint, self.base.image_input_digest]
         parts += [str(cut.site or "features"), precision, *self._source.cache_parts(view)]
         return parts, self._keys[: None if view == 0 else self.viewed]
@@ -228,7 +228,7 @@ class TextStates:
         return round(self.nbytes / len(self.captions) * missing) if missing else 0
 
     def _cache_parts(self, cut: TowerCut) -> list[str]:
-        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        precision = resolved_precision("auto", self.base.device)
         inputs = [self.base.fingerprint, self.base.text_input_digest]
         return ["text states", *inputs, str(cut.site or "features"), precision]
 

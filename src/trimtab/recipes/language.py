@@ -30,7 +30,7 @@ from trimtab.evaluation.embedding import normalise
 from trimtab.evaluation.matching import match_of_parts, mean_pairwise_cosine, translation_match
 from trimtab.files import cache_home, digest_of
 from trimtab.objectives.distillation import Standardiser
-from trimtab.precision import fast_inference, has_fast_bf16, tune_allocator
+from trimtab.precision import fast_inference, resolved_precision, tune_allocator
 from trimtab.recipes.estimates import about, room_on_disk
 from trimtab.recipes.folders import check_out, recipe_digest, training_folder
 from trimtab.recipes.sources import PREPARED, PreparedText, Words, drawing_probability, prepare, shown_source
@@ -274,7 +274,7 @@ def _cache_keys(
     recipe: LanguageRecipe, base: DualEncoder, student: TextEncoder
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What names the caches of the teacher and of the student."""
-    precision = "bf16" if has_fast_bf16(base.device) else "fp32"
+    precision = resolved_precision("auto", base.device)
     layers = ",".join(map(str, recipe.student.layers))
     return (
         ("teacher", base.fingerprint, base.text_input_digest, precision),

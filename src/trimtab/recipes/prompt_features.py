@@ -21,7 +21,7 @@ from trimtab.data.cache import CachedArrays, Progress, cached_arrays
 from trimtab.data.cached import cached_count
 from trimtab.data.shards import PictureFile
 from trimtab.files import cache_home
-from trimtab.precision import fast_inference, has_fast_bf16
+from trimtab.precision import fast_inference, resolved_precision
 from trimtab.recipes.picture_views import PictureViews
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.passes import Passes, per_pass
@@ -129,7 +129,7 @@ class PictureFeatures:
         return self._unpacked(torch.from_numpy(flat).to(self.base.device))
 
     def _cache_parts(self, view: int) -> list[str]:
-        precision = "bf16" if has_fast_bf16(self.base.device) else "fp32"
+        precision = resolved_precision("auto", self.base.device)
         tokens = "x".join(map(str, self._shape)) if self.tokens else "no"
         parts = [f"picture embeddings and {tokens} tokens", self.base.fingerprint, self.base.image_input_digest]
         return [*parts, precision, *self._source.cache_parts(view)]
