@@ -1,6 +1,6 @@
 """Pictures with text that packages carry: emoji of four vendors, clip art and stamps.
 
-Emoji of two vendors and clip art align `starter`. The stamps of Tux Paint, the vendor OpenMoji and the names in
+Emoji of three vendors and clip art align `starter`. The stamps of Tux Paint, the vendor OpenMoji and the names in
 `corpora.held_out_emoji` are kept from training, so that they can measure it.
 """
 
