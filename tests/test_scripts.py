@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.scripts import is_latin
+from trimtab.scripts import is_latin, normal_form
 
 LATIN = (
     "a photo of a cat",
@@ -48,3 +48,18 @@ def test_one_foreign_letter_decides(text: str, letter: str, place: int) -> None:
 @given(st.text(), st.text())
 def test_a_text_is_latin_if_its_parts_are(one: str, other: str) -> None:
     assert is_latin(one + other) == (is_latin(one) and is_latin(other))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("a cat", "a cat"),
+        ("A\u0308pfel", "Äpfel"),
+        ("\u1109\u1161\u1100\u116a", "사과"),
+        ("ｶﾞﾗｽ", "ガラス"),
+        ("كـتـاب", "كتاب"),
+        ("ＡＢＣ ①", "ＡＢＣ ①"),
+    ],
+)
+def test_letters_have_one_form(written: str, read: str) -> None:
+    assert normal_form(written) == read == normal_form(read)

@@ -1,13 +1,28 @@
-"""Which script a text is written in: to send English to its own tower, and to choose templates for names."""
+"""Scripts: which one a text is written in, to send English to its own tower and to choose templates for names; and one
+form of letters that Unicode can write in several ways."""
 
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 
 # How Unicode's names of letters begin that English has: the okina and one of the apostrophes are modifiers.
 _NO_SCRIPT = ("LATIN", "MODIFIER LETTER")
 _MICRO = "µ"  # the sign in "10 µm" is of no script either; NFKC makes a Greek letter of it
+_TATWEEL = "\u0640"  # stretches a line of Arabic, and is no letter
+_HALF_WIDTH_KANA = re.compile("[\uff65-\uff9f]+")
+
+
+def normal_form(text: str) -> str:
+    """A text as towers read it: letters composed (NFC), kana in full width, no tatweel.
+
+    Tokenizers that do not do so themselves read the parts of a decomposed Hangul or accented letter as noise.
+    """
+    if text.isascii():
+        return text
+    text = _HALF_WIDTH_KANA.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text.replace(_TATWEEL, ""))
+    return unicodedata.normalize("NFC", text)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from trimtab.data.parallel import ParallelText, clean, clean_text, read_parallel, says_nothing, split_validation
 from trimtab.errors import DataError, RecipeError
+from trimtab.scripts import normal_form
 
 TEXT = st.one_of(
     st.text(max_size=12),
@@ -104,19 +105,21 @@ def test_clean_text() -> None:
     assert clean_text(" \ufeff 一\u3000只\x07 狗\r\n\t ") == "一 只 狗"
     assert clean_text("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم", "joiners carry meaning"
     assert clean_text("A\u0308pfel") == "Äpfel"
+    assert clean_text("كـتـاب ـ") == "كتاب"
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.one_of(st.text(max_size=3), st.sampled_from([*" \t\n\xa0\u3000\xad\u200d\ufeff\ufe0f\u0308\x07Ab.½狗"]))
+        st.one_of(st.text(max_size=3), st.sampled_from([*"ـﾞ \t\n\xa0\u3000\xad\u200d\ufeff\ufe0f\u0308\x07Ab.½狗"]))
     )
 )
 def test_texts_with_nothing_to_drop_are_no_exception(parts: list[str]) -> None:
     text = "".join(parts)
     junk = [c for c in text if (unicodedata.category(c) in ("Cc", "Cs") and not re.match(r"\s", c)) or c == "\ufeff"]
     blanks = text.translate(dict.fromkeys(map(ord, junk), None)).split()
-    assert clean_text(text) == unicodedata.normalize("NFC", " ".join(blanks))
+    assert clean_text(text) == " ".join(normal_form(" ".join(blanks)).split())
+    assert clean_text(clean_text(text)) == clean_text(text)
     seen = [c for c in text if unicodedata.category(c)[0] not in "CZ" and not "\ufe00" <= c <= "\ufe0f"]
     assert says_nothing(text) == (not seen)
 

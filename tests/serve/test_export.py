@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 TEXTS = ["a cat", "一只猫的照片", "a photo of a small red car on the road", "猫", "", "mixed 猫 text", "字" * 60]
+TEXTS += ["naive\u0308", "ｶﾞﾗｽ"]
 
 
 def check(model: Any, folder: Path, pictures: list[Image.Image]) -> Encoder:
@@ -348,6 +350,12 @@ def test_a_loader_that_reads_files_otherwise_fails_the_export(
 )
 def test_scripts_are_told_alike(text: str) -> None:
     assert is_latin(text) == scripts.is_latin(text)
+
+
+@pytest.mark.parametrize("text", ["a", "A\u0308pfel", "사과", "ｶﾞﾗｽ 3", "ﾞ", "كـتـاب", "ＡＢＣ①", ""])
+def test_letters_have_one_form(text: str) -> None:
+    assert onnx_runtime.normal_form(text) == scripts.normal_form(text)
+    assert onnx_runtime.normal_form(unicodedata.normalize("NFD", text)) == scripts.normal_form(text)
 
 
 def test_a_difference_fails_the_export(tiny_base: Any, tmp_path: Path) -> None:

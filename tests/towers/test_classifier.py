@@ -90,6 +90,7 @@ def test_refused_names_leave_the_classes_as_they_are(model: Any) -> None:
         (["cat", ""], "class 1 has no name"),
         (["cat", 3], "class 1 has no name"),
         (["cat", "dog", "cat"], "'cat' stands twice"),
+        (["사과", "\u1109\u1161\u1100\u116a"], "stands twice"),
         ("cat", "must be a list of texts"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -103,3 +104,10 @@ def test_texts_of_the_same_tokens_are_found_over_all_chunks(
     texts = ["a cat", "a dog", "A  Cat", "ж", f"{start} dog", "a cat", "щ", f"{start} cat"]
     assert inputs.same(texts) == ([0, 1, 0, 3, 4, 0, 3, 4], 2)
     assert inputs.same([]) == ([], 0)
+
+
+def test_letters_are_composed_before_they_are_read(inputs: TextInputs) -> None:
+    inputs = replace(inputs, tokenizer=tiny_models.siglip_tokenizer())  # which composes none itself
+    for composed in ("ä", "사과", "ガ"):
+        assert inputs.token_ids([unicodedata.normalize("NFD", composed)]) == inputs.token_ids([composed])
+        assert inputs.whole_token_ids([unicodedata.normalize("NFD", composed)]) == inputs.whole_token_ids([composed])

@@ -17,6 +17,7 @@ import numpy as np
 from trimtab.data.manifests import read_rows
 from trimtab.errors import DataError, RecipeError
 from trimtab.files import digest_of
+from trimtab.scripts import normal_form
 
 Pair: TypeAlias = tuple[str, str]
 """(target, english)"""
@@ -180,10 +181,12 @@ def read_parallel(
 
 
 def clean_text(text: str) -> str:
-    """Drop control characters and byte-order marks, turn every run of white space into one blank, strip; in NFC."""
-    if not text.isprintable() or "  " in text or text != text.strip():  # most texts have nothing to drop
-        text = " ".join(_JUNK.sub("", text).split())
-    return unicodedata.normalize("NFC", text)
+    """Drop control characters and byte-order marks, turn every run of white space into one blank, strip; in
+    `normal_form`."""
+    if not text.isprintable():  # most texts have nothing to drop
+        text = _JUNK.sub("", text)
+    text = normal_form(text)
+    return text if text.isprintable() and "  " not in text and text == text.strip() else " ".join(text.split())
 
 
 def clean(

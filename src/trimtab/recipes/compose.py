@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from trimtab.adapters.composed import Composed
 from trimtab.adapters.composing import load_composed
 from trimtab.data.manifests import read_text
 from trimtab.errors import DataError
+from trimtab.scripts import normal_form
 
 
 def compose(
@@ -66,7 +66,7 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     for number, row in rows[1:]:
         if len(row) != len(header):
             raise DataError(f"{path}, row {number}: has {len(row)} fields, the header has {len(header)}")
-        others = [unicodedata.normalize("NFC", cell.strip()) for cell in row]  # as classes are when trained
+        others = [normal_form(cell.strip()) for cell in row]  # as classes are when trained
         own = others.pop(place)
         for name in filter(None, others):
             if found.setdefault(name, own) != own:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -145,7 +146,7 @@ class _TextTower:
         return self.about["script"] == "all" or is_latin(text) == (self.about["script"] == "latin")
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        given = [self.about["prefix"] + text for text in texts]
+        given = [self.about["prefix"] + normal_form(text) for text in texts]
         rows = [ids or [self.about["pad_id"]] for ids in self.token_ids(given)]
         length = self.about["limit"] if self.about["pad_to_limit"] else max(map(len, rows))
         ids = np.full((len(rows), length), self.about["pad_id"], np.int64)
@@ -275,6 +276,12 @@ def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     up, across = -(-(whole.shape[0] - rows) // 2), -(-(whole.shape[1] - columns) // 2)
     whole[up : up + rows, across : across + columns] = pixels
     return whole[max(0, top + up) :, max(0, left + across) :][:height, :width]
+
+
+def normal_form(text: str) -> str:
+    """Letters composed (NFC), kana in full width, without the Arabic tatweel."""
+    wide = re.sub("[\uff65-\uff9f]+", lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    return unicodedata.normalize("NFC", wide.replace("\u0640", ""))
 
 
 def is_latin(text: str) -> bool:

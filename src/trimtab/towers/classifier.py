@@ -13,6 +13,7 @@ from trimtab.data.classes import warn_of_equal
 from trimtab.data.parallel import clean_text
 from trimtab.data.templates import check_template, default_templates, fill_all
 from trimtab.errors import DataError
+from trimtab.scripts import normal_form
 
 if TYPE_CHECKING:
     from trimtab.data.images import ImageSource, SkippedImages
@@ -195,13 +196,13 @@ def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where:
     start = f"{where}: " if where else ""
     if not len(names):
         raise DataError(f"{start}there are no class names")
-    taken = set(known)
+    taken = set(map(normal_form, known))  # which models read alike
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"{start}class {index} has no name ({name!r:.60}): every class needs one")
-        if name in taken:
+        if normal_form(name) in taken:
             raise DataError(f"{start}class name {name!r} stands twice: names must differ; remove or rename one")
-        taken.add(name)
+        taken.add(normal_form(name))
     return names
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import DataError, ModelError
 from trimtab.files import digest_of
+from trimtab.scripts import normal_form
 from trimtab.towers.freezing import tokenizer_digest
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class TextInputs:
                     text.encode()
                 except UnicodeEncodeError as error:
                     raise DataError(f"text {index} is not valid Unicode ({error.reason}): {text!r:.80}") from error
-        return [self.prefix + text for text in texts] if self.prefix else list(texts)
+        return [self.prefix + normal_form(text) for text in texts]
 
     def _tokenise(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
         encoded = self.tokenizer(
