@@ -20,7 +20,9 @@ from trimtab.towers.text_encoder import TextEncoder
 CLASSES = ("cat", "dog", "red car")
 
 
-def save_language(folder: Path, base: DualEncoder, student: TextEncoder, *, english: str = "route") -> Path:
+def save_language(
+    folder: Path, base: DualEncoder, student: TextEncoder, *, english: str = "route", language: str = "zh"
+) -> Path:
     described = save_tiny_adapted(folder, base, student)
     if english != "route":
         import json
@@ -28,6 +30,7 @@ def save_language(folder: Path, base: DualEncoder, student: TextEncoder, *, engl
         path = folder / "adapter.json"
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw["config"]["english"] = english
+        raw["data"]["languages"] = {language: 9, "en": 1}
         path.write_text(json.dumps(raw), encoding="utf-8")
     return described
 

@@ -114,6 +114,22 @@ def test_english_through_the_adapter_stays_so(base: Any, student: Any, folders: 
     assert np.array_equal(model.encode_text(ENGLISH), load_adapted(other, base=base).encode_text(ENGLISH))
 
 
+def test_names_in_latin_script_go_the_way_of_texts(
+    base: Any, student: Any, folders: Any, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    german = save_language(tmp_path / "de", base, student, english="adapter", language="de")
+    names = [*CLASSES, "Hund"]
+    routed = put(base, folders["language"], folders["prompt"], student=student)
+    assert routed.prompted_name("Hund") == "Hund"
+    model = put(base, german, folders["prompt"], student=student)
+    assert model.prompted_name("Hund") is None
+    assert [model.prompted_name(name) for name in CLASSES] == list(CLASSES)
+    mixed, alone = model.classifier(names), load_adapted(german, base=base, student=student).classifier(["Hund"])
+    assert alone.templates == ("{}",)
+    cosines = alone.similarities(pictures)[:, 0] * float(model.prompt.prompt.text_weight)
+    assert np.allclose(mixed.similarities(pictures)[:, 3], cosines, atol=1e-5)
+
+
 @pytest.mark.parametrize("with_language", [False, True])
 def test_the_dial_turns_the_domain_alone(
     base: Any, folders: dict[str, Path], pictures: list[Image.Image], with_language: bool

@@ -46,6 +46,13 @@ def test_fill_all_keeps_names_together() -> None:
         fill_all([], ["dog"])
 
 
+def test_names_stand_bare_that_may_be_of_a_language_without_templates() -> None:
+    assert default_templates(["Hund", "Katze"], ["de"]) == ("bare name", ["{}"])
+    assert default_templates(["dog"], ["zh", "de"])[0] == "bare name"
+    assert default_templates(["dog"], ["zh-CN"])[0] == "en", "Chinese names are in a script of their own"
+    assert default_templates(["狗"], ["zh", "de"])[0] == "zh"
+
+
 def test_templates_for_language_tags() -> None:
     assert templates_for("zh-Hans-CN") == templates_for("zh_TW") == DEFAULT_TEMPLATES["zh"]
     with pytest.raises(RecipeError, match=r"'de'.*en, zh"):

@@ -18,7 +18,7 @@ from trimtab import __version__
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
 from trimtab.data.manifests import read_classification
-from trimtab.data.templates import DEFAULT_TEMPLATES
+from trimtab.data.templates import DEFAULT_TEMPLATES, default_templates
 from trimtab.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.evaluation import classify
 from trimtab.files import write_text
@@ -38,6 +38,9 @@ class ColorModel:
         self.last_skipped: list[tuple[int, str, str]] = []
         self.texts: list[str] = []
         self.batch_sizes: list[int] = []
+
+    def default_templates(self, names: Any) -> Any:
+        return default_templates(names)
 
     def encode_image(self, images: Any, *, batch_size: int, on_error: str, progress: bool = False) -> np.ndarray:
         self.batch_sizes.append(batch_size)

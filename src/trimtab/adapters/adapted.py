@@ -52,6 +52,7 @@ class LanguageAdapted(DualEncoder):
         adapter: from the student's token states to the base's features.
         english: "route" sends texts in Latin script to the base's own text tower; "adapter" sends all texts
             through the adapter.
+        languages: tags of the target languages of training, most pairs first; empty where that is not known.
         folder: the adapted folder.
     """
 
@@ -63,6 +64,7 @@ class LanguageAdapted(DualEncoder):
         *,
         layers: tuple[int, ...] = (-1,),
         english: Literal["route", "adapter"] = "route",
+        languages: tuple[str, ...] = (),
         name: str = "",
         folder: Path | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class LanguageAdapted(DualEncoder):
         self.adapter: LanguageAdapter = freeze(adapter)
         self.layers = layers
         self.english = english
+        self.languages = languages
         self.name = name or base.name
         self._known_fingerprint = "", ""
         self.folder = lasting_place(folder)
@@ -235,12 +238,14 @@ def load_language(described: AdapterFile, base: DualEncoder, student: TextEncode
     assert described.student is not None
     adapter = rebuilt(described, lambda: build_language_adapter(described))
     english = where_english_goes(described)
+    counted = described.data.get("languages")
     return LanguageAdapted(
         base,
         student,
         adapter,
         layers=described.student.layers,
         english=english,
+        languages=tuple(tag for tag in counted if tag != "en") if isinstance(counted, dict) else (),
         name=str(described.folder),
         folder=described.folder,
     )

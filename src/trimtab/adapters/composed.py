@@ -4,9 +4,9 @@ What each does, whatever the order in which they were given:
 
 - Pictures go through the base's image tower with the adapters of the domain.
 - Texts in Latin script go through the base's text tower with those adapters, other texts through the student and the
-  adapter of the language, which was taught the space of the base as it was.
-- Prompts score the classes that they know; a name in another script is a class vector of the language link, or stands
-  for a class of training where `aliases` says so.
+  adapter of the language, which was taught the space of the base as it was. With `english: adapter` all texts do.
+- Prompts score the classes that they know, also by the names of `aliases`; another name that would be sent to the
+  language link as a text is a class vector of it.
 
 Links change nothing in each other, so nothing is trained again. Prompts alone depend on what they were trained on.
 """
@@ -139,7 +139,9 @@ class Composed(DualEncoder):
         """The name by which the prompts score a class; None if they do not, and the language link's vector does."""
         if (own := self.trained_name(name)) is not None:
             return own
-        return name if self.language is None or is_latin(name) else None
+        if self.language is None or (self.language.english == "route" and is_latin(name)):
+            return name
+        return None  # where English goes through the adapter, a name in Latin script may be of its language
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the composed folder; see `trimtab.adapters.composing.save_composed`."""

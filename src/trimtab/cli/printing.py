@@ -86,6 +86,8 @@ def show_classification(result: Mapping[str, Any]) -> None:
     table.add_row(f"{result['n']:,}", f"{result['n_classes']:,}", f"{result['top1']:.2f}", f"{result['top5']:.2f}")
     console().print(table)
     templates = f"templates ({result['templates_for']}): {' | '.join(result['templates'])}"
+    if result["templates_for"] == "bare name":
+        templates += "; there are none for the language of the names, --template takes your own"
     scored = "scored by the model's prompts; --template takes hand templates instead"
     tell(scored if result["templates_for"] == "prompts" else templates)
     show_skipped(result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from trimtab.errors import RecipeError
 from trimtab.scripts import is_han, is_kana, is_latin
@@ -89,11 +89,15 @@ def known_language(tag: str, known: Collection[str]) -> str | None:
     return next((one for one in (tag, tag.replace("_", "-").split("-")[0]) if one in known), None)
 
 
-def default_templates(names: Sequence[str]) -> tuple[str, list[str]]:
+def default_templates(names: Sequence[str], languages: Iterable[str] = ()) -> tuple[str, list[str]]:
     """Templates for class names by their script: English ones for Latin, Chinese for Han, else the bare name.
 
     The script of most names decides, so that "T恤" and "iPod" may stand in a Chinese list. Where any name has
     kana, names in Han count as Japanese.
+
+    Args:
+        languages: whose names may be in Latin script as English ones are. Where there are no templates for one of them,
+            such names stand bare: English words around German ones do harm.
 
     Returns:
         whom they are for ("en", "zh" or "bare name"), and the templates.
@@ -107,6 +111,8 @@ def default_templates(names: Sequence[str]) -> tuple[str, list[str]]:
             han = all(is_han(letter) or is_latin(letter) for letter in name)
             votes["zh" if han and not japanese else "bare name"] += 1
     most = votes.most_common(1)[0][0] if votes else "bare name"
+    if most == "en" and not all(known_language(tag, DEFAULT_TEMPLATES) for tag in languages):
+        most = "bare name"
     return most, list(DEFAULT_TEMPLATES.get(most, [_BARE_NAME]))
 
 

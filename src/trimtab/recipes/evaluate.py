@@ -25,7 +25,7 @@ from trimtab.data.manifests import (
 )
 from trimtab.data.shards import PictureFile
 from trimtab.data.shots import warn_of_copies
-from trimtab.data.templates import default_templates, fill_all
+from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation import (
     ClassificationResult,
@@ -86,7 +86,7 @@ def evaluate_classification(
         items: manifest with the columns ``image`` and ``label``.
         classes: file with one class name per line, or the names.
         templates: sentences with one ``{}``, which replace prompts; None takes the model's prompts, or without any
-            chooses by the script of the names (`default_templates`).
+            takes `DualEncoder.default_templates`, by the script of the names.
         root: folder of the pictures; the manifest's own by default.
         json_path: where to write the result as well.
         report: folder for ``report.html`` and ``report.md``.
@@ -106,11 +106,12 @@ def evaluate_classification(
     """
     _check_targets(json_path, report, [items, *([classes] if isinstance(classes, (str, Path)) else [])])
     names = read_class_names(classes) if isinstance(classes, (str, Path)) else list(classes)
-    origin, chosen = default_templates(names) if templates is None else ("given", list(templates))
-    fill_all(chosen, ["name"])  # refuses templates that cannot be filled, before the model is loaded
+    if templates is not None:
+        fill_all(templates, ["name"])  # refuses templates that cannot be filled, before the model is loaded
     labelled = read_classification(items, names, root)
     encoder = _InBatches.of(model, device, batch_size)
     start = time.perf_counter()
+    origin, chosen = encoder.model.default_templates(names) if templates is None else ("given", list(templates))
     prompts = _prompts(encoder.model, names) if templates is None else None
     if prompts is None:
         result = classify(encoder, labelled, names, chosen, progress=progress)

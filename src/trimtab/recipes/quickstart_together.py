@@ -92,6 +92,7 @@ def _on(domain: Any, language: LanguageAdapted) -> LanguageAdapted:
         language.adapter,
         layers=language.layers,
         english=language.english,
+        languages=language.languages,
         name=language.name,
         folder=language.folder,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from trimtab.data.captions import fold_name
 from trimtab.data.classes import warn_of_equal
 from trimtab.data.parallel import clean_text
-from trimtab.data.templates import check_template, default_templates, fill_all
+from trimtab.data.templates import check_template, fill_all
 from trimtab.errors import DataError
 from trimtab.scripts import normal_form
 
@@ -56,7 +56,7 @@ class Classifier:
         """
         names = check_class_names(classes)
         self.model = model
-        self.templates = tuple(default_templates(names)[1] if templates is None else templates)
+        self.templates = tuple(model.default_templates(names)[1] if templates is None else templates)
         if not self.templates:
             raise DataError("there are no templates: leave them out, or give sentences with one {} each")
         for template in self.templates:
@@ -229,9 +229,9 @@ def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[
     """One unit vector per class, (C, D): each filled template normalised, their mean normalised again.
 
     Args:
-        templates: None takes those that go with the script of the names.
+        templates: None takes `DualEncoder.default_templates`.
     """
-    templates = default_templates(names)[1] if templates is None else templates
+    templates = model.default_templates(names)[1] if templates is None else templates
     parts = []
     size = max(1, _TEXTS_AT_ONCE // len(templates))
     for start in range(0, len(names), size):

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trimtab.data.images import ImageError, SkippedImages, StoredPicture, read_image
+from trimtab.data.templates import default_templates
 from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.files import explain_disk_errors, open_up
 from trimtab.towers.freezing import image_processor_digest
@@ -86,7 +87,12 @@ class DualEncoder:
         last_truncated: how many texts the last `encode_text` cut to the context length.
         turn: held while a pass runs, here and in every model on the same towers; to be taken around the methods below
             that give tensors, where several threads use these.
+        languages: tags of those that a language link here or below was trained on, and `english`, which way it sends
+            English; see `trimtab.adapters.adapted.LanguageAdapted`.
     """
+
+    languages: tuple[str, ...] = ()
+    english: Literal["route", "adapter"] = "route"
 
     def __init__(
         self,
@@ -338,12 +344,16 @@ class DualEncoder:
         text_side = texts if self._are_embeddings(texts) else self.encode_text(texts)
         return np.asarray(image_side, np.float32) @ np.asarray(text_side, np.float32).T
 
+    def default_templates(self, names: Sequence[str]) -> tuple[str, list[str]]:
+        """Whom templates are for, and the templates; see `trimtab.data.templates.default_templates`."""
+        return default_templates(names, self.languages if self.english == "adapter" else ())
+
     def classifier(self, classes: Sequence[str] | None = None, *, templates: Sequence[str] | None = None) -> Classifier:
         """A classifier of images by class names, without training.
 
         Args:
             classes: the names; only a model that was trained on classes may leave them out.
-            templates: sentences with one ``{}`` each; None chooses by the script of the names.
+            templates: sentences with one ``{}`` each; None takes `default_templates`.
 
         Raises:
             DataError: there are no names, or one is empty or stands twice.

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from trimtab.data.templates import default_templates, fill_all
+from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, ModelError, OutOfMemory, TrimtabError
 from trimtab.serve.http.addresses import Fetcher
 from trimtab.serve.http.batching import Batcher
@@ -304,7 +304,7 @@ class Service:
         """As `DualEncoder.classifier`, by passes that take turns with those of others: it may be thousands of texts."""
         with _as_problem():
             names = check_class_names(classes)
-            templates = default_templates(names)[1] if templates is None else templates
+            templates = self.model.default_templates(names)[1] if templates is None else templates
             texts = fill_all(templates, names)
         check_count(len(texts), self.max_inputs, "classes times templates")
         with self.batcher.room(len(texts)):
