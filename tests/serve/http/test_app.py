@@ -762,6 +762,7 @@ def test_state(server: Running) -> None:
     assert model["id"] == "tiny"
     assert model["embedding_dim"] == 12
     assert model["classes"] == 3
+    assert model["languages"] == []
     assert model["index"] == {"items": 3, "pictures": True, "checksum": "0123456789abcdef"}
     text = server.get("/metrics").text
     assert 'trimtab_requests_total{route="/healthz",status="200"}' in text

@@ -71,6 +71,7 @@ def names(window: Browser) -> list[str]:
 def test_who_types_sees_pictures(window: Browser, sites: dict[str, str]) -> None:
     opened(window, sites["open"])
     window.wait(lambda: window.text("#model") == "tiny")
+    assert window.text("#examples").isascii()  # the model reads no Chinese
     window.type("#query", "红苹果")
     window.wait(lambda: window.count(".hit .frame img") == 3)
     assert sorted(names(window)) == sorted(COLORS)
@@ -106,6 +107,9 @@ def test_who_drops_a_picture_sees_names_and_similar_pictures(window: Browser, si
     window.run("const area = document.getElementById('classes'); area.value = '猫，狗、鸟';"
                "area.dispatchEvent(new Event('change'))")  # fmt: skip
     window.wait(lambda: window.count("#labels li") == 3)
+    window.run("const area = document.getElementById('classes'); area.value = 'قطة، كلب؛ طائر; سمكة；猫';"
+               "area.dispatchEvent(new Event('change'))")  # fmt: skip
+    window.wait(lambda: window.count("#labels li") == 5)
 
 
 def test_what_is_no_picture_is_told(window: Browser, sites: dict[str, str]) -> None:

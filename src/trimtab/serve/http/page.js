@@ -3,7 +3,8 @@
 const WORDS = {
   en: {
     language: "中文", theme: "Light or dark", key: "This server asks for an API key", enter: "Enter",
-    search: "Search pictures", find: "Search", placeholder: "Describe a picture, in Chinese or English",
+    search: "Search pictures", find: "Search", placeholder: "Describe a picture",
+    chinesePlaceholder: "Describe a picture, in Chinese or English",
     examples: "Examples", pictureTitle: "Name a picture", drop: "Drop a picture here, paste one, or press to choose",
     classes: "Names to choose from, apart by commas", ownClasses: (n) => `the server's own ${n} names`,
     needClasses: "cat, dog, apple", release: "Let go to look at this picture", alike: "similar",
@@ -17,7 +18,8 @@ const WORDS = {
   },
   zh: {
     language: "English", theme: "浅色或深色", key: "此服务需要 API 密钥", enter: "进入",
-    search: "搜索图片", find: "搜索", placeholder: "用中文或英文描述一张图片",
+    search: "搜索图片", find: "搜索", placeholder: "描述一张图片",
+    chinesePlaceholder: "用中文或英文描述一张图片",
     examples: "示例", pictureTitle: "识别图片", drop: "将图片拖到这里、粘贴，或点击选择",
     classes: "候选名称，用逗号分隔", ownClasses: (n) => `服务自带的 ${n} 个名称`,
     needClasses: "猫，狗，苹果", release: "松开以识别这张图片", alike: "相似",
@@ -30,7 +32,9 @@ const WORDS = {
     footer: "所有数据都留在此服务器上。",
   },
 };
-const EXAMPLES = ["红苹果", "海边的狗", "夜空中的月亮", "a yellow flower", "木船"];
+const EXAMPLES = ["a red apple", "a dog by the sea", "a yellow flower"];
+const CHINESE_EXAMPLES = ["红苹果", "海边的狗", "夜空中的月亮", "a yellow flower", "木船"];
+const SEPARATORS = /[,，、،;；؛\n]/;
 const SHOWN = 24;
 const LABELS = 6;
 const PAUSE = 350; // milliseconds without a key until the text is searched
@@ -244,7 +248,7 @@ function answer() {
 
 async function classify() {
   if (!picture || !model) return; // without a model yet, `start` calls again
-  const classes = $("classes").value.split(/[,，、\n]/).map((name) => name.trim()).filter(Boolean);
+  const classes = $("classes").value.split(SEPARATORS).map((name) => name.trim().normalize()).filter(Boolean);
   if (!classes.length && !model.classes) {
     $("labels").replaceChildren();
     tell("label-status", "noClasses");
@@ -280,6 +284,8 @@ function labelRow({ label, score }) {
 
 // The page itself
 
+const readsChinese = () => Boolean(model) && model.languages.some((tag) => /^zh(-|$)/.test(tag));
+
 function translate() {
   document.documentElement.lang = tongue === "zh" ? "zh-CN" : "en";
   document.querySelectorAll("[data-say]").forEach((element) => { element.textContent = say(element.dataset.say); });
@@ -289,12 +295,23 @@ function translate() {
   });
   told.forEach((text, place) => { $(place).textContent = text(); });
   $("language").textContent = say("language");
-  $("query").placeholder = say("placeholder");
+  $("query").placeholder = say(readsChinese() ? "chinesePlaceholder" : "placeholder");
   if (!model) return;
   $("classes").placeholder = model.classes ? say("ownClasses", model.classes) : say("needClasses");
   const facts = [say("dims", model.embedding_dim)];
   if (model.index) facts.unshift(say("items", model.index.items.toLocaleString()));
   $("facts").textContent = facts.join(" · ");
+}
+
+function showExamples() {
+  $("examples").replaceChildren(...(readsChinese() ? CHINESE_EXAMPLES : EXAMPLES).map((text) => {
+    const item = make("li");
+    const button = make("button", "", text);
+    button.type = "button";
+    button.addEventListener("click", () => { $("query").value = text; searchText(); });
+    item.append(button);
+    return item;
+  }));
 }
 
 function setTheme(dark) {
@@ -321,6 +338,7 @@ async function start() {
   document.querySelector(".columns").classList.toggle("alone", !model.index);
   tell("status", model.index ? "" : "noIndex");
   translate();
+  showExamples();
   if (picture) {
     answer();
     return;
@@ -418,13 +436,5 @@ const preferred = matchMedia("(prefers-color-scheme: dark)");
 const chosen = store.get("trimtab-theme");
 setTheme(chosen ? chosen === "dark" : preferred.matches);
 preferred.addEventListener("change", (event) => { if (!store.get("trimtab-theme")) setTheme(event.matches); });
-$("examples").append(...EXAMPLES.map((text) => {
-  const item = make("li");
-  const button = make("button", "", text);
-  button.type = "button";
-  button.addEventListener("click", () => { $("query").value = text; searchText(); });
-  item.append(button);
-  return item;
-}));
 translate();
 start();

@@ -125,6 +125,7 @@ class Service:
             "embedding_dim": self.model.embedding_dim,
             "fingerprint": self.model.fingerprint,
             "max_tokens": self.model.max_tokens,
+            "languages": list(self.model.languages),
             "classes": len(self.classifier.classes) if self.classifier else 0,
             "index": None,
         }
