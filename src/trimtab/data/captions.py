@@ -360,8 +360,9 @@ def _descriptions(source: SourceOptions, names: list[str]) -> dict[str, list[str
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a description, white space tidied; those after "." need a capital, digit-free start."""
-    parts = re.split(r"(?<=[。！？])|(?<=[.!?])\s+(?=[^\W\d_a-z])", clean_text(text))
+    """Sentences of a description, white space tidied; those after "." start with a letter that is no small one."""
+    apart = re.sub(r"(?<=[.!?]) (?=([^\W\d_]))", lambda found: " " if found[1].islower() else "\n", clean_text(text))
+    parts = re.split(r"(?<=[。！？।؟])|\n", apart)
     return [part.strip() for part in parts if part.strip()]
 
 
