@@ -192,6 +192,19 @@ def test_routing_by_script_is_refused_for_latin_targets(targets: list[str], make
     language.check_pairing(make(english="adapter"), base, student, train)
 
 
+def test_some_latin_targets_among_others_are_told(
+    make: Any, base: Any, student: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    chinese = [target for target, _ in PAIRS]
+    some = chinese[: len(PAIRS) * 3 // 4] + ["un cane rosso"] * (len(PAIRS) // 4)
+    language.check_pairing(make(), base, student, texts(("zh", some)))
+    assert "25% of the target texts (zh) are in Latin script" in caplog.text
+    caplog.clear()
+    language.check_pairing(make(english="adapter"), base, student, texts(("zh", some)))
+    language.check_pairing(make(), base, student, texts(("zh", [*chinese, "un cane"])))
+    assert caplog.text == ""
+
+
 def test_english_pairs_are_no_target_language(make: Any, base: Any, student: Any) -> None:
     english = ["a red cat"] * 30_000
     language.check_pairing(make(), base, student, texts(("en", english), ("zh", ["小猫", "小狗"])))

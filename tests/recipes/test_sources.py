@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -474,6 +475,37 @@ def test_a_memory_holds_no_test_text(recipe: Any, tmp_path: Path, packages: Call
     text = prepare(replace(asked, adapter=replace(asked.adapter, memory=100)))
     assert text.words is not None
     assert target not in text.words.pairs.targets
+
+
+# Tags
+
+
+def told(recipe: LanguageRecipe, caplog: pytest.LogCaptureFixture) -> str:
+    caplog.clear()
+    prepare(recipe)
+    return caplog.text
+
+
+def test_a_file_of_another_language_that_is_taken_for_chinese_is_told(
+    recipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    japanese = [(f"{i}匹のネコ", f"cats {i}") for i in range(60)]
+    german = [(f"{i} Katzen", f"cats {i}") for i in range(60)]
+    for rows, example in ((japanese, "匹のネコ"), (german, " Katzen")):
+        assert re.search(f"60 of 60 pairs of language zh have a target that is not Chinese, '.*{example}'",
+                         told(recipe(rows), caplog))  # fmt: skip
+    source = {"path": str(tmp_path / "pairs.csv"), "language": "de"}
+    assert "not Chinese" not in told(recipe(german, train=[source]), caplog)
+    assert told(recipe([*toy_pairs(100), ("T-shirt", "t-shirt")]), caplog) == ""
+
+
+def test_pairs_under_two_tags_are_counted(recipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(tmp_path / "pairs.csv")
+    twice = [{"path": path, "language": tag} for tag in ("zh", "ja")]
+    assert "200 pairs stand under several languages, ja and zh" in told(recipe(train=twice), caplog)
+    other = write_pairs(tmp_path / "other.csv", [*NOUNS, *((f"o{i}", f"e{i}") for i in range(20))])
+    some = [path, {"path": str(other), "language": "de"}]
+    assert "several languages" not in told(recipe([*toy_pairs(100), *NOUNS], train=some), caplog)
 
 
 # What cannot be learned from

@@ -54,7 +54,7 @@ _SAMPLE = 30_000  # pairs from which the units of both ends are estimated
 _STATE_NUMBERS = 250_000_000  # of token states, from which the student's units are estimated: 2 GB in float64
 _BATCH = 1000  # pairs that are pooled at a time
 _UNKNOWN_SHARE = 0.2
-_LATIN_SHARE = 0.3
+_LATIN_SHARE, _LATIN_NOTED = 0.3, 0.05
 _NO_WORDS = Words(ParallelText.from_pairs([]))
 _MEMORY_WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.0)
 _MATCH_LOSS = 0.5  # points of validation match, on words that the memory does not hold, that it may cost
@@ -224,11 +224,19 @@ def check_pairing(recipe: LanguageRecipe, base: DualEncoder, student: TextEncode
                 f"({language}), so it cannot teach base {base.name!r} this language: choose a student trained on it, "
                 "or a multilingual one"
             )
-        if recipe.english == "route" and np.mean([is_latin(text) for text in sample]) > _LATIN_SHARE:
+        latin = float(np.mean([is_latin(text) for text in sample])) if recipe.english == "route" else 0.0
+        if latin > _LATIN_SHARE:
             raise RecipeError(
                 f"english=route tells English from the target language ({language}) by its script, but its texts are "
                 "in Latin script too: set english=adapter (and data.english_share above 0, which keeps English)"
             )
+        if latin > _LATIN_NOTED:
+            logger.warning(
+                "%.0f%% of the target texts (%s) are in Latin script: english=route sends such texts to the base's "
+                "English tower, so what they teach is lost, though validation reads them through the adapter. If they "
+                "are of another language, set english=adapter or leave them out",
+                100 * latin, language,
+            )  # fmt: skip
 
 
 def encode(recipe: LanguageRecipe, text: PreparedText, base: DualEncoder, student: TextEncoder) -> FrozenFeatures:

@@ -6,6 +6,7 @@ import difflib
 import logging
 import random
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from trimtab.data.parallel import CleaningCounts, ParallelText, clean, read_para
 from trimtab.data.phrases import GRAMMARS, phrases
 from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all, known_language, templates_for
 from trimtab.errors import DataError, RecipeError
+from trimtab.scripts import is_han, is_kana
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,9 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
     test_texts = {
         _normal(row.values["text"]) for path in data.exclude for row in read_rows(path, ("text",), nullable=("text",))
     }
-    train, counts["excluded as test texts"] = _exclude(_read_all(data.train, data, counts), test_texts)
+    train = _read_all(data.train, data, counts)
+    _warn_of_tags(train)
+    train, counts["excluded as test texts"] = _exclude(train, test_texts)
     _refuse_none(train, "data.exclude names all of their targets as test texts")
     if all(language == "en" for language in train.languages):
         raise DataError(f"all {len(train)} training pairs are English-English: give pairs of another language too")
@@ -230,6 +234,30 @@ def _split(train: ParallelText, size: int, seed: int) -> tuple[ParallelText, Par
 def _foreign(text: ParallelText) -> np.ndarray:
     """Which pairs (N,) are of another language than English, which has no translation to match."""
     return np.array([language != "en" for language in text.languages], bool)
+
+
+def _warn_of_tags(train: ParallelText) -> None:
+    """Say where languages are probably named wrongly: templates, the memory and the balance go by their tags."""
+    chinese = [text for text, tag in zip(train.targets, train.languages, strict=True) if _language_of(tag) == "zh"]
+    strange = [text for text in chinese if not any(map(is_han, text)) or any(map(is_kana, text))]
+    if 2 * len(strange) > len(chinese):
+        logger.warning(
+            "%d of %d pairs of language zh have a target that is not Chinese, %r for one: say which language it is, as "
+            "in data.train=[{path: pairs.csv, language: ja}] or in a column `language`; zh is what is taken where "
+            "nothing is said",
+            len(strange), len(chinese), strange[0],
+        )  # fmt: skip
+    tags: dict[tuple[str, str], set[str]] = {}
+    for target, english, tag in zip(train.targets, train.english, train.languages, strict=True):
+        tags.setdefault((target, english), set()).add(tag)
+    counts = train.language_counts()
+    for several, count in Counter(frozenset(some) for some in tags.values() if len(some) > 1).most_common():
+        if 2 * count > min(counts[tag] for tag in several):  # languages may well share some words
+            logger.warning(
+                "%d pairs stand under several languages, %s: if they are of one, name it alike in all sources, or they "
+                "count twice",
+                count, " and ".join(sorted(several)),
+            )  # fmt: skip
 
 
 def _refuse_constant(train: ParallelText) -> None:
