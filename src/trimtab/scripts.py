@@ -46,3 +46,8 @@ def is_kana(letter: str) -> bool:
     """Whether a letter is Japanese alone."""
     # Not the middle dot and the long-vowel mark at the end of the block, which Chinese text has too.
     return "\u3041" <= letter <= "\u30fa" or "\uff66" <= letter <= "\uff9d"
+
+
+def is_east_asian(letter: str) -> bool:
+    """Whether a character is Han, kana, Hangul or one of their marks."""
+    return letter >= "\u1100" and unicodedata.east_asian_width(letter) in "WF"

@@ -249,6 +249,17 @@ def test_annotation_pairs_keep_held_out_names_away(emoji: Callable[..., None], m
         assert not any(hex(ord(symbol)) in target + english for target, english, _ in training)
 
 
+@pytest.mark.parametrize(
+    ("locale", "expected"), [("zh_Hant", "n 1：n 0、n 1"), ("ja", "n 1：n 0、n 1"), ("de", "n 1: n 0, n 1")]
+)
+def test_annotation_pairs_have_the_marks_of_their_language(
+    emoji: Callable[..., None], locale: str, expected: str
+) -> None:
+    words = {CAT: {"tts": ["n 1"], "default": ["n 0", "n 1"]}}
+    emoji([entry(CAT)], **{"en": words, "zh": words, locale: words})
+    assert [target for target, _, _ in corpora.cldr_pairs(locale, with_held_out=True)] == ["n 1", expected]
+
+
 # gettext
 
 

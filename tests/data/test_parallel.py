@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data.parallel import ParallelText, clean, clean_text, read_parallel, says_nothing, split_validation
+from trimtab.data.parallel import (
+    ParallelText,
+    clean,
+    clean_text,
+    letters,
+    read_parallel,
+    says_nothing,
+    split_validation,
+)
 from trimtab.errors import DataError, RecipeError
 from trimtab.scripts import normal_form
 
@@ -160,8 +168,11 @@ def test_usual_lengths_pass_the_ratio() -> None:
         ("一只棕色的狗在绿色的草地上奔跑", "a brown dog runs across the green grass"),
         ("एक भूरा कुत्ता हरी घास पर दौड़ रहा है", "a brown dog runs across the green grass"),
         ("Ein brauner Hund läuft über das grüne Gras", "a brown dog runs across the green grass"),
+        ("சிவப்பு பூவின் மீது அமர்ந்திருக்கும் வண்ணத்துப்பூச்சி மற்றும் பச்சை இலைகள்", "butterfly"),
     ]
-    assert clean(ParallelText.from_pairs(rows))[1].kept == 4
+    assert clean(ParallelText.from_pairs(rows))[1].kept == 5
+    assert letters("字ガ가、") == 12
+    assert letters("Öl பூ") == 5
 
 
 def test_nothing_left_says_which_rule() -> None:
@@ -255,6 +266,13 @@ def test_a_small_language_is_validated_though_its_english_is_another_ones_too() 
     pairs = pairs.concat(ParallelText.from_pairs([(f"de{i}", f"e{i}") for i in range(500)], "de"))
     _, validation = check_split(pairs, 300, seed=0)
     assert validation.language_counts() == {"zh": 250, "de": 50}
+
+
+def test_a_table_with_a_column_for_each_of_many_languages_is_split() -> None:
+    tags = ["de", "ja", "ar", "th", "hi", "ko"]
+    columns = [ParallelText.from_pairs([(f"{tag}{i}", f"e{i}") for i in range(60)], tag) for tag in tags]
+    _, validation = check_split(columns[0].concat(*columns[1:]), 36, seed=0)
+    assert validation.language_counts() == dict.fromkeys(tags, 6)
 
 
 def test_a_giant_group_stays_in_training() -> None:

@@ -135,6 +135,7 @@ def cldr_pairs(locale: str, *, with_held_out: bool = False) -> Iterator[Weighted
 
     Keywords of two languages do not correspond one to one, but the name and the set of keywords do.
     """
+    colon, comma = ("：", "、") if re.match("zh|yue|ja", locale) else (": ", ", ")
     english, target = cldr_annotations("en"), cldr_annotations(locale)
     for symbol, (name, keywords) in target.items():
         if symbol not in english or (symbol in held_out_emoji() and not with_held_out):
@@ -143,7 +144,7 @@ def cldr_pairs(locale: str, *, with_held_out: bool = False) -> Iterator[Weighted
         yield name, english_name, weight_of(english_name)
         if keywords and english_keywords:
             yield (
-                f"{name}：{'、'.join(keywords[:6])}",
+                f"{name}{colon}{comma.join(keywords[:6])}",
                 f"{english_name}: {', '.join(english_keywords[:6])}",
                 0.5,
             )

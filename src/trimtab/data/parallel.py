@@ -17,7 +17,7 @@ import numpy as np
 from trimtab.data.manifests import read_rows
 from trimtab.errors import DataError, RecipeError
 from trimtab.files import digest_of
-from trimtab.scripts import normal_form
+from trimtab.scripts import is_east_asian, normal_form
 
 Pair: TypeAlias = tuple[str, str]
 """(target, english)"""
@@ -203,8 +203,8 @@ def clean(
         pairs: parallel text as read.
         min_chars: fewest characters of a side.
         max_chars: most characters of a side.
-        max_ratio: most that one side may be longer than the other, in UTF-8 bytes (a Chinese character is 3
-            bytes and says about as much as 3 English letters) with 16 added to both; None for no limit.
+        max_ratio: most that one side may be longer than the other, in `letters` with 16 added to both; None for no
+            limit.
         drop_identical: also drop pairs with twice the same text, as names often are.
 
     Returns:
@@ -250,8 +250,8 @@ def split_validation(pairs: ParallelText, size: int, seed: int) -> tuple[Paralle
     """Set `size` pairs aside so that neither side of any of them stands in what is left for training.
 
     Pairs that share a sentence on either side (letter case aside), directly or through others, form a group;
-    whole groups are drawn at random. Large groups (more than 4 pairs and 1% of all), such as those that
-    common short glosses tie together, always stay in training. Where groups do not add up to `size`,
+    whole groups are drawn at random. Large groups (more than 4 pairs, than languages and than 1% of all), such as
+    those that common short glosses tie together, always stay in training. Where groups do not add up to `size`,
     validation is smaller.
 
     Of several languages each gets its share of `size`, and small ones 100 pairs or a tenth of theirs if there is room.
@@ -279,9 +279,10 @@ def _draw_groups(pairs: ParallelText, size: int, seed: int) -> np.ndarray:
     """Which pairs (N,) are of the groups that `split_validation` draws."""
     group = _groups(pairs)
     sizes = np.bincount(group)
-    fits = sizes <= max(4, len(pairs) // 100)
     _, language = np.unique(np.asarray(pairs.languages, dtype=object), return_inverse=True)
     counts = np.bincount(language)
+    # A table with a column for each language has every English sentence once in each.
+    fits = sizes <= max(4, len(counts), len(pairs) // 100)
     room, left = _shares(counts, size), size
     by_group, first = np.argsort(group, kind="stable"), np.cumsum(sizes) - sizes
     chosen = np.zeros(len(sizes), bool)
@@ -338,6 +339,11 @@ def says_nothing(text: str) -> bool:
     return not any(unicodedata.category(char)[0] not in "CZ" and char not in _SELECTORS for char in text)
 
 
+def letters(text: str) -> int:
+    """Length of a text in letters of an alphabet: a Chinese, Japanese or Korean character says as much as three."""
+    return len(text) if text.isascii() else len(text) + 2 * sum(map(is_east_asian, text))
+
+
 def _length_ratio(target: str, english: str) -> float:
-    shorter, longer = sorted((len(target.encode()), len(english.encode())))
+    shorter, longer = sorted((letters(target), letters(english)))
     return (longer + _RATIO_OFFSET) / (shorter + _RATIO_OFFSET)
