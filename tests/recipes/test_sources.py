@@ -458,6 +458,37 @@ def test_nouns_go_into_a_memory(
         assert list(text.words.variants[at : at + len(ways)]) == [way.replace("{}", noun) for way in ways]
 
 
+@pytest.mark.parametrize(
+    ("noun", "held"),
+    [("Schmetterling", True), ("Donaudampfschifffahrtsgesellschaft", False), ("猫" * 8, True), ("猫" * 9, False)],
+)
+def test_a_noun_of_the_memory_is_short_for_its_script(
+    noun: str, held: bool, recipe: Any, packages: Callable[..., None]
+) -> None:
+    packages()
+    asked = recipe([*toy_pairs(100), *NOUNS[:5], (noun, "flower")], validation_size=2, seed=3)
+    text = prepare(replace(asked, adapter=replace(asked.adapter, memory=100)))
+    assert text.words is not None
+    assert noun in text.train.targets
+    assert (f"一张{noun}的照片" in text.words.pairs.targets) == held
+
+
+def test_english_names_stand_for_themselves_where_the_adapter_reads_english(
+    recipe: Any, tmp_path: Path, packages: Callable[..., None]
+) -> None:
+    packages()
+    source = {"path": str(tmp_path / "pairs.csv"), "language": "de"}
+    nouns = [("Hund", "dog"), ("Vogel", "bird"), ("Tee", "tea"), ("bird", "cat")]
+    others = write_pairs(tmp_path / "others.csv", [("eins", "one"), ("zwei", "two")])
+    asked = recipe(nouns, train=[source], validation=[str(others)])
+    asked = replace(asked, adapter=replace(asked.adapter, memory=100))
+    for english, names in (("route", set()), ("adapter", {"dog", "tea", "cat"})):  # a spelling has one meaning
+        text = prepare(replace(asked, english=english))
+        assert text.words is not None
+        made = set(zip(text.words.pairs.targets, text.words.pairs.english, strict=True))
+        assert made == {*nouns, *((name, name) for name in names)}
+
+
 def test_a_memory_without_words_is_none(recipe: Any, tmp_path: Path, packages: Callable[..., None]) -> None:
     packages()
     names = write_pairs(tmp_path / "names.csv", [[f"一张{noun}的照片"] for noun, _ in NOUNS], header=["text"])

@@ -17,7 +17,7 @@ from trimtab.config import LanguageData, LanguageRecipe, TextSource
 from trimtab.data import corpora
 from trimtab.data.manifests import read_rows
 from trimtab.data.packages import PACKAGES
-from trimtab.data.parallel import CleaningCounts, ParallelText, clean, read_parallel, split_validation
+from trimtab.data.parallel import CleaningCounts, ParallelText, clean, letters, read_parallel, split_validation
 from trimtab.data.phrases import GRAMMARS, phrases
 from trimtab.data.templates import DEFAULT_TEMPLATES, fill, fill_all, known_language, templates_for
 from trimtab.errors import DataError, RecipeError
@@ -42,7 +42,7 @@ _PACKAGES = {  # that they come out of
 _LOCALES = {"cldr": "cldr:ja", "cataclysm": "cataclysm:zh_CN"}  # sources that need a locale, and an example
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _VARIANTS = 200  # nouns that show in which directions templates differ
-_LONGEST_NOUN = (8, 24)  # characters of the target and of the English name that make a phrase
+_LONGEST_NOUN = 24  # letters of the target and of the English name that make a phrase
 
 
 def shown_source(path: str) -> str:
@@ -58,7 +58,7 @@ class Words:
     """What a translation memory is made of: nouns of the training pairs.
 
     Attributes:
-        pairs: every noun in its language's first template, or alone where a language has none.
+        pairs: every noun in its language's first template, or alone where a language has none, as English ones.
         variants: some nouns in all templates of their language, the templates of one noun side by side.
         templates: how many that are for each noun; 0 if there are no variants.
     """
@@ -174,7 +174,7 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
         train = train.concat(english)
     known = None
     if count := recipe.adapter.memory:
-        known = _memory_words(words, count, recipe.seed)
+        known = _memory_words(words, count, recipe.seed, with_english=recipe.english == "adapter")
         pairs, _ = _exclude(_without(known.pairs, held_out)[0], test_texts)
         counts["words in the memory"] = {"kept": len(pairs)}
         known = replace(known, pairs=pairs) if len(pairs) else None  # as where all are test texts
@@ -341,17 +341,25 @@ def _in_templates(train: ParallelText, count: int, seed: int) -> ParallelText:
     return parts[0].concat(*parts[1:])
 
 
-def _memory_words(train: ParallelText, count: int, seed: int) -> Words:
-    """At most `count` nouns as a translation memory holds them, shared out between languages by their number."""
+def _memory_words(train: ParallelText, count: int, seed: int, *, with_english: bool) -> Words:
+    """At most `count` nouns as a translation memory holds them, shared out between languages by their number.
+
+    Args:
+        with_english: let English names stand for themselves, or "rock" would be drawn to the skirt that a Rock is.
+    """
     languages = {language for language in train.languages if language != "en"}
     nouns = _nouns(train, languages, f"adapter.memory={count}", "a translation memory")
+    if with_english:
+        foreign = {target for known in nouns.values() for target in known}
+        english = dict.fromkeys(name for known in nouns.values() for name in known.values() if name not in foreign)
+        nouns["en"] = {name: name for name in english}
     total = sum(map(len, nouns.values()))
     pairs, variants, templates = [], [], 0
     for language, known in nouns.items():
         names = random.Random(seed).sample(list(known.items()), min(len(known), round(count * len(known) / total)))
-        ways = templates_for(language) if known_language(language, DEFAULT_TEMPLATES) else []
-        own, english = (ways[0], DEFAULT_TEMPLATES["en"][0]) if ways else ("{}", "{}")
-        made = [(fill(own, name), fill(english, meaning)) for name, meaning in names]
+        ways = templates_for(language) if language != "en" and known_language(language, DEFAULT_TEMPLATES) else []
+        own, translated = (ways[0], DEFAULT_TEMPLATES["en"][0]) if ways else ("{}", "{}")
+        made = [(fill(own, name), fill(translated, meaning)) for name, meaning in names]
         pairs.append(ParallelText.from_pairs(made, language))
         if ways:
             templates = len(ways)
@@ -364,7 +372,7 @@ def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str)
     nouns: dict[str, dict[str, str]] = {}
     meant = {tag for tag in set(train.languages) if known_language(tag, languages)}
     for target, english, language in zip(train.targets, train.english, train.languages, strict=True):
-        short = len(target) <= _LONGEST_NOUN[0] and len(english) <= _LONGEST_NOUN[1]
+        short = max(letters(target), len(english)) <= _LONGEST_NOUN
         if short and language in meant and corpora.weight_of(english) > 1:
             nouns.setdefault(language, {}).setdefault(target, english.lower())
     if not nouns:
