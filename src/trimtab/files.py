@@ -335,7 +335,7 @@ def upgrade_from(description: dict[str, Any]) -> str:
     """Who wrote a description that is newer than this version, and what to do."""
     versions = description.get("versions")  # of whatever shape newer schemas have
     writer = versions.get("trimtab", "a newer version") if isinstance(versions, dict) else "a newer version"
-    return f"It was written by trimtab {writer}: upgrade with `pip install -U trimtab`"
+    return f"It was written by trimtab {writer}: upgrade this one to at least that version"
 
 
 def sha256_of(path: str | Path) -> str:

@@ -44,6 +44,18 @@ def test_int8_is_measured_on_a_sample(
     assert "image-int8.onnx" in outcome["files"]
 
 
+def test_a_run_that_ends_while_int8_is_written_leaves_nothing_that_looks_whole(
+    tiny_base: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compare_int8", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny_base("clip"), tmp_path / "out", int8=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("content", "words"), [(b"no picture", "not an image"), (None, "no such file")])
 def test_a_sample_without_a_picture_that_can_be_read_is_refused(
     sample: Path, tmp_path: Path, content: bytes | None, words: str

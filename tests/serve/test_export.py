@@ -379,6 +379,8 @@ def test_without_the_extra(tiny_base: Any, tmp_path: Path, monkeypatch: pytest.M
 def test_int8(tiny_base: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
     model = tiny_base("clip")
     export_onnx(model, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no int8 towers: export the model again with --int8"):
+        Encoder(tmp_path / "out", int8=True)
     assert quantise(tmp_path / "out") == ["image-int8.onnx", "text-int8.onnx"]
     small = Encoder(tmp_path / "out", int8=True)
     cosines = (small.encode_image(pictures) * model.encode_image(pictures)).sum(axis=1)

@@ -16,7 +16,6 @@ from trimtab.data.images import ImageError, SkippedImages, read_image, read_imag
 from trimtab.data.manifests import RetrievalPairs, read_retrieval
 from trimtab.errors import DataError, TrimtabError
 from trimtab.evaluation.retrieval import retrieve
-from trimtab.files import write_json
 from trimtab.serve.export import EXPORT_FILE, TEXTS, TOLERANCE, export_onnx, made_pictures, quantise
 from trimtab.serve.merging import merge
 from trimtab.serve.onnx_runtime import Encoder
@@ -67,11 +66,13 @@ def export(
     out = Path(out)
     if format == "merged":
         return merge(loaded, out)
-    about = export_onnx(loaded, out, pictures=pictures, texts=texts, tolerance=tolerance)
-    if int8:
-        quantise(out)
-        about["int8"] = compare_int8(out, pairs, pictures)
-        write_json(out / EXPORT_FILE, about)
+
+    def finish(folder: Path, about: dict[str, Any]) -> None:
+        if int8:
+            quantise(folder)
+            about["int8"] = compare_int8(folder, pairs, pictures)
+
+    about = export_onnx(loaded, out, pictures=pictures, texts=texts, tolerance=tolerance, finish=finish)
     return {
         "folder": str(out),
         "model": about["model"],

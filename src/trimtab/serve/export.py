@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,7 @@ def export_onnx(
     pictures: Sequence[Image.Image] = (),
     texts: Sequence[str] = (),
     tolerance: float = TOLERANCE,
+    finish: Callable[[Path, dict[str, Any]], None] = lambda folder, about: None,
 ) -> dict[str, Any]:
     """Write both towers, tokenizers, preprocessing and a loader that needs neither Trimtab nor torch.
 
@@ -144,6 +145,7 @@ def export_onnx(
         out: a new or empty folder, or one of an earlier export.
         pictures, texts: what parity is checked on, beside made pictures and texts.
         tolerance: largest difference of any number of any unit vector from PyTorch's.
+        finish: adds to the folder, and to what ``export.json`` holds, before they take their place.
 
     Returns:
         what ``export.json`` holds.
@@ -191,6 +193,7 @@ def export_onnx(
         about["parity"] = parity(core, built, checked, [*texts, *TEXTS], tolerance)
         if prompted is not None:
             about["parity"]["classes"] = class_parity(model, built, checked, tolerance)
+        finish(built, about)
         write_json(built / EXPORT_FILE, about)
     return about
 

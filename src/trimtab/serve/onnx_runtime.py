@@ -129,6 +129,8 @@ class Encoder:
         if self._threads:
             options.intra_op_num_threads = self._threads
         path = self.folder / (file.replace(".onnx", "-int8.onnx") if self._int8 and not whole else file)
+        if self._int8 and not path.is_file():
+            raise FileNotFoundError(f"{path}: the folder has no int8 towers: export the model again with --int8")
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
