@@ -148,6 +148,8 @@ class PromptClassifier(Classifier):
     model: PromptAdapted
 
     def __init__(self, model: PromptAdapted, classes: Sequence[str]) -> None:
+        config = model.prompt.config
+        self.reads_embeddings = config.instance is None and not config.reads_patches
         names = check_class_names(classes)
         self.model = model
         self.templates = model.templates
@@ -177,17 +179,29 @@ class PromptClassifier(Classifier):
     def _similarities(
         self, images: Any, known: Known, batch_size: int, on_error: Literal["raise", "skip"], progress: bool = False
     ) -> np.ndarray:
-        classes, embeddings = known
-        if classes.prompt.instance is None and not classes.prompt.config.reads_patches:
+        if self.reads_embeddings:
+            classes, embeddings = known
             weights = classes.weights(embeddings).cpu().numpy()
             return super()._similarities(images, weights, batch_size, on_error, progress)
         model = self.model
-        needs_tokens = classes.prompt.config.reads_patches
         if model._are_embeddings(images):
             raise DataError("this classifier looks at more of a picture than its embedding: give pictures")
-        parts = [np.zeros((0, len(classes)), np.float32)]
+        parts = [np.zeros((0, len(known[0])), np.float32)]
         batches = model.base.pixel_batches(images, batch_size=batch_size, on_error=on_error, progress=progress)
         passes = Passes(batch_size)
+        for pixels in batches:
+            parts += self._looked_at(pixels, known, passes)
+        model.last_skipped = model.base.last_skipped
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def pixel_similarities(self, pixels: dict[str, torch.Tensor]) -> np.ndarray:
+        """`similarities` (B, C) of what `DualEncoder.preprocess` returns, stacked along the first axis."""
+        return np.concatenate(self._looked_at(pixels, self._known[1], Passes(len(next(iter(pixels.values()))))))
+
+    def _looked_at(self, pixels: dict[str, torch.Tensor], known: Known, passes: Passes) -> list[np.ndarray]:
+        model, (classes, embeddings) = self.model, known
+        needs_tokens = classes.prompt.config.reads_patches
 
         def scored(pixels: dict[str, torch.Tensor], span: slice) -> np.ndarray:
             some = rows_of(pixels, span)
@@ -198,11 +212,8 @@ class PromptClassifier(Classifier):
             pictures = Pictures(F.normalize(features.float(), dim=-1), tokens, mask)
             return classes.scores(pictures, embeddings).float().cpu().numpy()
 
-        for pixels in batches:
-            with model.turn:
-                parts += passes.of(partial(scored, pixels), len(next(iter(pixels.values()))))
-        model.last_skipped = model.base.last_skipped
-        return np.concatenate(parts)
+        with model.turn:
+            return passes.of(partial(scored, pixels), len(next(iter(pixels.values()))))
 
 
 def save_prompt(

@@ -39,7 +39,10 @@ class Classifier:
         model: encodes the pictures, and the names of classes.
         templates: sentences with one ``{}`` each that names stand in.
         logit_scale: multiplies cosines before the softmax: the base's own, or one that was fitted on validation.
+        reads_embeddings: whether a picture's embedding is all that its scores depend on.
     """
+
+    reads_embeddings: bool = True
 
     def __init__(
         self,
@@ -134,8 +137,11 @@ class Classifier:
         """
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")
-        names, known = self._known
-        similarities = self._similarities(images, known, batch_size, on_error)  # (N, C)
+        return self.best(self.similarities(images, batch_size=batch_size, on_error=on_error), top_k)
+
+    def best(self, similarities: np.ndarray, top_k: int) -> list[list[Prediction]]:
+        """The most probable classes by what `similarities` gave, (N, C), best first."""
+        names = self.classes  # by now perhaps more than there are columns: classes are appended alone
         at_once = max(1, _MOST_SCORES // max(1, len(names)))
         found = []
         for start in range(0, len(similarities), at_once):

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import threading
 import time
 import zlib
@@ -643,14 +644,20 @@ def test_without_classes_they_must_be_named(tiny_base: Callable[[str], Any]) -> 
 class Looking(Classifier):
     """Reads pictures rather than embeddings, as one with learned prompts does."""
 
-    def predict(self, images: Any, **options: Any) -> Any:
-        assert all(isinstance(image, Image.Image) for image in images)
-        return super().predict(images, **options)
+    reads_embeddings = False
+
+    def pixel_similarities(self, pixels: Any) -> np.ndarray:
+        return self.similarities(self.model._embeddings(self.model.pixel_features(pixels), "an image"))
+
+
+def looking(tiny_base: Callable[[str], Any], **options: Any) -> Service:
+    service = Service(tiny_base("clip"), name="tiny", options=ServeOptions(**options))
+    service.classifier = Looking(tiny_base("clip"), CLASSES)
+    return service
 
 
 def test_a_classifier_that_looks_into_pictures_gets_them(tiny_base: Callable[[str], Any]) -> None:
-    service = Service(tiny_base("clip"), name="tiny")
-    service.classifier = Looking(tiny_base("clip"), CLASSES)
+    service = looking(tiny_base)
     contents = [png((at, 50, 50)) for at in range(10)]
     with running(service) as server:
         answer = server.post("/v1/classify", {"images": [data_uri(one) for one in contents], "top_k": 1}).json()
@@ -659,6 +666,27 @@ def test_a_classifier_that_looks_into_pictures_gets_them(tiny_base: Callable[[st
     assert [one["labels"][0]["label"] for one in answer["data"]] == [one[0].label for one in expected]
     assert wrong.status_code == 422
     assert "images[9]" in wrong.text
+    assert service.metrics.items.value("image") >= 10
+
+
+def test_of_many_requests_for_such_a_classifier_some_are_answered_and_the_others_refused(
+    tiny_base: Callable[[str], Any],
+) -> None:
+    service = looking(tiny_base, timeout=4.0)
+    real = service.batcher.forwards["look"]
+
+    def slow(items: list[Any]) -> Any:
+        time.sleep(0.02 * len(items))
+        return real(items)
+
+    service.batcher.forwards["look"] = slow
+    body = {"images": [data_uri(png())] * 16}
+    with running(service) as server:
+        assert server.post("/v1/classify", body).status_code == 200  # from here on the pace is known
+        found = [one.status_code for one in server.post_all([("/v1/classify", body)] * 40)]
+    assert 0 < found.count(200) < 20
+    assert found.count(429) > 20
+    assert set(found) <= {200, 429, 504}
 
 
 # Search
@@ -770,6 +798,30 @@ def test_state(server: Running) -> None:
     assert server.get("/nowhere").status_code == 404
     assert server.get("/v1/embeddings").status_code == 405
     assert 'route="other"' in server.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics"])
+def test_monitors_may_ask_for_the_head_alone(server: Running, path: str) -> None:
+    assert server.do(server.client.head(path)).status_code == 200
+
+
+def test_health_fails_when_a_pass_hangs(tiny_base: Callable[[str], Any]) -> None:
+    service = Service(tiny_base("clip"), name="tiny")
+    held = hold_passes(service)
+    with running(service) as server:
+        asked = asyncio.run_coroutine_threadsafe(server.client.post("/v1/embeddings", json={"input": "a"}), server.loop)
+        assert held.entered.wait(10)
+        assert server.get("/healthz").status_code == 200
+        service.batcher._pass_begun = time.monotonic() - 4 * service.options.timeout - 1
+        assert server.get("/healthz").status_code == 503
+        found = re.search(r"^trimtab_pass_seconds (\S+)$", server.get("/metrics").text, re.MULTILINE)
+        assert found is not None
+        assert float(found[1]) > 120
+        held.hold.set()
+        assert asked.result(30).status_code == 200
+        while service.batcher.pass_seconds:
+            time.sleep(0.01)
+        assert server.get("/healthz").status_code == 200
 
 
 def test_health_fails_when_the_model_is_gone(tiny_base: Callable[[str], Any]) -> None:

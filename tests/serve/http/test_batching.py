@@ -160,6 +160,25 @@ def test_a_large_request_does_not_have_small_ones_refused() -> None:
     made.stop(5)
 
 
+def test_a_request_in_parts_is_taken_on_or_refused_as_a_whole() -> None:
+    echo = Echo()
+    made = paced(echo, patience=1.0)
+
+    async def work() -> Any:
+        await made.submit("text", ["a"] * 4)  # from here on the pace is known
+        with made.expecting("text", 40) as coming:
+            with pytest.raises(Problem) as caught, made.expecting("text", 40):
+                pass
+            parts = [await made.submit("text", ["b"] * 4, coming) for _ in range(10)]
+        with made.expecting("text", 40):  # nothing of the first is left
+            return caught.value.status, parts
+
+    status, parts = run(work())
+    assert status == 429
+    assert [len(one) for one in parts] == [4] * 10
+    made.stop(5)
+
+
 def test_what_can_never_be_done_in_time_is_refused_at_once_while_the_pace_is_fresh() -> None:
     echo = Echo()
     made = paced(echo, patience=0.5)
@@ -383,3 +402,23 @@ def test_every_item_goes_through_once_and_comes_back_to_its_request(
     assert sorted(seen) == sorted(item for _, items in jobs for item in items)
     assert all(len(one) <= max_batch for one in echo.passes)
     assert made.stop(5)
+
+
+def test_how_long_the_running_pass_has_taken() -> None:
+    echo = Echo(hold=True)
+    made = batcher(echo)
+
+    async def work() -> tuple[float, float]:
+        job = asyncio.create_task(made.submit("text", ["a"]))
+        await asyncio.to_thread(echo.entered.wait, 10)
+        await asyncio.sleep(0.05)
+        during = made.pass_seconds
+        echo.go.set()
+        await job
+        assert await asyncio.to_thread(made.stop, 5)
+        return during, made.pass_seconds
+
+    assert made.pass_seconds == 0
+    during, after = run(work())
+    assert during >= 0.05
+    assert after == 0

@@ -31,13 +31,14 @@ def folders(
         "domain": save_tiny_domain(where / "domain", base),
         "prompt": save_tiny_prompt(where / "prompt", base),
         "instance": save_tiny_prompt(where / "instance", base, instance=True),
+        "patches": save_tiny_prompt(where / "patches", base, patches=True),
     }
 
 
-ONE = [["language"], ["domain"], ["prompt"], ["instance"]]
+ONE = [["language"], ["domain"], ["prompt"], ["instance"], ["patches"]]
 
 
-@pytest.mark.parametrize("links", [*ONE, ["language", "domain"], ["language", "instance"]])
+@pytest.mark.parametrize("links", [*ONE, ["language", "domain"], ["language", "instance"], ["language", "patches"]])
 def test_answers_are_those_of_the_library(
     folders: dict[str, Path], tiny_folder: Callable[[str], Path], links: list[str]
 ) -> None:
@@ -47,7 +48,7 @@ def test_answers_are_those_of_the_library(
         model = trimtab.load(tiny_folder("clip"), links=[folders[link] for link in links], device="cpu")
     content = [png(), png((3, 200, 90))]
     expected = model.encode_text(TEXTS), model.encode_image(content)
-    learned = bool({"prompt", "instance"} & set(links))
+    learned = bool({"prompt", "instance", "patches"} & set(links))
     classifier = model.classifier(None if learned else ["cat", "dog"])
     labels = classifier.predict(content, top_k=2)
     with running(Service(model, name="tiny")) as server:

@@ -61,6 +61,14 @@ class _Pace:
     noted: float  # when, by the monotonic clock
 
 
+@dataclass(eq=False)
+class Coming:
+    """What a request will submit part by part."""
+
+    kind: str
+    cost: float
+
+
 @dataclass(frozen=True)
 class _Slice:
     """Neighbouring items of a job that go through the model together."""
@@ -88,6 +96,7 @@ class Batcher:
         capacity: items of all requests that are not answered yet.
         patience: seconds, by the pace so far, within which a request that is taken on must be done: who would only hear
             that it took too long hears so at once.
+        counted_as: the kind that items of another kind count as in `Metrics.items`.
     """
 
     def __init__(
@@ -100,16 +109,20 @@ class Batcher:
         patience: float = float("inf"),
         cost: Callable[[str, Any], float] = lambda kind, item: 1.0,
         metrics: Metrics | None = None,
+        counted_as: Mapping[str, str] | None = None,
     ) -> None:
         self.forwards = dict(forwards)
         self.max_batch, self.max_wait, self.capacity, self.cost = max_batch, max_wait, capacity, cost
         self.patience = patience
         self.metrics = metrics or Metrics()
+        self.counted_as = dict(counted_as or {})
         self.reserved = 0
         self._pace: dict[str, _Pace] = {}
         self._jobs: deque[_Job] = deque()
+        self._coming: list[Coming] = []
         self._changed = threading.Condition()
         self._stopping = False
+        self._pass_begun: float | None = None
         self._thread = threading.Thread(target=self._work, name="trimtab-model", daemon=True)
 
     def start(self) -> None:
@@ -128,6 +141,12 @@ class Batcher:
     def alive(self) -> bool:
         """Whether the worker runs."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def pass_seconds(self) -> float:
+        """How long the pass that runs has taken so far; 0 between passes."""
+        begun = self._pass_begun
+        return 0.0 if begun is None else time.monotonic() - begun
 
     @property
     def waiting(self) -> int:
@@ -152,8 +171,28 @@ class Batcher:
         finally:
             self.reserved -= count
 
-    async def submit(self, kind: str, items: Sequence[Any]) -> list[Any]:
+    @contextlib.contextmanager
+    def expecting(self, kind: str, cost: float) -> Iterator[Coming]:
+        """Announce a request that will be submitted in parts: it is taken on or refused as a whole, before any of it.
+
+        Raises:
+            Problem: 413 or 429, it would take too long.
+        """
+        coming = Coming(kind, cost)
+        with self._changed:
+            self._check_patience(kind, cost)
+            self._coming.append(coming)
+        try:
+            yield coming
+        finally:
+            with self._changed:
+                self._coming.remove(coming)
+
+    async def submit(self, kind: str, items: Sequence[Any], coming: Coming | None = None) -> list[Any]:
         """The results of all items, in order; cancelling it takes what is left of the job out of the queue.
+
+        Args:
+            coming: the request that they are a part of, where it was announced.
 
         Raises:
             Problem: 413 or 429, it would take too long; the server is about to stop, or the model failed.
@@ -165,7 +204,10 @@ class Batcher:
         with self._changed:
             if self._stopping:
                 raise overloaded("the server is shutting down", status=503, after=5)
-            self._check_patience(kind, sum(costs))
+            if coming is None:
+                self._check_patience(kind, sum(costs))
+            else:
+                coming.cost -= sum(costs)
             self._jobs.append(job)
             self._changed.notify_all()
         return await job.answer
@@ -185,7 +227,9 @@ class Batcher:
                     return
                 kind, slices = self._gather()
             if slices:
+                self._pass_begun = time.monotonic()
                 self._run(kind, slices)
+                self._pass_begun = None
 
     def _gather(self) -> tuple[str, list[_Slice]]:
         """The next pass: items of the kind that has waited longest. The lock is held."""
@@ -228,11 +272,9 @@ class Batcher:
         for its own cost by a pace of late alone: else, after a slow hour, large ones would be refused for ever.
         """
         turns = self.max_batch * math.ceil(cost / self.max_batch)
-        waits = sum(
-            self._pace[job.kind].seconds * min(sum(job.costs[job.taken :]), turns)
-            for job in self._jobs
-            if job.open and job.kind in self._pace
-        )
+        others = [(job.kind, sum(job.costs[job.taken :])) for job in self._jobs if job.open]
+        others += [(coming.kind, coming.cost) for coming in self._coming]
+        waits = sum(self._pace[kind].seconds * min(left, turns) for kind, left in others if kind in self._pace)
         pace = self._pace.get(kind)
         own = pace.seconds * cost if pace and time.monotonic() - pace.noted < self.patience else 0.0
         if own > self.patience:
@@ -265,7 +307,7 @@ class Batcher:
             self._note_pace(kind, slices, seconds)
         self.metrics.forward_seconds.see(seconds, kind)
         self.metrics.batch_size.see(len(items), kind)
-        self.metrics.items.add(kind, by=len(items))
+        self.metrics.items.add(self.counted_as.get(kind, kind), by=len(items))
         given = iter(results)
         for part in slices:
             job = part.job

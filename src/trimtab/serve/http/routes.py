@@ -35,18 +35,22 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
     """The page, and what tells how the server is."""
     started = int(time.time())
 
+    # HEAD as well as GET: monitors ask so.
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def web_page() -> HTMLResponse:
         content, headers = page()
         return HTMLResponse(content, headers=headers)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["state"])
     async def health() -> JSONResponse:
         """Whether the model can be asked."""
-        alive = service.batcher.alive
+        alive = service.alive
         state = {"status": "ok" if alive else "unavailable", "model": service.name, "version": __version__}
         return JSONResponse(state, 200 if alive else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus's text format."""

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,7 +21,7 @@ import torch
 from trimtab.data.templates import fill_all
 from trimtab.errors import DataError, ModelError, OutOfMemory, TrimtabError
 from trimtab.serve.http.addresses import Fetcher
-from trimtab.serve.http.batching import Batcher
+from trimtab.serve.http.batching import Batcher, Coming
 from trimtab.serve.http.inputs import Picture, Text, check_count, fetched, is_web_address, pixels_of
 from trimtab.serve.http.metrics import Metrics
 from trimtab.serve.http.options import ServeOptions
@@ -29,14 +31,17 @@ from trimtab.towers.classifier import Classifier, Prediction, check_class_names
 from trimtab.towers.dual_encoder import DualEncoder
 
 TEXT, IMAGE = "text", "image"
+LOOK = "look"
+"""Pictures beside the classifier that reads more of them than their embeddings."""
 _KEPT_CLASSIFIERS = 32
 _TEMPLATES_AT_MOST = 16
 _LONGEST_NAME = 500  # characters of a class name or template
 _DECODING_THREADS = 4
 _FETCHING_THREADS = 8  # which wait, and hold a body of the largest size each
-_DECODED_AT_ONCE = 8
+_LOOKS = 8  # in a pass: each may have prompts of its own go through the text tower
 _PARTS_AT_ONCE = 2  # of one request's pictures: one is preprocessed while the model has the other
-_PREPROCESSED_BATCHES = 8  # of all requests together
+_PREPROCESSED_BATCHES, _PREPROCESSED_LOOKS = 8, 32  # of all requests together
+_HANGS = 4  # times the time-out of a request
 _COMMON_LENGTH = 64  # characters of a text that costs as much as a common one
 
 
@@ -83,24 +88,31 @@ class Service:
         )
         self.classifier = _default_classifier(model, classes)
         self.batcher = Batcher(
-            {TEXT: self._forward_texts, IMAGE: self._forward_pixels},
+            {TEXT: self._forward_texts, IMAGE: self._forward_pixels, LOOK: self._forward_looks},
             max_batch=self.options.max_batch,
             max_wait=self.options.max_wait_ms / 1000,
             capacity=self.options.queue,
             patience=self.options.timeout,
             cost=self._cost,
             metrics=self.metrics,
+            counted_as={LOOK: IMAGE},
         )
         self.metrics.gauge("trimtab_queue_items", "Items that wait for the model.", lambda: self.batcher.waiting)
         self.metrics.gauge("trimtab_items_in_work", "Items not yet answered.", lambda: self.batcher.reserved)
+        self.metrics.gauge(
+            "trimtab_pass_seconds", "How long the running pass has taken; 0 between.", lambda: self.batcher.pass_seconds
+        )
         threads = min(_DECODING_THREADS, os.cpu_count() or 1)
         # Pools of their own: texts shall not wait for pictures of others, nor pictures for slow addresses.
         self._decoding = ThreadPoolExecutor(threads, "trimtab-decode")
         self._fetching = ThreadPoolExecutor(_FETCHING_THREADS, "trimtab-fetch")
         self._answering = ThreadPoolExecutor(threads, "trimtab-answer")
         self._turn = 2 * threads  # of one request in the pool at a time: the others wait for these alone
-        self._decoded = asyncio.Semaphore(2)
-        self._preprocessed = _Places(_PREPROCESSED_BATCHES * self.options.max_batch)
+        self._part = {IMAGE: self.options.max_batch, LOOK: min(_LOOKS, self.options.max_batch)}
+        self._preprocessed = {
+            IMAGE: _Places(_PREPROCESSED_BATCHES * self.options.max_batch),
+            LOOK: _Places(_PREPROCESSED_LOOKS),
+        }
         self._classifiers: OrderedDict[tuple[Any, ...], Classifier] = OrderedDict()
         self._classifiers_lock = threading.Lock()
 
@@ -113,6 +125,12 @@ class Service:
         for pool in (self._fetching, self._decoding, self._answering):
             pool.shutdown(wait=False, cancel_futures=True)
         return done
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model can be asked: its thread runs, and has not been in one pass for much longer than any should
+        take. No one of them can be ended, so that a server of which a GPU hangs has to be started again."""
+        return self.batcher.alive and self.batcher.pass_seconds < _HANGS * self.options.timeout
 
     @property
     def max_inputs(self) -> int:
@@ -162,11 +180,13 @@ class Service:
         check_count(len(pictures), self.max_inputs, "images")
         with self.batcher.room(len(pictures)):
             classifier = await self._classifier(classes, templates)
-            if type(classifier) is Classifier:
+            if classifier.reads_embeddings:
                 vectors = await self._embed_pictures(pictures)
                 predict = partial(classifier.predict, vectors, top_k=top_k)
-                return await self.in_pool(predict), classifier.classes
-            return await self._look(classifier, pictures, top_k), classifier.classes
+            else:
+                rows = await self._in_parts(LOOK, pictures, lambda image: (classifier, self.model.preprocess(image)))
+                predict = partial(classifier.best, np.stack(rows), top_k)
+            return await self.in_pool(predict), classifier.classes
 
     async def search(self, query: Text | Picture | bytes, k: int) -> list[dict[str, Any]]:
         """The nearest items of the index, best first.
@@ -217,31 +237,25 @@ class Service:
             vectors[at] = vector
         return vectors, tokens
 
-    async def _look(self, classifier: Classifier, pictures: Sequence[Picture | bytes], top_k: int) -> list[Any]:
-        """For a classifier that reads more of a picture than its embedding: it runs where the model is.
+    async def _embed_pictures(self, pictures: Sequence[Picture | bytes]) -> np.ndarray:  # (N, D)
+        rows = await self._in_parts(IMAGE, pictures, self.model.preprocess)
+        return np.stack(rows) if rows else np.zeros((0, self.model.embedding_dim), np.float32)
 
-        Decoded pictures are large, so that only some are in memory at a time.
-        """
-        found: list[Any] = []
-        for start in range(0, len(pictures), _DECODED_AT_ONCE):
-            async with self._decoded:
-                images = await self._read(pictures[start : start + _DECODED_AT_ONCE], lambda image: image, start)
-                found += await self.batcher.call(partial(classifier.predict, images, top_k=top_k))
-        return found
-
-    async def _embed_pictures(self, pictures: Sequence[Picture | bytes]) -> np.ndarray:
-        """(N, D), in parts: preprocessed pictures are large, so that only some are in memory at a time."""
-        size = self.options.max_batch
+    async def _in_parts(
+        self, kind: str, pictures: Sequence[Picture | bytes], finish: Callable[[Any], Any]
+    ) -> list[np.ndarray]:
+        """A row for each picture. Preprocessed pictures are large, so that only some are in memory at a time."""
+        size = self._part[kind]
         turns = asyncio.Semaphore(_PARTS_AT_ONCE)
 
-        async def part(start: int) -> list[np.ndarray]:
+        async def part(start: int, coming: Coming) -> list[np.ndarray]:
             some = pictures[start : start + size]
-            async with turns, self._preprocessed.taken(len(some)):
-                return await self.batcher.submit(IMAGE, await self._read(some, self.model.preprocess, start))
+            async with turns, self._preprocessed[kind].taken(len(some)):
+                return await self.batcher.submit(kind, await self._read(some, finish, start), coming)
 
-        found = await _together(*(part(start) for start in range(0, len(pictures), size)))
-        rows = [row for part in found for row in part]
-        return np.stack(rows) if rows else np.zeros((0, self.model.embedding_dim), np.float32)
+        with self.batcher.expecting(kind, len(pictures) * self._cost(kind, None)) as coming:
+            found = await _together(*(part(start, coming) for start in range(0, len(pictures), size)))
+        return [row for part in found for row in part]
 
     async def _read(
         self, pictures: Sequence[Picture | bytes], finish: Callable[[Any], Any], start: int = 0
@@ -314,7 +328,9 @@ class Service:
 
     def _cost(self, kind: str, item: Any) -> float:
         """Of a text by its length, up to where it is cut; a token has one to four characters."""
-        return max(1.0, min(len(item), 2 * self.model.max_tokens) / _COMMON_LENGTH) if kind == TEXT else 1.0
+        if kind == TEXT:
+            return max(1.0, min(len(item), 2 * self.model.max_tokens) / _COMMON_LENGTH)
+        return max(1.0, self.options.max_batch / _LOOKS) if kind == LOOK else 1.0
 
     # Passes; the worker thread calls them
 
@@ -326,13 +342,25 @@ class Service:
         return [(vector, len(one)) for vector, one in zip(vectors, ids, strict=True)]
 
     def _forward_pixels(self, pixels: list[Mapping[str, torch.Tensor]]) -> list[np.ndarray]:
-        stacked = {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
         with torch.inference_mode():
-            features = self.model.pixel_features(stacked)  # (B, D)
+            features = self.model.pixel_features(_stacked(pixels))  # (B, D)
             vectors = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
-        if not np.isfinite(vectors).all():
+        return self._finite(vectors)
+
+    def _forward_looks(self, items: list[tuple[Any, Mapping[str, torch.Tensor]]]) -> list[np.ndarray]:
+        rows: list[np.ndarray] = []  # (C,) each
+        for classifier, group in groupby(items, key=itemgetter(0)):
+            rows += self._finite(classifier.pixel_similarities(_stacked([pixels for _, pixels in group])))
+        return rows
+
+    def _finite(self, rows: np.ndarray) -> list[np.ndarray]:
+        if not np.isfinite(rows).all():
             raise ModelError(f"{self.name} gives NaN or infinity for a picture")
-        return list(vectors)
+        return list(rows)
+
+
+def _stacked(pixels: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
 
 
 class _Places:
