@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "tasks": GROUND | CONFIG | TORCH | {"towers", "adapters", "objectives"},
     "training": GROUND | CONFIG | TORCH,
     "evaluation": GROUND | {"data"},
-    "serve": GROUND | CONFIG | {"data", "towers", "adapters"},
+    "serve": GROUND | CONFIG | TORCH | {"data", "towers", "adapters"},
     "recipes": GROUND | CONFIG | TORCH | {"data", "towers", "adapters", "objectives", "tasks", "training", "evaluation"}
     | {"serve"},
     "cli": GROUND | {"config", "recipes", "serve"},

@@ -3,11 +3,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from trimtab.precision import fast_inference, fast_training, has_fast_bf16, kept_memory, slow_in_bf16, tune_allocator
+from trimtab.precision import (
+    fast_inference,
+    fast_training,
+    has_fast_bf16,
+    kept_memory,
+    slow_in_bf16,
+    tune_allocator,
+)
 from trimtab.towers.efficientnet import SamePadConv
 
 
@@ -83,3 +93,34 @@ def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", None)
     monkeypatch.setattr("sys.platform", "darwin")
     tune_allocator()
+
+
+_LARGE_BLOCKS = """
+import sys
+from pathlib import Path
+from trimtab.precision import return_large_blocks
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 >> 10
+
+if sys.argv[1] == "tuned":
+    return_large_blocks()
+del_me = b"x" * (30 << 20)  # from here on glibc keeps blocks of this size
+del del_me
+before, blocks, small = held(), [], []
+for _ in range(10):
+    blocks.append(b"x" * (16 << 20))
+    small.append(b"y" * 5000)
+blocks.clear()
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another allocator")
+def test_large_blocks_go_back_to_the_system() -> None:
+    def megabytes(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", _LARGE_BLOCKS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert megabytes("plain") > 100
+    assert megabytes("tuned") < 30

@@ -28,6 +28,11 @@ def serve(
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that clients must show.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="One more name that a server for this machine alone answers to; repeatable."),
+    ] = None,
+    root_path: Annotated[str, typer.Option(metavar="PATH", help="Where a proxy has the server, such as /clip.")] = "",
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Fetch pictures that clients name by a public web address.")
     ] = False,
@@ -65,6 +70,8 @@ def serve(
         host=host,
         port=port,
         api_key_env=api_key_env,
+        allow_hosts=allow_host or (),
+        root_path=root_path,
         options=options,
         device=device,
         tell=tell,

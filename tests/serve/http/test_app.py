@@ -122,6 +122,14 @@ def test_fields_that_openai_may_add_are_ignored(server: Running) -> None:
     assert server.post("/v1/embeddings", body).status_code == 200
 
 
+def test_null_is_as_good_as_nothing(server: Running) -> None:
+    unset = {"encoding_format": None, "dimensions": None, "user": None, "model": None}
+    assert server.post("/v1/embeddings", {"input": "a", **unset}).status_code == 200
+    picture = {"image": data_uri(png()), "templates": None, "top_k": None}
+    assert len(server.post("/v1/classify", picture).json()["data"][0]["labels"]) == 3
+    assert len(server.post("/v1/search", {"text": "a", "k": None}).json()["data"]) == 3
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
@@ -838,6 +846,14 @@ def test_the_description_names_every_route(server: Running) -> None:
         "/healthz", "/metrics", "/v1/models", "/v1/embeddings", "/v1/classify", "/v1/search", "/v1/thumbnail",
     }  # fmt: skip
     assert "$defs" not in json.dumps(described)
+
+
+def test_a_proxy_may_have_the_server_below_a_path_of_its_own(tiny_base: Callable[[str], Any]) -> None:
+    with running(Service(tiny_base("clip"), name="tiny"), root_path="/clip") as server:
+        assert server.get("/openapi.json").json()["servers"] == [{"url": "/clip"}]
+        page = server.get("/").text
+    assert re.search(r"""["'`]v1/models""", page)
+    assert not re.search(r"""["'`]/v1/""", page)
 
 
 def test_the_page_runs_its_own_script_and_no_other(server: Running) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from trimtab.serve.http.bodies import read_json
+from trimtab.serve.http.bodies import read_form, read_json
 from trimtab.serve.http.inputs import ClassifyRequest, EmbeddingRequest, SearchRequest
 from trimtab.serve.http.problems import Problem
 
@@ -60,3 +60,19 @@ def test_token_ids_are_told_from_other_numbers() -> None:
         with pytest.raises(Problem) as caught:
             read(body, EmbeddingRequest)
         assert ("token ids" in caught.value.message) == told, body
+
+
+def test_a_form_is_never_written_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", full)
+    picture = b"p" * 3_000_000
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    body = head + picture + b"\r\n--b--\r\n"
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=b")]}
+    assert asyncio.run(read_form(Request(scope, receive))).files == [picture]

@@ -90,6 +90,8 @@ def test_the_page_and_the_state_are_open() -> None:
 )
 def test_only_names_of_this_machine(host: str, status: int) -> None:
     app = KnownHost(hello, {"localhost", "127.0.0.1", "::1"})
+    refused = ask(app, headers={"host": "evil.example"})
+    assert "--allow-host" in refused.text
     assert ask(app, headers={"host": host}).status_code == status
     assert ask(KnownHost(hello, None), headers={"host": host}).status_code == 200
 

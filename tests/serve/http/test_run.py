@@ -64,6 +64,35 @@ def test_a_server_of_this_machine_alone_has_its_own_names(host: str, named: bool
     assert names is None or {host, "localhost"} <= names
 
 
+def test_a_server_of_this_machine_alone_has_a_proxy_s_name_where_it_is_told_so() -> None:
+    with contextlib.closing(bind("127.0.0.1", 0)) as listener:
+        names = called(listener, ["Clip.example"])
+    assert names is not None
+    assert {"clip.example", "127.0.0.1"} <= names
+
+
+def test_a_machine_without_a_place_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", gone)
+    with pytest.raises(TrimtabError, match=r"--tmpfs /tmp.*TMPDIR"):
+        serve("a model that is never loaded", port=0)
+
+
+def test_a_server_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr("trimtab.serve.http.run.return_large_blocks", lambda: told.append(True))
+    with pytest.raises(TrimtabError):
+        serve("a model that is never loaded", port=-1)
+    assert told
+
+
+def test_a_root_path_is_a_path() -> None:
+    with pytest.raises(TrimtabError, match="--root-path clip must begin with /"):
+        serve("a model that is never loaded", root_path="clip", port=0)
+
+
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "schlüssel"])
 def test_a_key_that_cannot_be_used(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("A_KEY", raising=False)
@@ -302,11 +331,13 @@ def test_every_option_of_the_command_arrives(monkeypatch: pytest.MonkeyPatch) ->
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     places = {"index": "i", "pictures": "p", "classes": "c.txt"}
     where = [part for name, value in places.items() for part in (f"--{name}", value)]
-    others = {"host": "0.0.0.0", "port": 1234, "api_key_env": "KEY", "device": "cpu"}
+    others = {"host": "0.0.0.0", "port": 1234, "api_key_env": "KEY", "device": "cpu", "root_path": "/clip"}
     more = [part for name, value in others.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    assert CliRunner().invoke(app, ["serve", "m", *flags, *where, *more, "--allow-urls"]).exit_code == 0
+    hosts = ["--allow-host", "a.example", "--allow-host", "b.example"]
+    assert CliRunner().invoke(app, ["serve", "m", *flags, *where, *more, "--allow-urls", *hosts]).exit_code == 0
     assert seen.pop("options") == ServeOptions(**given, allow_urls=True)
     seen.pop("tell")
+    assert seen.pop("allow_hosts") == ["a.example", "b.example"]
     assert seen == {"model": "m", **{name: Path(value) for name, value in places.items()}, **others}
     assert CliRunner().invoke(app, ["serve", "m"]).exit_code == 0
     assert seen["options"] == ServeOptions()

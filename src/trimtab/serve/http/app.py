@@ -28,6 +28,7 @@ def create_app(
     *,
     api_key: str | None = None,
     host_names: Collection[str] | None = None,
+    root_path: str = "",
     unread: Unread | None = None,
 ) -> Any:
     """The ASGI application over a service, which it starts and stops.
@@ -35,6 +36,7 @@ def create_app(
     Args:
         api_key: what clients must show; None lets everybody in.
         host_names: the only names that the server answers to; None for any.
+        root_path: where a proxy has the server, for the description at ``/openapi.json``.
         unread: answers that the server holds until they are read; they count beside the bodies of requests.
     """
 
@@ -47,6 +49,7 @@ def create_app(
 
     app = FastAPI(
         title="Trimtab", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        servers=[{"url": root_path}] if root_path else None,
         description="Embeddings, labels and search from one vision-language model.", responses=problems(),
     )  # fmt: skip
     _add_problems(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from pydantic_core import from_json
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from trimtab.serve.http.problems import Problem
 
@@ -103,21 +104,28 @@ class Form:
             raise invalid(error) from error
 
 
+class _InMemory(MultiPartParser):
+    """Writes no file to disk: pictures are nobody else's business, and the body as a whole is bounded already."""
+
+    spool_max_size = max_file_size = sys.maxsize  # the second name is that of older versions of Starlette
+
+
 async def read_form(request: Request) -> Form:
     _check_sender(request)
+    parser = _InMemory(request.headers, request.stream(), max_files=_FORM_PARTS, max_fields=_FORM_PARTS)
     try:
-        async with request.form(max_files=_FORM_PARTS, max_fields=_FORM_PARTS) as form:
-            files: list[bytes] = []
-            fields: dict[str, list[str]] = {}
-            for name, value in form.multi_items():
-                if not isinstance(value, UploadFile):
-                    fields.setdefault(name, []).append(value)
-                elif name in ("image", "images", "images[]"):
-                    files.append(await value.read())
-                else:
-                    raise Problem(422, f"a file must be named image, not {name[:100]!r}", param="image")
-    except (HTTPException, FormParserError) as error:  # Starlette before 1 lets the second through
-        raise Problem(400, f"the form cannot be read ({getattr(error, 'detail', error)})") from error
+        form = await parser.parse()
+    except (MultiPartException, FormParserError) as error:  # Starlette before 1 lets the second through
+        raise Problem(400, f"the form cannot be read ({getattr(error, 'message', error)})") from error
+    files: list[bytes] = []
+    fields: dict[str, list[str]] = {}
+    for name, value in form.multi_items():
+        if not isinstance(value, UploadFile):
+            fields.setdefault(name, []).append(value)
+        elif name in ("image", "images", "images[]"):
+            files.append(await value.read())
+        else:
+            raise Problem(422, f"a file must be named image, not {name[:100]!r}", param="image")
     return Form(files, fields)
 
 

@@ -90,7 +90,9 @@ class KnownHost:
         if scope["type"] == "http" and self.names is not None:
             name = _host_name(_header(scope, b"host"))
             if name not in self.names:
-                await send_problem(send, Problem(421, f"this server is called {', '.join(sorted(self.names))}"))
+                known = ", ".join(sorted(self.names))
+                words = f"this server is called {known}: --allow-host adds a name, such as that of a proxy"
+                await send_problem(send, Problem(421, words))
                 return
         await self.app(scope, receive, send)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trimtab.data.images import ImageError, is_address, read_image
 from trimtab.errors import DataError
@@ -46,7 +46,15 @@ Items = Annotated[list[Item], Field(max_length=_MOST, fail_fast=True)]
 Texts = Annotated[list[str], Field(max_length=_MOST, fail_fast=True)]
 
 
-class EmbeddingRequest(_Strict):
+class _Request(_Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, sent: Any) -> Any:
+        """Some clients send null for what is not set."""
+        return {name: value for name, value in sent.items() if value is not None} if isinstance(sent, dict) else sent
+
+
+class EmbeddingRequest(_Request):
     """As OpenAI's; `input` may also hold `{"image": ...}`, and data URIs of pictures as they are."""
 
     model_config = ConfigDict(extra="ignore", strict=True)  # clients send fields that OpenAI adds over time
@@ -58,7 +66,7 @@ class EmbeddingRequest(_Strict):
     user: str | None = None
 
 
-class ClassifyRequest(_Strict):
+class ClassifyRequest(_Request):
     """Pictures to name."""
 
     image: str | None = None
@@ -69,7 +77,7 @@ class ClassifyRequest(_Strict):
     model: str | None = None
 
 
-class SearchRequest(_Strict):
+class SearchRequest(_Request):
     """A text or a picture to search the index with."""
 
     text: str | None = None

@@ -84,6 +84,7 @@ class Refusal extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 
+// Paths are relative: a proxy may have the server below a path of its own.
 async function ask(path, body, signal) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const options = { headers, signal, cache: "no-store" };
@@ -122,7 +123,7 @@ async function search(body, words) {
   section.setAttribute("aria-busy", "true");
   const begun = performance.now();
   try {
-    const found = await (await ask("/v1/search", { ...body, k: SHOWN }, signal)).json();
+    const found = await (await ask("v1/search", { ...body, k: SHOWN }, signal)).json();
     showHits(found.data);
     const took = Math.round(performance.now() - begun);
     if (found.data.length) tell("status", words, found.data.length, took);
@@ -178,7 +179,7 @@ function hitCard(hit) {
 
 async function showThumbnail(frame, id, name) {
   try {
-    const content = await (await ask(`/v1/thumbnail?id=${encodeURIComponent(id)}`)).blob();
+    const content = await (await ask(`v1/thumbnail?id=${encodeURIComponent(id)}`)).blob();
     const image = make("img");
     image.alt = name;
     image.src = URL.createObjectURL(content);
@@ -258,7 +259,7 @@ async function classify() {
   if (classes.length) body.classes = [...new Set(classes)];
   const begun = performance.now();
   try {
-    const found = await (await ask("/v1/classify", body, fresh("classify"))).json();
+    const found = await (await ask("v1/classify", body, fresh("classify"))).json();
     $("labels").replaceChildren(...found.data[0].labels.map(labelRow));
     tell("label-status", "named", found.classes, Math.round(performance.now() - begun));
   } catch (error) {
@@ -326,7 +327,7 @@ function showKey() {
 
 async function start() {
   try {
-    [model] = (await (await ask("/v1/models")).json()).data;
+    [model] = (await (await ask("v1/models")).json()).data;
   } catch (error) {
     complain("status", error.message);
     return;

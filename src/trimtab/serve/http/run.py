@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trimtab.adapters.adapted import load
 from trimtab.controls import without_controls
 from trimtab.data.manifests import read_class_names
 from trimtab.errors import TrimtabError
+from trimtab.precision import return_large_blocks
 from trimtab.serve.http.connections import Unread, watched
 from trimtab.serve.http.guards import LOOPBACK_NAMES
 from trimtab.serve.http.options import ServeOptions
@@ -37,6 +39,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_env: str | None = None,
+    allow_hosts: Sequence[str] = (),
+    root_path: str = "",
     options: ServeOptions | None = None,
     device: str = "auto",
     tell: Callable[[str], None] = print,
@@ -50,24 +54,30 @@ def serve(
         classes: a file of names for `/v1/classify`, one a line.
         port: 0 takes any that is free.
         api_key_env: name of the environment variable with the key that clients must show.
+        allow_hosts: further names that a server for this machine alone answers to, such as that of a proxy on it.
+        root_path: where a proxy has the server, such as ``/clip``; it takes that away before it asks.
         tell: gets lines for people.
 
     Raises:
-        TrimtabError: the port is taken, the key is not set, model, index or classes cannot be used, or a package of
-            the extra `serve` is missing.
+        TrimtabError: the port is taken, the key is not set, model, index or classes cannot be used, there is no folder
+            for temporary files, or a package of the extra `serve` is missing.
     """
+    _check_temporary_folder()
+    return_large_blocks()
     options = options or ServeOptions()
+    if root_path and not root_path.startswith("/"):
+        raise TrimtabError(f"--root-path {root_path} must begin with /, such as /clip")
     uvicorn = _import_uvicorn()
     key = _key(api_key_env)
     names = None if classes is None else read_class_names(classes)
     if pictures is not None and index is None:
         raise TrimtabError("--pictures needs --index: pictures are shown as what a search finds")
     listener = bind(host, port)  # before minutes are spent on loading
-    host_names = called(listener)
+    host_names = called(listener, allow_hosts)
     unread = Unread()
     try:
         _log_to_stderr()
-        app, service = _build(model, index, pictures, names, options, device, key, host_names, unread)
+        app, service = _build(model, index, pictures, names, options, device, key, host_names, root_path, unread)
         config = uvicorn.Config(
             app,
             http=watched(begin_within=_KEEP_ALIVE, read_within=options.timeout, unread=unread),
@@ -129,6 +139,7 @@ def _build(
     device: str,
     key: str | None,
     host_names: frozenset[str] | None,
+    root_path: str,
     unread: Unread,
 ) -> tuple[Any, Any]:
     from trimtab.serve.http.app import create_app
@@ -156,7 +167,8 @@ def _build(
     service = Service(
         model, name=served_name(model_name), options=options, classes=classes, index=index, thumbnails=thumbnails
     )
-    return create_app(service, api_key=key, host_names=host_names, unread=unread), service
+    app = create_app(service, api_key=key, host_names=host_names, root_path=root_path, unread=unread)
+    return app, service
 
 
 def served_name(model: str) -> str:
@@ -184,6 +196,16 @@ def _run(server: Any, listener: socket.socket) -> None:
         raise TrimtabError("the server did not start; the lines above say why")
 
 
+def _check_temporary_folder() -> None:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:  # torch asks for one as it is imported
+        raise TrimtabError(
+            "there is no folder for temporary files: mount one at /tmp (docker run --tmpfs /tmp), or set TMPDIR to a "
+            "folder that can be written"
+        ) from error
+
+
 def _import_uvicorn() -> Any:
     try:
         import fastapi  # noqa: F401
@@ -205,11 +227,11 @@ def _key(variable: str | None) -> str | None:
     return value
 
 
-def called(listener: socket.socket) -> frozenset[str] | None:
+def called(listener: socket.socket, more: Sequence[str] = ()) -> frozenset[str] | None:
     """The only names that a server which this machine alone can reach answers to, so that no web page elsewhere reaches
     it by a name of its own; None for one that others can reach."""
     host = listener.getsockname()[0]
-    return LOOPBACK_NAMES | {host} if ipaddress.ip_address(host).is_loopback else None
+    return LOOPBACK_NAMES | {host, *map(str.lower, more)} if ipaddress.ip_address(host).is_loopback else None
 
 
 def _address(listener: socket.socket) -> str:
