@@ -65,6 +65,9 @@ def test_a_tie_is_a_mistake() -> None:
     result = classify_embeddings(unit([X]), same, np.array([0]))
     assert (result.top1, result.top5) == (0.0, 100.0)
     assert result.confusion == {(0, 1): 1}
+    # Equal vectors may give cosines that differ in the last bits.
+    nearly = np.array([X, [1 - 3e-7, 0, 0]], np.float32)
+    assert classify_embeddings(unit([X]), nearly, np.array([0])).top1 == 0.0
 
 
 def test_classes_that_the_model_reads_alike_are_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -119,6 +122,12 @@ def test_bad_input() -> None:
             classify(model, [("x", 0)], ["cat", "dog"], templates)
     with pytest.raises(ModelError, match="not finite"):
         classify_embeddings(np.full((1, 3), np.nan), unit([X, Y]), np.array([0]))
+
+
+def test_the_most_frequent_confusions_come_first() -> None:
+    taken_for, labels = [Y] + 3 * [Z] + 2 * [X], [0] + 3 * [1] + 2 * [2]
+    result = classify_embeddings(unit(taken_for), unit([X, Y, Z]), np.array(labels), classes=["x", "y", "z"])
+    assert [(cell["class"], cell["count"]) for cell in result.confusions()] == [("y", 3), ("z", 2), ("x", 1)]
 
 
 def test_pictures_in_memory_are_named_by_type() -> None:

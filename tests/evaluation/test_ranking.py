@@ -165,3 +165,5 @@ def test_of_many_equal_candidates_the_first_are_taken() -> None:
     rows = np.tile(np.array([[1.0, 0.0]], np.float32), (300, 1))
     places, _ = ranking.nearest(rows[:2], rows, 7, chunk=128)
     assert places.tolist() == [list(range(7))] * 2
+    in_turn = np.tile(np.array([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]], np.float32), (100, 1))
+    assert nearest(rows[:1], in_turn, 5)[0].tolist() == [[1, 4, 7, 10, 13]]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from table_model import TableModel
+from table_model import TableModel, unit
 from trimtab.errors import DataError, ModelError
-from trimtab.evaluation import embed_images, retrieve
+from trimtab.evaluation import embed_images, recall_at_k, retrieve
 
 
 @dataclass
@@ -39,6 +39,37 @@ def test_several_texts_per_image_and_images_per_text() -> None:
     model = TableModel({"x": X, "x2": X, "y": Y}, {"an x": X, "also x": X, "a y": Y})
     pairs = Pairs(["x", "x2", "y"], ["an x", "also x", "a y"], [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2)])
     assert retrieve(model, pairs).mR == 100.0
+
+
+def test_a_text_without_an_image_is_a_distractor() -> None:
+    model = TableModel({"x": X, "y": Y}, {"an x": X, "a y": Y, "of none": X})
+    positives = [(0, 0), (1, 1)]
+    assert retrieve(model, Pairs(["x", "y"], ["an x", "a y"], positives)).recall.i2t["R@1"] == 100.0
+    result = retrieve(model, Pairs(["x", "y"], ["an x", "a y", "of none"], positives))
+    assert (result.n_texts, result.lost_texts) == (3, ())
+    assert result.recall.i2t["R@1"] == 50.0
+    assert result.recall.t2i["R@1"] == 100.0
+
+
+def test_a_text_has_the_rank_of_its_best_image() -> None:
+    model = TableModel({"x": X, "y": Y}, {"an x": X, "a y": Y, "no y": [2, 1, 0]})
+    result = retrieve(model, Pairs(["x", "y"], ["an x", "a y", "no y"], [(0, 0), (1, 1), (1, 2)]))
+    assert result.text_ranks.tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("hubness", ["csls", "dual_softmax"])
+def test_ranks_are_corrected_as_asked_in_the_scale_of_the_model(hubness: str) -> None:
+    rng = np.random.default_rng(22)
+    seen = rng.standard_normal((20, 3))
+    images, texts = unit(seen), unit(seen + rng.standard_normal((20, 3)))
+    names, positives = [str(at) for at in range(20)], [(at, at) for at in range(20)]
+    model = TableModel(dict(zip(names, images)), dict(zip(names, texts)), logit_scale=5.0)
+    found = retrieve(model, Pairs(names, names, positives), hubness=hubness).mR
+    own, other = (
+        recall_at_k((images, texts), positives, hubness=hubness, logit_scale=scale).mR for scale in (5.0, 100.0)
+    )
+    assert found == own != recall_at_k((images, texts), positives).mR
+    assert (own != other) == (hubness == "dual_softmax")
 
 
 def test_skipped_images_take_the_texts_with_them_that_have_no_other() -> None:

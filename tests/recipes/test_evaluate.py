@@ -231,6 +231,15 @@ def test_reports_show_the_hard_parts(model: Any, data: Path, tmp_path: Path) -> 
         assert part in text
 
 
+def test_the_report_lists_texts_that_do_not_find_their_picture(model: Any, data: Path, tmp_path: Path) -> None:
+    rows = "pictures/red.png,a red one\npictures/red.png,so blue\npictures/green.png,a green one\n"
+    write_text(data / "wrong.csv", f"image,text\n{rows}")
+    evaluate_retrieval(model, data / "wrong.csv", report=tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "| so blue | 2 |" in text
+    assert "| a red one |" not in text
+
+
 def test_texts_that_the_report_has_no_room_for_are_counted(model: Any, data: Path, tmp_path: Path) -> None:
     lost = "".join(f"pictures/missing.png,text {at}\n" for at in range(203))
     write_text(data / "many.csv", f"image,text\npictures/red.png,a red one\n{lost}")
