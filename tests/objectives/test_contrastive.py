@@ -107,6 +107,11 @@ def test_label_smoothing_spreads_a_share_over_all_candidates():
     config = ContrastiveConfig(image_to_text=1.0, text_to_image=0.0, label_smoothing=0.2)
     terms = contrastive_terms(images, texts, torch.tensor([0, 1]), SCALE, config)
     assert terms["i2t"].item() == pytest.approx(-0.9 * log_softmax(1, 0) - 0.1 * log_softmax(0, 1), abs=1e-6)
+    images, texts, own = torch.randn(5, 3), torch.randn(5, 3), torch.arange(5)
+    config = ContrastiveConfig(image_to_text=0.0, text_to_image=1.0, label_smoothing=0.2)
+    terms = contrastive_terms(images, texts, own, SCALE, config)
+    logits = SCALE * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    torch.testing.assert_close(terms["t2i"], F.cross_entropy(logits.T, own, label_smoothing=0.2))
 
 
 def test_weight_multiplies_term_and_zero_leaves_it_out():

@@ -65,15 +65,29 @@ def test_equal_teacher_rows_are_no_negatives(noise):
     assert aligned.item() == pytest.approx(0.0, abs=1e-3)  # would be log 2 / 2 if the twins repelled
 
 
-def test_weights_scale_rows_and_zero_weight_gives_no_gradient():
+@pytest.mark.parametrize("targets", ["sum", "standardise"])
+def test_weights_scale_rows_and_zero_weight_gives_no_gradient(targets):
     teacher = torch.randn(4, 3)
     student = torch.randn(4, 3, requires_grad=True)
     weights = torch.tensor([0.0, 2.0, 1.0, 1.0])
-    config = DistillationConfig(mse=1, cosine=1, targets="sum")
-    sum(distillation_terms(student, teacher, config, weights=weights).values()).backward()
+    config = DistillationConfig(mse=1, cosine=1, targets=targets)
+    standardiser = Standardiser.fit(teacher)
+    terms = distillation_terms(student, teacher, config, standardiser=standardiser, weights=weights)
+    sum(terms.values()).backward()
     assert student.grad is not None
     assert student.grad[0].abs().sum() == 0
     assert (student.grad[1:].abs().sum(1) > 0).all()
+
+
+def test_gram_by_hand():
+    assert distillation.gram(torch.eye(2), torch.ones(2, 2)).item() == pytest.approx(1.0)  # cosines 0 and 1
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    weights = [0.0, 2.0, 1.0, 1.0]
+    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    rows = [sum((s[i] @ s[j] - t[i] @ t[j]).item() ** 2 for j in range(4) if j != i) / 3 for i in range(4)]
+    config = DistillationConfig(mse=0, gram=1)
+    terms = distillation_terms(student, teacher, config, weights=torch.tensor(weights))
+    assert terms["gram"].item() == pytest.approx(sum(w * row for w, row in zip(weights, rows)) / 4, rel=1e-4)
 
 
 def test_no_gradient_reaches_the_teacher_and_halves_are_computed_in_float32():

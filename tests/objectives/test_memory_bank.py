@@ -257,9 +257,11 @@ def test_rows_that_come_twice_count_once_and_broken_features_not_at_all():
     rows = [0, 1, 0, 1]
     twice.update(torch.tensor([5, 2])[rows], images[rows], torch.tensor([1, 2])[rows], texts[rows])
     assert_equal_state(once, twice)
-    images[0, 0] = math.nan
-    twice.update(torch.tensor([5, 2]), images, torch.tensor([1, 2]), torch.randn(2, 3))
-    assert_equal_state(once, twice)
+    other, broken = torch.randn(2, 3), torch.randn(2, 3)
+    broken[0, 0] = math.nan
+    for images, texts in ((broken, other), (other, broken)):
+        twice.update(torch.tensor([5, 2]), images, torch.tensor([1, 2]), texts)
+        assert_equal_state(once, twice)
 
 
 def test_an_update_is_exact_under_autocast_and_keeps_no_graph():
@@ -304,6 +306,13 @@ def test_hard_negatives_are_the_captions_closest_to_those_of_the_batch():
     groups = torch.tensor([0, 0, 2, 3, 4, 5])  # captions 0 and 1 belong to one image
     grouped = MemoryBank(MemoryBankConfig(), captions, texts, torch.zeros(6), logit_scale=SCALE, groups=groups)
     assert grouped.hard_negatives(torch.tensor([0]), 2).tolist() == [3, 2]
+
+
+def test_of_many_that_are_equal_the_first_are_taken():
+    texts, captions = at_angles(0, *[90] * 200), torch.arange(201)
+    bank = MemoryBank(MemoryBankConfig(), captions, texts, torch.zeros(201), logit_scale=SCALE)
+    assert bank.hard_negatives(torch.tensor([0]), 5).tolist() == [1, 2, 3, 4, 5]
+    assert bank.hardest(5)[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_epoch_is_drawn_by_what_was_known_at_its_start_also_after_a_resume(tmp_path):

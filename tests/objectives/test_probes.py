@@ -71,6 +71,11 @@ def test_lp_plus_plus_starts_from_prototypes_and_lowers_the_loss(data: tuple[Ten
     # Multipliers move every tenth step, each class by its own.
     assert torch.equal(iterates[9].alpha, start.alpha)
     assert len(set(iterates[10].alpha.tolist())) == CLASSES
+    sides, before = features @ text.T, iterates[9]
+    error = (before(features).softmax(1) - F.one_hot(labels, CLASSES)) / len(features)
+    slope = (error * sides).sum(0)  # of the mean cross-entropy
+    rate = len(features) / (4 * sides.square().sum(0).max())
+    assert torch.allclose(iterates[10].alpha, before.alpha - rate * slope, atol=1e-4)
     assert share_right(iterates[-1](features), labels) > 0.9
 
 

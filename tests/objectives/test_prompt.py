@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ from torch.nn import functional as F
 from trimtab.config import PromptObjective
 from trimtab.objectives.prompt import divergence, prompt_terms, separation, template_distance
 
+LOGITS = 10 * torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, 2, 3, 0])
+
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -17,14 +21,13 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 def terms(**options: Any) -> dict[str, torch.Tensor]:
     penalty = options.pop("residual", 0.0)
     config = PromptObjective(**{"template": 0, **options})
-    logits, frozen = 10 * torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(5, 4)
     return prompt_terms(
-        logits,
-        torch.tensor([0, 1, 2, 3, 0]),
+        LOGITS,
+        LABELS,
         config,
         classes=unit(4, 8),
         templates=unit(4, 8, seed=2),
-        frozen=frozen,
+        frozen=torch.zeros(5, 4),
         vectors=[torch.full((4, 2), 0.5), torch.ones(4, 3)],
         penalty=penalty,
     )
@@ -44,6 +47,12 @@ def test_weights_multiply() -> None:
     assert one["residual"] == pytest.approx(0.5 + 3)
 
 
+def test_labels_are_smoothed_as_asked() -> None:
+    expected = F.cross_entropy(LOGITS, LABELS, label_smoothing=0.2)
+    torch.testing.assert_close(terms(label_smoothing=0.2)["cross_entropy"], expected)
+    assert expected != terms()["cross_entropy"]
+
+
 def test_terms_are_as_exact_where_training_is_in_bf16() -> None:
     weights = {"template": 1, "separation": 1, "frozen": 1, "residual": 1}
     exact = terms(**weights)
@@ -60,6 +69,12 @@ def test_nothing_is_lost_at_the_templates() -> None:
     assert divergence(torch.randn(3, 4), torch.randn(3, 4)) > 0
     logits = torch.randn(3, 4)
     assert divergence(logits, logits + 5) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_divergence_is_weighed_by_the_frozen_prediction() -> None:
+    right = math.exp(2) / (math.exp(2) + 1)
+    expected = 0.5 * math.log(0.5 / right) + 0.5 * math.log(0.5 / (1 - right))
+    assert divergence(torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2)).item() == pytest.approx(expected)
 
 
 def test_separation_punishes_only_what_came_nearer() -> None:
