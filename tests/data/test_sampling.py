@@ -70,6 +70,7 @@ def test_texts_of_like_length_share_a_batch_in_random_order() -> None:
     # The batches themselves come in no order of length, which would be a curriculum nobody asked for.
     means = np.array([lengths[batch].mean() for batch in batches])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
+    assert abs(np.corrcoef(means[:20], np.arange(20))[0, 1]) < 0.6  # nor do those that were sorted together
 
 
 def test_skipping_leaves_the_rest_as_it_was() -> None:
@@ -164,6 +165,13 @@ def test_equal_captions_are_spread_over_batches(captions: list[int], seed: int) 
     for caption in set(captions):
         per_batch = (numbers[batches] == caption).sum(1)
         assert np.ptp(per_batch) <= 1
+
+
+def test_captions_meet_others_in_every_epoch() -> None:
+    probability, captions = np.full(256, 1 / 256), np.arange(256)
+    epochs = [draw_hard(probability, share=1.0, batch_size=16, captions=captions, epoch=e) for e in (0, 1)]
+    first, second = ({frozenset(batch.tolist()) for batch in batches} for batches in epochs)
+    assert first.isdisjoint(second)
 
 
 def test_impossible_probabilities_are_refused() -> None:

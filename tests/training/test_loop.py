@@ -49,6 +49,20 @@ def test_best_weights_by_the_direction_given(tmp_path, greater, expected):
     assert torch.equal(problem.model[0].weight, seen[expected])
 
 
+@pytest.mark.parametrize("counted", [0, 100])
+def test_what_is_no_number_is_never_the_best(counted):
+    select, before = Selection("score", counted=counted), [{"epoch": 0, "score": 50.0}]
+    assert select.improves(51.0, before)
+    assert not select.improves(math.nan, [])
+    assert not select.improves(math.inf, before)
+
+
+def test_without_validation_the_model_is_ready_for_use(tmp_path):
+    problem = Problem()
+    problem.train(tmp_path, settings=settings(epochs=1), validate=None, select=None)
+    assert not problem.model.training
+
+
 @pytest.mark.parametrize(
     ("counted", "scores", "expected"),
     [
@@ -258,6 +272,12 @@ def test_moving_average_restores_the_weights_after_use():
     with average.applied():
         torch.testing.assert_close(model.weight.detach(), start + 0.5)
     torch.testing.assert_close(model.weight.detach(), start + 1)
+
+
+def test_moving_average_forgets_the_start_before_it_is_slow():
+    average = MovingAverage(trainable(torch.nn.Linear(2, 1)), decay=0.999)
+    assert average.share(1) == pytest.approx(9 / 11)
+    assert average.share(10**6) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(("centre", "width"), [(0.8, 0.2), (0.0, 0.1), (1.0, 1e-3)])

@@ -54,6 +54,31 @@ def test_matrices_move_by_the_rate_and_all_else_as_adamw_moves_it() -> None:
     assert torch.equal(ours.bias, theirs.bias)
 
 
+def test_decay_of_matrices_shrinks_them() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    settings = TrainingConfig(optimizer="muon", learning_rate=0.1, weight_decay=0.5)
+    model.weight.grad = torch.zeros_like(before)
+    make_optimizer(trainable(model), settings).step()
+    torch.testing.assert_close(model.weight.detach(), 0.95 * before)
+
+
+def test_two_steps_of_a_matrix_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False)
+    settings = TrainingConfig(optimizer="muon", learning_rate=0.1, weight_decay=0.0)
+    optimizer = make_optimizer(trainable(model), settings)
+    first, second, expected = torch.randn(3, 4), torch.randn(3, 4), model.weight.detach().clone()
+    for gradient in (first, second):
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+    momentum = 0.95 * first + second
+    # Nesterov's: each step looks ahead by the momentum that it has just taken in.
+    for ahead in (1.95 * first, second + 0.95 * momentum):
+        expected -= 0.1 * 0.2 * 4**0.5 * orthogonal(ahead)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
 def test_both_learn() -> None:
     x, target = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)), torch.eye(12)[:, :6]
     for name in ("adamw", "muon"):
