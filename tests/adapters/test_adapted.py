@@ -191,6 +191,7 @@ def test_fingerprints_tell_adapters_and_their_use_apart(tiny_base: Any, student:
         LanguageAdapted(tiny_base("chinese_clip"), student, adapter),
     ]
     assert len({base.fingerprint, *(model.fingerprint for model in models)}) == 6
+    assert {model.image_fingerprint for model in models[:4]} == {base.image_fingerprint}  # their pictures are the same
     assert LanguageAdapted(base, student, make_adapter(base, student)).fingerprint == models[0].fingerprint
 
 

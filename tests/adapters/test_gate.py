@@ -16,7 +16,7 @@ from tiny_starter import build_starter
 from trimtab.adapters.adapted import load
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters, save_domain
 from trimtab.adapters.files import read_adapter
-from trimtab.adapters.gate import DomainGate, Gated, fit_gate, mixed
+from trimtab.adapters.gate import DomainGate, Gated, closeness, fit_gate, mixed
 from trimtab.config import DomainAdapterConfig, GateConfig
 from trimtab.errors import ModelError
 from trimtab.towers.dual_encoder import DualEncoder
@@ -82,10 +82,22 @@ def test_soft_fades_and_hard_does_not() -> None:
         torch.testing.assert_close(gate(rows), torch.tensor(expected, dtype=torch.float32))
 
 
+def test_soft_ends_a_quarter_of_the_way_to_the_median_below_its_bound() -> None:
+    validation = around(0, 51, seed=2)
+    gate = fit_gate(GateConfig("soft"), around(0, 60), validation)
+    width = float(closeness(validation, gate.centres).median()) - float(gate.high)
+    assert width > 0
+    assert float(gate.high - gate.low) == pytest.approx(0.25 * width, rel=1e-3)
+
+
 def test_small_groups_get_a_centre_of_their_own() -> None:
     train = torch.cat([around(0, 200), around(3, 5, seed=1)])
     gate = fit_gate(GateConfig("hard", centres=4), train, train)
     assert float(gate.centres[:, 3].max()) > 0.9
+    # What is far from the last centre may be near to another.
+    train = torch.cat([around(0, 200), -around(0, 150, seed=1), around(2, 5, seed=2)])
+    gate = fit_gate(GateConfig("hard", centres=3), train, train)
+    assert float(gate.centres[:, 2].max()) > 0.9
 
 
 def test_few_pictures_have_few_centres() -> None:

@@ -139,6 +139,14 @@ def test_dimensions_that_never_vary_stay_finite() -> None:
     torch.testing.assert_close(output[:, 2], torch.full((50,), -1.0), atol=1e-3, rtol=1e-3)
 
 
+def test_dimensions_that_hardly_vary_are_not_blown_up() -> None:
+    states = torch.randn(50, INPUT)
+    states[:, 0] = 7 + 1e-6 * torch.randn(50)
+    module = adapter()
+    module.set_statistics(states, torch.randn(50, OUTPUT))
+    assert module.input_std[0] >= 0.009 * states.std(dim=0).mean()
+
+
 def test_pairs_that_are_all_alike_give_their_target() -> None:
     module = adapter()
     states, features = torch.full((1, INPUT), 0.3).expand(20, -1), torch.linspace(-1, 1, OUTPUT).expand(20, -1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,55 @@ def test_refined_classes_are_scored_as_all_are(name: str, base_of: Any, pictures
 
 
 @torch.no_grad()
+def test_the_true_class_is_refined_wherever_it_ranks(base_of: Any, pictures: list[Image.Image]) -> None:
+    base = base_of("clip")
+    images = seen(base, pictures)
+    config = KINDS["few refined"]
+    few, every = (
+        prompted(base, replace(config, instance=InstanceConfig(width=8, heads=2, top_k=top_k)), images, moved=0.3)
+        for top_k in (2, None)
+    )
+    scores = every.scores(images, every.embeddings())
+    labels = few.scores(images, few.embeddings()).argmin(dim=1)
+    found = few.scores(images, few.embeddings(), labels)
+    close(found.gather(1, labels[:, None]), scores.gather(1, labels[:, None]))
+
+
+@torch.no_grad()
+def test_cosines_are_as_exact_where_training_is_in_bf16(base_of: Any, pictures: list[Image.Image]) -> None:
+    images = seen(base_of("clip"), pictures)
+    classes = prompted(base_of("clip"), KINDS["general"], images)
+    embeddings = classes.embeddings()
+    exact = classes.scores(images, embeddings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(classes.scores(images, embeddings), exact)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("attention", 0.0), ("late attention", 1.0)])
+def test_classes_get_the_gradient_of_what_each_picture_has_of_its_own(
+    kind: str, kept: float, base_of: Any, pictures: list[Image.Image]
+) -> None:
+    """Prompts of each picture stand in for those of the class; where they enter late, both get a gradient."""
+    images = seen(base_of("clip"), pictures)
+    classes = prompted(base_of("clip"), KINDS[kind], images, moved=0.3)
+    embeddings = classes.embeddings().detach().requires_grad_(True)
+    classes.scores(images, embeddings).sum().backward()
+    assert embeddings.grad is not None
+    expected = kept * classes.prompt.text_weight * images.embeddings.sum(dim=0)
+    close(embeddings.grad, expected.detach().expand(len(NAMES), -1))
+
+
+@torch.no_grad()
+def test_vectors_are_set_side_by_side(base_of: Any, pictures: list[Image.Image]) -> None:
+    images = seen(base_of("clip"), pictures)
+    prompt = prompted(base_of("clip"), FULL, images).prompt
+    vectors = torch.randn(len(NAMES), prompt.compared(images).shape[1])
+    prompt.set_vectors(vectors)
+    assert len(prompt.vectors()) == 2
+    close(torch.cat(prompt.vectors(), dim=1), vectors)
+
+
+@torch.no_grad()
 def test_instance_tokens_differ_between_pictures_once_trained(base_of: Any, pictures: list[Image.Image]) -> None:
     base = base_of("clip")
     images = seen(base, pictures)
@@ -144,18 +194,20 @@ def test_instance_tokens_differ_between_pictures_once_trained(base_of: Any, pict
     close(weights.sum(dim=2), torch.ones(5, 2))
 
 
+@pytest.mark.parametrize("kind", ["attention", "meta"])
 @torch.no_grad()
-def test_padding_is_not_looked_at(base_of: Any, pictures: list[Image.Image]) -> None:
+def test_padding_is_not_looked_at(kind: str, base_of: Any, pictures: list[Image.Image]) -> None:
     base = base_of("siglip2")
     images = seen(base, pictures)
     assert images.mask is not None
     assert images.tokens is not None
-    classes = prompted(base, FULL, images, moved=0.3)
+    classes = prompted(base, KINDS[kind], images, moved=0.3)
     before = classes.scores(images, classes.embeddings())
     images.tokens[~images.mask] = 1e3
     close(classes.scores(images, classes.embeddings()), before)
-    instance: Any = classes.prompt.instance
-    assert instance.attention(images)[~images.mask[:, None].expand(-1, 2, -1)].max() == 0
+    if kind == "attention":
+        instance: Any = classes.prompt.instance
+        assert instance.attention(images)[~images.mask[:, None].expand(-1, 2, -1)].max() == 0
 
 
 @torch.no_grad()
@@ -171,9 +223,9 @@ def test_a_longer_context_starts_at_random_before_the_template(base_of: Any) -> 
     base = base_of("clip")
     tower = PromptTower(base)
 
-    def general(**options: Any) -> Tensor:
+    def general(seed: int = 3, **options: Any) -> Tensor:
         config = PromptConfig(GeneralConfig(**options), None, DomainPartConfig())
-        return StructuredPrompt(config, tower, patch_width=16, classes=2, seed=3).general
+        return StructuredPrompt(config, tower, patch_width=16, classes=2, seed=seed).general
 
     start = tower.embedded(INIT)
     close(general(init=INIT), start)
@@ -181,6 +233,7 @@ def test_a_longer_context_starts_at_random_before_the_template(base_of: Any) -> 
     close(longer[2:], start)
     assert longer[:2].abs().max() < 0.2
     assert torch.equal(longer, general(init=INIT, tokens=len(start) + 2))  # the seed decides
+    assert not torch.equal(longer, general(seed=4, init=INIT, tokens=len(start) + 2))
     assert general(init=None, tokens=5).shape == (5, 16)
     with pytest.raises(RecipeError, match=r"general\.tokens=1, but init='photo of a' has"):
         general(init=INIT, tokens=1)
@@ -209,7 +262,7 @@ def test_learned_classes_are_known_in_other_case_and_white_space(
     base_of: Any, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
     base = base_of("clip")
-    model = load_adapted(save_tiny_prompt(tmp_path / "prompt", base), base=base)
+    model = load_adapted(save_tiny_prompt(tmp_path / "prompt", base, patches=True), base=base)
     expected = model.classifier().scores(pictures)
     classifier = model.classifier(["CAT", "dog ", "red\xa0car"])
     assert classifier.classes == ("CAT", "dog ", "red\xa0car")

@@ -81,6 +81,12 @@ def test_padding_changes_nothing() -> None:
     wider_mask[:, :5] = mask
     for first, second in zip(adapter(states, mask), adapter(wider, wider_mask), strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    other, (teacher, teacher_mask) = build(), texts(6, 4, TEACHER, 4)
+    adapter = build()
+    adapter.fit(states, mask, teacher, teacher_mask)
+    other.fit(wider, wider_mask, teacher, teacher_mask)
+    for name, tensor in adapter.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], atol=1e-4, rtol=1e-4)
 
 
 def test_as_many_tokens_count_as_the_english_text_would_have(caplog: pytest.LogCaptureFixture) -> None:
@@ -92,6 +98,27 @@ def test_as_many_tokens_count_as_the_english_text_would_have(caplog: pytest.LogC
     resampler.fit_lengths(torch.tensor([5, 5, 5]), torch.tensor([4, 4, 10]))  # no slope to be found
     assert resampler.counted(mask).sum(1).tolist() == [6] * 5
     assert "1 of 3 English texts have more tokens than the resampler's 8" in caplog.text
+
+
+def test_the_cls_of_the_english_text_is_no_token() -> None:
+    adapter = build()
+    states, mask = texts(40, TOKENS, STUDENT, 5)
+    teacher_mask = torch.cat([torch.ones(40, 1, dtype=torch.bool), mask], dim=1)
+    adapter.fit(states, mask, torch.randn(40, 1 + TOKENS, TEACHER), teacher_mask)
+    _, _, counted = adapter(states, mask)
+    assert torch.equal(counted.sum(dim=1), 1 + mask.sum(dim=1))
+
+
+def test_tokens_deviate_from_their_mean_by_the_scale() -> None:
+    adapter = randomised(build())
+    states, mask = texts(6, 5, STUDENT, 2)
+    found = []
+    for factor in (1.0, 3.0):
+        adapter.resampler.scale.mul_(factor)
+        pooled, sequence, _ = adapter(states, mask)
+        found.append(sequence[:, 1:] - pooled[:, None, TEACHER:])
+    assert found[0].abs().max() > 0.1
+    torch.testing.assert_close(found[1], 3 * found[0], atol=1e-4, rtol=1e-4)
 
 
 def test_too_few_sentences_to_start_from() -> None:
