@@ -61,6 +61,12 @@ def test_lists_and_nulls(suffix: str, tmp_path: Path) -> None:
     ]
 
 
+def test_nothing_but_a_line_feed_ends_a_record_of_jsonl(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"image": "a.png", "text": "a\u2028dog"}\n{"image": "b.png", "text": "a cat"}', encoding="utf-8")
+    assert shown(read_entries(PairSource(str(table)))) == [("a.png", ("a\u2028dog",), 1), ("b.png", ("a cat",), 2)]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_nan_is_no_text_and_whole_floats_are_whole(suffix: str, tmp_path: Path) -> None:
     table = write_table(tmp_path / f"t{suffix}", [("a.png", nan), ("b.png", 1.0)], ("image", "label"))

@@ -126,6 +126,7 @@ def test_numbers_stand_for_the_classes_of_the_file(tmp_path: Path) -> None:
         ([0, 7], ["pear", "apple"], r"label 7, .* mend the labels, or add the classes"),
         (["pear", "aple", "aple"], ["pear", "apple"], r"'aple' \(.*csv, row 3; 2 pictures, do you mean 'apple'\?\)"),
         (["pear", 1], ["pear", "apple"], r"'1' \(.*row 3"),
+        ([1, 2, 0], ["1", "2", "3"], r"'0' \(.*row 4"),  # names, so none is a number
         (["pear", "pear"], ["pear", "apple", "fig"], r"2 of 3 classes have no picture: apple, fig\. Add pictures"),
         (["pear", "pear"], None, r"only the class 'pear', and telling classes apart takes two"),
         (["pear", " "], None, r"row 3: the picture has no label"),
@@ -185,6 +186,12 @@ def test_some_classes_alone(tmp_path: Path) -> None:
     some = found.only(np.array([2, 1]))
     assert (some.classes, some.labels.tolist()) == (("c", "b"), [1, 0, 1])
     assert found.digest != some.digest
+
+
+def test_labels_and_class_names_are_part_of_the_digest(tmp_path: Path) -> None:
+    found = [load_labelled(table(tmp_path, labels)).digest for labels in ("aba", "bab", "aca", "aba")]
+    assert len(set(found)) == 3
+    assert found[0] == found[3]
 
 
 @given(st.integers(2, 500))

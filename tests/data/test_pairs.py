@@ -215,7 +215,11 @@ def test_the_digest_follows_content_not_place(folder: Path) -> None:
     others.add(load_pairs([source]).digest)
     write_table(copy / "other.jsonl", [rows[1], rows[0], *rows[2:]])
     others.add(load_pairs([source]).digest)
-    assert len(others) == 4
+    write_table(copy / "other.jsonl", [*rows[:5], ("005.png", "caption 0")])  # the same pictures and captions
+    others.add(load_pairs([source]).digest)
+    write_table(copy / "other.jsonl", [(name, text.replace("2", "7")) for name, text in rows])
+    others.add(load_pairs([source]).digest)
+    assert len(others) == 6
 
     gone = load_pairs([source])
     (copy / "002.png").unlink()
@@ -251,6 +255,7 @@ def test_validation_is_kept_apart(folder: Path, caplog: pytest.LogCaptureFixture
     rest, count = keep_apart(train, validation, remove=True)
     assert (count, rest.counts) == (3, PairCounts(kept=3, set_aside=3))
     assert [image.name for image in rest.images] == ["000.png", "004.png", "005.png"]
+    assert rest.take_images(np.array([True, True, False])).counts == PairCounts(kept=2, set_aside=4)
     assert keep_apart(rest, validation, remove=True) == (rest, 0)
     with pytest.raises(DataError, match=r"training without the pictures of validation: .* 0 usable pictures"):
         keep_apart(train, train, remove=True)
@@ -264,6 +269,11 @@ def test_a_split_that_leaves_too_little_is_refused(folder: Path) -> None:
     pairs = load_pairs([PairSource(str(write_table(folder / "t.csv", rows)))])
     with pytest.raises(DataError, match=r"after a split of 3 pictures at 0\.1: .*change validation_share, or give"):
         split_off(pairs, 0.1, seed=0)
+
+
+def test_a_small_share_is_two_pictures() -> None:
+    pairs = unread([{number} for number in range(12)])
+    assert {len(split_off(pairs, 0.1, seed)[1].images) for seed in range(9)} == {2}
 
 
 def test_the_second_run_does_not_decode_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,9 @@ def test_another_model_is_refused(folders: dict[str, Path]) -> None:
     other = SimpleNamespace(name="b", fingerprint="b" * 64, image_fingerprint="b" * 64)
     with pytest.raises(ModelError, match=r"'tiny'.*another model"):
         index.check_model(other)  # type: ignore[arg-type]
+    # What another adapter makes of pictures may be the same, and of texts is not.
+    assert MODEL.fits(replace(MODEL, fingerprint="a" * 64), "images")
+    assert not MODEL.fits(replace(MODEL, fingerprint="a" * 64), "texts")
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "items.arrow", "vectors.f16"])
