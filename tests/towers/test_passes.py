@@ -47,7 +47,8 @@ def test_threads_that_start_meanwhile_keep_all_cores(two_cores: None) -> None:
         thread.join()
         return found[0]
 
-    with contextlib.closing(results(lambda number: number, range(9), CPU)) as one:
+    both = threading.Barrier(2)  # when it opens, both threads of the pool have taken their cores
+    with contextlib.closing(results(lambda number: both.wait() if number < 2 else number, range(9), CPU)) as one:
         next(one)
         assert cores_of_a_new_thread() == torch.get_num_threads() == 2
         seen: list[int] = []
