@@ -489,6 +489,18 @@ def test_a_composed_folder_takes_a_further_link(base: Any, folders: dict[str, Pa
         load(tmp_path / "one", links=[folders["domain"]], device="cpu")
 
 
+def test_a_composed_folder_takes_names(composed: Path, tmp_path: Path) -> None:
+    names = tmp_path / "more.csv"
+    names.write_text("class,de\ncat,Katze\n", encoding="utf-8")
+    assert compose([composed], tmp_path / "named", names=names, device="cpu")["names"] == 3
+    model = load(tmp_path / "named", device="cpu")
+    assert model.aliases == {"猫": "cat", "狗": "dog", "Katze": "cat"}
+    assert model.fingerprint != load(composed, device="cpu").fingerprint
+    change(composed, aliases={"狗": "cat"})
+    with pytest.raises(ModelError, match="not what was composed"):
+        compose([composed], tmp_path / "again", names=names, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -81,18 +82,18 @@ def load_composed(
         check_inputs(described, loaded)
         prompt = load_prompt(described, core, str(described.folder), described.folder)
     single = parts[0] if len(parts) == 1 and is_composed_folder(parts[0]) else None
-    model = Composed(
+    together = functools.partial(
+        Composed,
         loaded,
         domain=domain,
         language=language,
         prompt=prompt,
-        aliases={**known, **(aliases or {})},
         name=str(single) if single else "+".join([loaded.name, *(Path(one.folder).name for one in found.values())]),
         folder=Path(single) if single else None,
     )
-    if single:
-        _check_fingerprint(model, Path(single))
-    return model
+    if single:  # new names are part of the fingerprint, so the folder is compared without them
+        _check_fingerprint(together(aliases=known), Path(single))
+    return together(aliases={**known, **(aliases or {})})
 
 
 def _sort(parts: Sequence[str | Path]) -> tuple[list[str], dict[str, AdapterFile], dict[str, str]]:
