@@ -41,8 +41,12 @@ class Client:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 said = json.loads(said)["error"]["message"]
             sys.exit(f"{error.code}: {said}")
-        except urllib.error.URLError as error:
-            sys.exit(f"{self.address} cannot be reached ({error.reason}): start it with `trimtab serve MODEL`")
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if data and isinstance(reason, (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)):
+                size = f"{len(data) / (1 << 20):.1f} MiB"
+                sys.exit(f"{self.address} ended the connection ({reason}): a request of {size} may be too large for it")
+            sys.exit(f"{self.address} cannot be reached ({reason}): start it with `trimtab serve MODEL`")
 
 
 def in_base64(path: Path) -> str:

@@ -145,6 +145,28 @@ def test_serve_client_reads_errors_in_plain_text(monkeypatch: pytest.MonkeyPatch
         client.main(["a"])
 
 
+def test_serve_client_says_what_was_too_large(tiny_base: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_server import Site
+    from trimtab.serve.http.service import Service
+
+    client = example("serve_client")
+    site = Site(Service(tiny_base("clip"), name="tiny"))
+    try:
+        with pytest.raises(SystemExit, match="413: the request is larger than 32 MiB"):
+            client.Client(site.address).ask("/v1/embeddings", {"input": "a" * (40 << 20)})
+    finally:
+        site.close()
+
+    def ended(*_: Any, **__: Any) -> Any:
+        raise urllib.error.URLError(ConnectionResetError("reset"))
+
+    monkeypatch.setattr(client.urllib.request, "urlopen", ended)
+    with pytest.raises(SystemExit, match=r"reset.*3\.0 MiB may be too large"):
+        client.Client("http://x").ask("/v1/embeddings", {"input": "a" * (3 << 20)})
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        client.Client("http://x").ask("/v1/models")
+
+
 def test_prompt(tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for at, name in enumerate(("cat", "dog")):
         (tmp_path / "classes" / name).mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import importlib
 import socket
 import threading
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import uvicorn
 
+from trimtab.serve.http import guards
 from trimtab.serve.http.connections import Unread, watched
+from trimtab.serve.http.guards import Bounded
 from trimtab.serve.http.run import bind
 
 LARGE = 16 << 20  # more than sockets take on
@@ -229,3 +232,40 @@ def test_an_answer_that_is_read_slowly_comes_whole(base: Any) -> None:
         time.sleep(0.3)
         assert server.connections == 1
         asked(connection, body=bytes(8))
+
+
+# Bodies that are too large
+
+LIMIT = 4 << 20
+
+
+def test_a_client_that_sends_too_much_and_then_reads_gets_its_answer(base: Any) -> None:
+    app = Bounded(hello, max_body=LIMIT, max_buffered=4 * LIMIT, timeout=20)
+    with place(app, limited(base)) as server:
+        client = http.client.HTTPConnection(*server.listener.getsockname(), timeout=20)
+        client.request("POST", "/", bytes(4 * LIMIT))
+        answer = client.getresponse()
+        assert answer.status == 413
+        assert b"larger than 4 MiB" in answer.read()
+        server.wait_for_connections(0)
+        client.close()
+
+
+@pytest.mark.parametrize("header", [b"Content-Length: 4001", b"Transfer-Encoding: chunked"])
+def test_by_far_too_much_is_not_read(base: Any, header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "_SILENCE", 60)
+    app = Bounded(hello, max_body=1000, max_buffered=4000, timeout=20)
+    with place(app, limited(base)) as server, server.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n\r\n7d0\r\n" + bytes(2000))
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
+        server.wait_for_connections(0)
+
+
+def test_what_does_not_come_of_it_is_not_awaited(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "_SILENCE", 0.2)
+    app = Bounded(hello, max_body=1000, max_buffered=4000, timeout=20)
+    with place(app, limited(base)) as server, server.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1001\r\n\r\n" + bytes(500))
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
+        assert server.connections == 1
+        server.wait_for_connections(0)

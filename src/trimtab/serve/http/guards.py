@@ -6,6 +6,7 @@ The outermost comes first in a request: `Measured`, then `KnownHost`, `WithKey`,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import re
@@ -26,14 +27,20 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 # The page holds no secret and asks for the key itself; whoever restarts a server that does not answer has none.
 OPEN_PATHS = frozenset({"/", "/healthz"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_PASSED_OVER = 4  # times the largest body: one that is larger, but not than this, is thrown away as it comes
+_SILENCE = 2.0  # seconds without a byte of it, after which no more is awaited
 
 
 class Gone(Exception):  # noqa: N818 - nothing went wrong
     """The client closed the connection before it was answered."""
 
 
-async def send_problem(send: Send, problem: Problem) -> None:
-    """Answer with a problem."""
+async def send_problem(send: Send, problem: Problem, before_end: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Answer with a problem.
+
+    Args:
+        before_end: what to do when the client can read the answer and the connection is not closed yet.
+    """
     body = json.dumps(problem.body, ensure_ascii=False).encode()
     headers = {
         "content-type": "application/json",
@@ -42,9 +49,13 @@ async def send_problem(send: Send, problem: Problem) -> None:
         **{name.lower(): value for name, value in problem.headers.items()},
     }
     if problem.status in (408, 413):
-        headers["connection"] = "close"  # what is left of the body is not read
+        headers["connection"] = "close"  # what is left of the body is of no use
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": raw})
+    if before_end is not None:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await before_end()
+        body = b""
     await send({"type": "http.response.body", "body": body})
 
 
@@ -119,7 +130,9 @@ class WithKey:
 class Bounded:
     """Reads bodies up to a limit each and a limit together, and ends what takes too long or nobody waits for.
 
-    A body that is announced as too large is refused before a byte of it is read.
+    A body that is announced as too large is refused before a byte of it is read. If it is not by far too large, what
+    comes of it then is thrown away: a connection that is closed with bytes unread is reset, and a client that sends all
+    before it reads would never see its answer.
 
     Args:
         max_body: bytes of one request.
@@ -157,9 +170,20 @@ class Bounded:
                 await send_problem(send, Problem(504, f"no answer within {self.timeout:g} seconds: send less at once"))
         except Problem as problem:
             if not started:
-                await send_problem(send, problem)
+                passed_over = problem.status == 413 and 0 < _announced(scope) <= _PASSED_OVER * self.max_body
+                await send_problem(send, problem, (lambda: self._pass_over(receive)) if passed_over else None)
         finally:
             self.buffered -= len(body)
+
+    async def _pass_over(self, receive: Receive) -> None:
+        """Throw away what comes of a body, until it ends or stops."""
+
+        async def read() -> None:
+            while (await asyncio.wait_for(receive(), _SILENCE)).get("more_body", False):
+                pass
+
+        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(read(), self.timeout)
 
     async def _work(self, scope: Scope, body: bytes, receive: Receive, send: Send, answered: asyncio.Event) -> None:
         """Run the application until it ends, or the client leaves without its answer."""
@@ -178,7 +202,7 @@ class Bounded:
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
         try:
-            announced = int(_header(scope, b"content-length") or 0)
+            announced = _announced(scope)
         except ValueError:
             raise Problem(400, "the Content-Length is not a number") from None
         self._check(announced, announced)
@@ -230,6 +254,11 @@ def _replay(body: bytes, leaving: asyncio.Future[Message]) -> Receive:
 
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((bytes(value) for key, value in scope["headers"] if key == name), b"")
+
+
+def _announced(scope: Scope) -> int:
+    """Bytes of the body as its header has them; 0 where it has none."""
+    return int(_header(scope, b"content-length") or 0)
 
 
 def _host_name(value: bytes) -> str:
