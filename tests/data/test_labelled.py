@@ -115,8 +115,17 @@ def test_a_file_gives_classes_and_their_order(tmp_path: Path) -> None:
 
 def test_numbers_stand_for_the_classes_of_the_file(tmp_path: Path) -> None:
     assert load_labelled(table(tmp_path, [0, 2, 1]), ["pear", "apple", "fig"]).labels.tolist() == [0, 2, 1]
-    # Without a file they are names.
-    assert load_labelled(table(tmp_path, [10, 2])).classes == ("10", "2")
+
+
+def test_numbers_are_names_without_a_file_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_labelled(table(tmp_path, [0, 1]), ["pear", "apple"])
+        load_labelled(table(tmp_path, ["7", "fig"]))
+        assert not caplog.records
+        assert load_labelled(table(tmp_path, [10, 2])).classes == ("10", "2")
+    assert len(caplog.records) == 1
+    assert "all labels are numbers, 10, 2, and are taken as the names" in caplog.text
+    assert "data.classes" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,11 @@ def load_labelled(
     if known is None:
         known = _found(entries, names)
     origin = str(classes) if listed else where if classes is None else "training"
+    if classes is None and all(map(_is_number, known)):
+        logger.warning(
+            "%s: all labels are numbers, %s, and are taken as the names of the classes, which methods that read texts "
+            "can make nothing of: give the file with the names (data.classes)", where, _some(known),
+        )  # fmt: skip
     if len(known) < 2:
         raise DataError(f"{origin}: there is only the class {known[0]!r}, and telling classes apart takes two")
     numbers = _numbers(entries, names, known, origin)
@@ -231,7 +236,7 @@ def _numbers(entries: Sequence[Entry], names: Sequence[str], classes: Sequence[s
     unknown = [at for at, name in enumerate(names) if place[name] is None]
     if not unknown:
         return [at for name in names if (at := place[name]) is not None]
-    if len(unknown) == len(names) and all(name.isascii() and name.isdigit() for name in names):
+    if len(unknown) == len(names) and all(map(_is_number, names)):
         numbers = [int(name) for name in names]
         if max(numbers) >= len(classes):
             last = int(np.argmax(numbers))
@@ -257,6 +262,10 @@ def _numbers(entries: Sequence[Entry], names: Sequence[str], classes: Sequence[s
         f"labels that are not among the {len(classes)} classes of {origin}: {'; '.join(shown)}"
         f"{f'; and {more} more' if more else ''}. Mend the labels or add them to the classes"
     )
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 def _report(where: str, dropped: Sequence[Dropped], read: int) -> None:
