@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,32 @@ def test_from_a_folder_of_pictures_to_chinese_search(
     assert "another model" in told
     told = run("info", composed)
     assert "domain, language" in told
+
+
+def test_a_relative_model_is_found_from_another_folder(
+    tiny_folder: Callable[[str], Path],
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    pictures[0].save("photos/0.png")
+    shutil.copytree(tiny_folder("clip"), "model")
+    run("embed", "photos", "--model", "model", "--out", "e", "--device", "cpu")
+    run("index", "e", "--out", "i")
+    about = json.loads(Path("i/index.json").read_text(encoding="utf-8"))
+    assert (about["model"]["name"], about["model"]["place"]) == ("model", str(tmp_path / "model"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "0.png" in run("search", "a cat", "--index", "../i")
+    shutil.copytree(tiny_folder("siglip"), "model")  # the name comes first, and the fingerprint tells
+    assert "another model" in run("search", "a cat", "--index", "../i", code=2)
+    # Older indexes name no place.
+    monkeypatch.chdir(tmp_path)
+    del about["model"]["place"]
+    Path("i/index.json").write_text(json.dumps(about), encoding="utf-8")
+    assert "0.png" in run("search", "a cat", "--index", "i")
 
 
 def test_texts_of_users_are_no_markup(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ def search(
     Args:
         index: an index folder, or an open index.
         image: what `DualEncoder.encode_image` takes.
-        model: what `trimtab.load` takes, or a loaded model; None loads the model of the index by its name.
+        model: what `trimtab.load` takes, or a loaded model; None loads the model of the index.
 
     Raises:
         DataError: a damaged index, an empty text, neither text nor image or both.
-        ModelError: a model of another space than the index, or none of that name.
+        ModelError: a model of another space than the index, or none where it should be.
     """
     if (text is None) == (image is None):
         raise DataError("give either a text or an image to search for")
@@ -39,7 +39,7 @@ def search(
     found = index if isinstance(index, Index) else Index.open(index)
     if not isinstance(model, DualEncoder):
         try:
-            model = load(model or found.model_name, device=device)
+            model = load(model or found.model.loadable, device=device)
         except ModelError as error:
             if model is None:
                 raise ModelError(f"the index was made with {found.model_name!r}: {error}. Give --model") from error

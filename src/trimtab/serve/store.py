@@ -51,6 +51,7 @@ class ModelReference:
         fingerprint: of the whole model.
         image_fingerprint: of what decides where pictures land: models that differ in their texts alone share it.
         text_input_digest, image_input_digest: see `DualEncoder`; "" in folders that do not say.
+        place: the folder that a relative name meant; "" for other names, and in older folders.
     """
 
     name: str
@@ -60,13 +61,26 @@ class ModelReference:
     embedding_dim: int = 0
     text_input_digest: str = ""
     image_input_digest: str = ""
+    place: str = ""
 
     @classmethod
     def of(cls, model: DualEncoder) -> ModelReference:
         """The reference to a loaded model."""
+        from trimtab.towers.hf import portable  # with torch, which a model has loaded and a reader may not
+
         fingerprints = (model.fingerprint, model.image_fingerprint)
         digests = (model.text_input_digest, model.image_input_digest)
-        return cls(model.name, *fingerprints, model.family, model.embedding_dim, *digests)
+        place = "" if (place := portable(model.name)) == model.name else place
+        return cls(model.name, *fingerprints, model.family, model.embedding_dim, *digests, place)
+
+    @property
+    def loadable(self) -> str:
+        """What to load the model by: its name, or its place where the current folder has nothing of that name.
+
+        Whether it is still the same model is for `fits` to say.
+        """
+        elsewhere = self.place and not Path(self.name).expanduser().exists() and Path(self.place).is_dir()
+        return self.place if elsewhere else self.name
 
     def fits(self, model: DualEncoder | ModelReference, kind: Kind) -> bool:
         """Whether vectors of `model` may be compared with embeddings that this one made of `kind`."""
