@@ -58,12 +58,29 @@ def build_vit_with_clip_text(folder: Path) -> Path:
     return _pair(folder, vision, text, tokenizer)
 
 
+def build_dinov2_with_bert(folder: Path, registers: int = 0) -> Path:
+    from transformers import BertConfig, Dinov2Config, Dinov2WithRegistersConfig
+
+    tokenizer = tiny_models.bert_tokenizer()
+    sizes = {name: size for name, size in _SIZES.items() if name != "intermediate_size"}
+    sizes |= {"mlp_ratio": 2, "image_size": tiny_models.IMAGE_SIZE, "patch_size": tiny_models.PATCH_SIZE}
+    vision = Dinov2WithRegistersConfig(**sizes, num_register_tokens=registers) if registers else Dinov2Config(**sizes)
+    text = BertConfig(**_SIZES, vocab_size=len(tokenizer), max_position_embeddings=64)
+    return _pair(folder, vision, text, tokenizer)
+
+
+def build_registers_with_bert(folder: Path) -> Path:
+    return build_dinov2_with_bert(folder, registers=2)
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     **tiny_models.DUAL_ENCODERS,
     "starter": build_starter,
     "clip+roberta": build_clip_with_roberta,
     "vit+xlm-roberta": build_vit_with_xlmr,
     "vit+clip-text": build_vit_with_clip_text,
+    "dinov2+bert": build_dinov2_with_bert,
+    "dinov2-registers+bert": build_registers_with_bert,
 }
 TOWERS: list[tuple[str, TowerName]] = [(name, tower) for name in BUILDERS for tower in ("image", "text")]
 

@@ -71,6 +71,8 @@ LAYOUTS: dict[str, Layout] = {
     "siglip2_vision_model": Layout(_SIGLIP.layers, carried=("pixel_attention_mask",)),
     "vit": Layout(Part(("layers", "encoder.layer"), below=("embeddings",))),
     "flava_image_model": _BERT,
+    "dinov2": _BERT,
+    "dinov2_with_registers": _BERT,
     "trimtab_starter_vision": Layout(
         Part(
             ("alignment.layers",),

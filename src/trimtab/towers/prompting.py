@@ -345,7 +345,7 @@ class ImageTokens(NamedTuple):
 
     Attributes:
         features: (B, D), as `DualEncoder.pixel_features`.
-        tokens: (B, N, Wi) its token states above the last layer, a CLS token included where there is one. Of
+        tokens: (B, N, Wi) its token states above the last layer, with CLS token and registers where there are any. Of
             `starter` the 49 places of its trunk's last map, of which its own layers see a projection to a fifth.
         mask: (B, N) bool, False on padding; None if all are real.
     """
