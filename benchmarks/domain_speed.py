@@ -1,12 +1,13 @@
-"""What a training step of the domain link costs: beside LoRA with `peft` at the same places, beside the step without a
-cache, beside all weights, and beside what its arithmetic alone would take.
+"""What a training step of the domain link costs: beside LoRA with `peft`, beside the step without a cache, beside all
+weights, and beside what its arithmetic alone would take.
 
     python benchmarks/domain_speed.py
 
-Each row runs in a process of its own, on the same random pictures and the places of `recipes/domain-grocery.yaml`. A
+Each row runs in a process of its own, on the same random pictures with the settings of `recipes/domain-grocery.yaml`. A
 step is forward, backward and update for one batch, from the states below the lowest trained layer; "no cache" begins at
-the pixels. Decoding pictures is left out everywhere. LoRA as the recipe has it also updates the text tower, which the
-adapters leave alone, so part of its step is work that they do not have.
+the pixels. Decoding pictures is left out everywhere. LoRA is at the recipe's `lora.targets`: in the image tower
+at about the places of the adapters, none of them in its attention, and in the attention of the six layers of the text
+tower, which the adapters leave alone, so part of its step is work that they do not have.
 
 The floor is the step's FLOPs over the rate of a large matrix product on the same threads. No step can reach it: a third
 of the layers are depthwise convolutions, which move more numbers than they multiply.
