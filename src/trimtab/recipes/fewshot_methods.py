@@ -140,13 +140,16 @@ def _class_texts(base: DualEncoder, classes: tuple[str, ...], templates: tuple[s
 
 
 def _seen(pictures: Pictures) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, D), and unit means (B, Wi) of the patch tokens: of no width where there are none."""
-    tokens, mask = pictures.tokens, pictures.mask
+    """Embeddings (B, D), and unit means (B, Wi) of the patch tokens: of no width where there are none.
+
+    On the CPU: what methods fit on them is small.
+    """
+    tokens, mask, embeddings = pictures.tokens, pictures.mask, pictures.embeddings.cpu()
     if tokens is None:
-        return pictures.embeddings, pictures.embeddings[:, :0]
-    weights = torch.ones(tokens.shape[:2]) if mask is None else mask.float()
+        return embeddings, embeddings[:, :0]
+    weights = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.float()
     mean = torch.einsum("bn,bnw->bw", weights, tokens)
-    return pictures.embeddings, F.normalize(mean, dim=-1)
+    return embeddings, F.normalize(mean, dim=-1).cpu()
 
 
 def template(episode: Episode) -> Fitted:
@@ -302,9 +305,8 @@ def learned(change: Callable[[PromptRecipe], PromptRecipe]) -> Method:
         by_embedding = fitted.prompt.instance is None and not fitted.prompt.config.reads_patches
 
         def logits(pictures: Split) -> Tensor:
-            return torch.from_numpy(
-                fitted.logits(Pictures(pictures.embeddings[0]) if by_embedding else pictures.features)
-            )
+            seen = Pictures(pictures.embeddings[0].to(episode.base.device)) if by_embedding else pictures.features
+            return torch.from_numpy(fitted.logits(seen))
 
         chosen = {"select": recipe.select, "class_scale": fitted.class_scale}
         return Fitted(logits, fitted.prompt.trained_parameters, chosen, fitted.class_scale)
