@@ -160,7 +160,6 @@ def export_onnx(
     if not replaceable(out, EXPORT_FILE):
         raise ModelError(f"{out} holds something else than an export: choose another folder")
     core = without_prompts(model)
-    core.to("cpu")
     image = describe_processor(core)
     routes = text_routes(core)
     about: dict[str, Any] = {
@@ -175,7 +174,11 @@ def export_onnx(
         "texts": [describe_text(route) for route in routes],
         "versions": {"trimtab": __version__, "torch": torch.__version__, "opset": _OPSET},
     }
-    with atomic_folder(out, EXPORT_FILE) as built, tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
+    with (
+        on_cpu(model),
+        atomic_folder(out, EXPORT_FILE) as built,
+        tempfile.TemporaryDirectory(prefix="trimtab-") as scratch,
+    ):
         checked: list[Image.Image | Path] = [*pictures, *made_pictures(), *made_files(Path(scratch))]
         _write_towers(core, routes, built)
         for route, described in zip(routes, about["texts"], strict=True):
@@ -196,6 +199,17 @@ def export_onnx(
         finish(built, about)
         write_json(built / EXPORT_FILE, about)
     return about
+
+
+@contextmanager
+def on_cpu(model: DualEncoder) -> Iterator[None]:
+    """A loaded model is its caller's: it goes back to where it was."""
+    device = model.device
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 def without_prompts(model: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from trimtab.adapters.cards import shown_name
 from trimtab.errors import ModelError
 from trimtab.files import atomic_folder, write_json, write_text
-from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, describe_processor, made_pictures, without_prompts
+from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, describe_processor, made_pictures, on_cpu, without_prompts
 from trimtab.towers import efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
@@ -54,7 +54,7 @@ def merge(model: DualEncoder, out: str | Path) -> dict[str, Any]:
     plain: DualEncoder = getattr(language or model, "base", model)
     while hasattr(plain, "base"):  # a domain link at alpha 0
         plain = plain.base
-    with atomic_folder(out, "config.json") as new:
+    with on_cpu(model), atomic_folder(out, "config.json") as new:
         # Libraries keep loaded code under the name of its folder, so it is checked in one of the final name.
         built = new / "_" / out.resolve().name
         built.mkdir(parents=True)
@@ -139,7 +139,6 @@ def write_base(model: DualEncoder, folder: Path) -> float:
     Raises:
         ModelError: it gives other embeddings.
     """
-    model.to("cpu")
     model.save_pretrained(folder)
     if own_kinds(model):
         _bring_code(folder, [efficientnet, starter_model])
@@ -177,7 +176,6 @@ def write_text_encoder(link: Any, folder: Path) -> float:
     Raises:
         ModelError: it gives other vectors.
     """
-    link.to("cpu")
     student, adapter = link.student, link.adapter
     inputs, span = student.text_inputs, student._prefix_span
     config = AdaptedTextConfig(
