@@ -133,13 +133,13 @@ class LanguageAdapter(nn.Module):
     def set_statistics(self, states: Tensor, features: Tensor) -> None:
         """Fix the units of both ends, from a sample of token states (N, H) and of the teacher's features (M, D).
 
-        What is in float64 already is not copied.
+        On the CPU, as `RidgeSums`. What is there in float64 already is not copied.
         """
         for mean, std, sample in (
             (self.input_mean, self.input_std, states),
             (self.output_mean, self.output_std, features),
         ):
-            wide = sample.double()
+            wide = sample.cpu().double()
             spread = wide.std(dim=0)
             mean.copy_(wide.mean(dim=0))
             # Some towers have dimensions that never vary; texts that are all alike have no others.
@@ -156,14 +156,14 @@ class LanguageAdapter(nn.Module):
             weights: (N,) importance of each row.
         """
         sums = RidgeSums(len(self.input_mean), len(self.output_mean))
-        self.add_to(sums, pooled.double(), targets.double(), weights)
+        self.add_to(sums, pooled.cpu().double(), targets.cpu().double(), weights)
         self.set_linear(sums, ridge=ridge)
 
     @torch.no_grad()
     def add_to(self, sums: RidgeSums, pooled: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch to what `set_linear` solves; arguments as for `fit_linear`."""
-        x = (pooled - self.input_mean) / self.input_std
-        sums.add(x, (targets - self.output_mean) / self.output_std, weights)
+        x = (pooled - self.input_mean.to(pooled.device)) / self.input_std.to(pooled.device)
+        sums.add(x, (targets - self.output_mean.to(targets.device)) / self.output_std.to(targets.device), weights)
 
     @torch.no_grad()
     def set_linear(self, sums: RidgeSums, *, ridge: float) -> None:

@@ -130,7 +130,7 @@ class Resampler(nn.Module):
     @torch.no_grad()
     def fit_lengths(self, student: Tensor, teacher: Tensor) -> None:
         """Fit the number of tokens that count, by least squares, on numbers of tokens (N,) of sentence pairs."""
-        x, y = student.double(), teacher.double()
+        x, y = student.cpu().double(), teacher.cpu().double()
         variance = (x - x.mean()).square().mean()
         slope = ((x - x.mean()) * (y - y.mean())).mean() / variance if variance > 0 else x.new_zeros(())
         self.length.copy_(torch.stack([y.mean() - slope * x.mean(), slope]))

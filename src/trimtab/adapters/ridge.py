@@ -13,8 +13,8 @@ _ROUNDING = torch.finfo(torch.float32).eps
 class RidgeSums:
     """Weighted moments of inputs and targets, from which `solve` gets the linear map between them.
 
-    Products of a batch are taken in float32 and added up in float64. Rounding then matters only where inputs lie far
-    from 0 for their spread: give them roughly centred.
+    Products of a batch are taken in float32, on its device, and added up in float64 on the CPU: some GPUs have none.
+    Rounding then matters only where inputs lie far from 0 for their spread: give them roughly centred.
 
     Args:
         input_dim: H.
@@ -29,9 +29,9 @@ class RidgeSums:
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch: (B, H), (B, D) and the importance (B,) of each row."""
         x = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)  # (B, H + 1)
-        weighted = x if weights is None else x * weights.to(x.dtype).unsqueeze(-1)
-        self.gram += (weighted.T @ x).double()
-        self.cross += (weighted.T @ targets.to(x.dtype)).double()
+        weighted = x if weights is None else x * weights.to(x).unsqueeze(-1)
+        self.gram += (weighted.T @ x).cpu().double()
+        self.cross += (weighted.T @ targets.to(x)).cpu().double()
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Weight (D, H) and bias (D,), float64; the bias is not penalised.
