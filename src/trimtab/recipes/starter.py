@@ -36,6 +36,7 @@ from trimtab.towers.efficientnet import EfficientNetLite0, load_packaged
 from trimtab.towers.parts import quiet
 from trimtab.towers.starter import committed_weights, load_text_tower, minilm_folder
 from trimtab.towers.starter_model import IMAGE_SIZE, SentenceBertModel, StarterAlignment, StarterVisionConfig
+from trimtab.training.distributed import make_accelerator
 from trimtab.training.loop import train
 from trimtab.training.run import Selection
 
@@ -108,6 +109,7 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
         seed=SEED,
         validate=validate,
         select=Selection("mR"),
+        accelerator=make_accelerator(cpu=True),  # trunk, features and texts lie there
     )
     save_alignment(committed_weights(), task, texts)
     print(f"validation mR {(result.best or {}).get('mR', math.nan):.1f} after {result.seconds:.0f} s")

@@ -54,8 +54,11 @@ class World:
         return self.rank == 0
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(*, cpu: bool = False) -> Accelerator:
     """Accelerate on the GPU of this process, or on the CPU (gloo between processes) when there is none.
+
+    Args:
+        cpu: take the CPU in any case.
 
     Raises:
         TrimtabError: the environment speaks of several processes and does not say where they meet, or asks for a way of
@@ -68,7 +71,7 @@ def make_accelerator() -> Accelerator:
     # The first process measures alone, for as long as that takes; of a process that dies the others hear at once.
     patient = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
     try:
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+        accelerator = Accelerator(cpu=cpu or not torch.accelerator.is_available(), kwargs_handlers=[patient])
     except ValueError as error:
         if found is None or "MASTER_ADDR" in os.environ:
             raise
