@@ -50,5 +50,5 @@ MORE_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of its GPU; torch has several ways to say so."""
-    words = ("out of memory", "can't allocate memory")
+    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # the last of CUDA's libraries
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))

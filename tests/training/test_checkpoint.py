@@ -141,6 +141,16 @@ def test_random_states_round_trip():
     assert draw() + draw() == first
 
 
+@pytest.mark.parametrize(("name", "where"), [("cuda", "torch.cuda"), ("mps", "torch.backends.mps")])
+def test_the_generator_of_a_gpu_is_kept_and_comes_back(monkeypatch, name, where):
+    state, restored = torch.arange(8, dtype=torch.uint8), []
+    monkeypatch.setattr(f"{where}.is_available", lambda: True)
+    monkeypatch.setattr(f"torch.{name}.get_rng_state", lambda: state)
+    monkeypatch.setattr(f"torch.{name}.set_rng_state", restored.append)
+    checkpoint.restore_rng(checkpoint.rng_tensors())
+    assert [one.tolist() for one in restored] == [state.tolist()]
+
+
 def test_optimizer_state_round_trip():
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer, dict]:
         torch.manual_seed(0)

@@ -189,12 +189,20 @@ def test_collapse_stops_and_keeps_the_checkpoint_before(tmp_path):
         problem.train(tmp_path, validate=lambda epoch: {"collapse": collapse[epoch]}, select=None)
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # the driver's own is no more than that
-def test_out_of_memory_gives_advice(tmp_path, kind):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: out of memory"),  # the driver's own is no more than that
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_out_of_memory_gives_advice(tmp_path, error):
     problem = Problem()
 
     def step(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise kind("CUDA error: out of memory")
+        raise error
 
     problem.step = step  # type: ignore[method-assign]
     with pytest.raises(TrainingStopped, match=r"out of memory at step 1;.*training\.batch_size"):

@@ -267,6 +267,8 @@ def rng_tensors() -> dict[str, Tensor]:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -283,3 +285,5 @@ def restore_rng(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"].clone())
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].clone())
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"].clone())
