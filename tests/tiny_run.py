@@ -43,15 +43,12 @@ def settings(**changes: Any) -> TrainingConfig:
 class Epoch:
     """Row numbers in a random order that depends on the epoch alone."""
 
-    def __init__(self, epoch: int, first: int = 0) -> None:
-        self.epoch, self.first = epoch, first
-
-    def skip(self, n: int) -> Epoch:
-        return Epoch(self.epoch, n)
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[Tensor]:
         order = np.random.default_rng([1, self.epoch]).permutation(ROWS)
-        for start in range(self.first * BATCH, ROWS, BATCH):
+        for start in range(0, ROWS, BATCH):
             yield torch.tensor(order[start : start + BATCH])
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.data.parallel import ParallelText
-from trimtab.data.sampling import EpochBatches, draw_epoch, draw_hard_epoch, pairs_per_epoch, steps_per_epoch
+from trimtab.data.sampling import draw_epoch, draw_hard_epoch, pairs_per_epoch, steps_per_epoch
 
 
 def draw(probability: np.ndarray | None = None, lengths: np.ndarray | None = None, **changes: int) -> np.ndarray:
@@ -71,15 +71,6 @@ def test_texts_of_like_length_share_a_batch_in_random_order() -> None:
     means = np.array([lengths[batch].mean() for batch in batches])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
     assert abs(np.corrcoef(means[:20], np.arange(20))[0, 1]) < 0.6  # nor do those that were sorted together
-
-
-def test_skipping_leaves_the_rest_as_it_was() -> None:
-    epoch = draw_epoch(np.full(100, 0.01), np.ones(100), pairs=100, batch_size=10, seed=0, epoch=0)
-    assert isinstance(epoch, EpochBatches)
-    whole = [batch.tolist() for batch in epoch]
-    assert [batch.tolist() for batch in epoch.skip(4)] == whole[4:]
-    assert [batch.tolist() for batch in epoch.skip(4).skip(5)] == whole[9:]
-    assert list(epoch.skip(10)) == []
 
 
 def test_rounding_of_probabilities_never_leaves_the_data() -> None:

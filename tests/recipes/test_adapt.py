@@ -300,7 +300,7 @@ def test_several_languages_are_drawn_in_balance(
 
     def draw(*arguments: Any, **options: Any) -> Any:
         epoch = original(*arguments, **options)
-        drawn.append(epoch.batches.ravel())
+        drawn.append(epoch.ravel())
         return epoch
 
     monkeypatch.setattr(language, "draw_epoch", draw)

@@ -240,30 +240,6 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     Problem().train(tmp_path, settings=settings(epochs=1))  # free again
 
 
-def test_iterables_without_skip_resume_too(tmp_path, uninterrupted):
-    whole, _ = uninterrupted
-    problem = Problem()
-    problem.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 10 else None
-    with pytest.raises(TrainingStopped):
-        problem.train(tmp_path)
-    again = Problem()
-    plain = {"batches": lambda epoch: list(tiny_run.Epoch(epoch))}
-    result = tiny_run.train(
-        again.step,
-        again.model,
-        plain["batches"],
-        steps_per_epoch=STEPS,
-        settings=settings(),
-        checkpoint_dir=tmp_path,
-        digest="recipe-1",
-        validate=again.validate,
-        select=tiny_run.Selection("error", greater_is_better=False),
-        show_progress=False,
-    )
-    assert result.resumed_from == 10
-    assert equal(again.model, whole.model)
-
-
 def test_full_disk_keeps_earlier_checkpoints(tmp_path, monkeypatch):
     problem = Problem()
     original = safetensors.torch.save_file

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 # Batches whose texts are sorted by length together: enough to save padding, few enough to stay random.
 _BUCKET = 20
-
-
-class EpochBatches:
-    """Index batches (B,) of one epoch; `skip` lets a resumed run start in the middle without drawing anew."""
-
-    def __init__(self, batches: np.ndarray) -> None:
-        self.batches = batches  # (steps, B)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self.batches)
-
-    def skip(self, count: int) -> EpochBatches:
-        return EpochBatches(self.batches[count:])
 
 
 def steps_per_epoch(pairs: int, batch_size: int) -> int:
@@ -30,7 +15,7 @@ def steps_per_epoch(pairs: int, batch_size: int) -> int:
 
 def draw_epoch(
     probability: np.ndarray, lengths: np.ndarray, *, pairs: int, batch_size: int, seed: int, epoch: int
-) -> EpochBatches:
+) -> np.ndarray:
     """Draw `pairs` indices in proportion to `probability` and put texts of like length into one batch.
 
     The draw is systematic: an index with an expected count of 2.3 comes up two or three times, never none or
@@ -52,7 +37,7 @@ def draw_epoch(
         part = drawn[start : start + batch_size * _BUCKET]
         by_length = part[np.argsort(lengths[part] + rng.random(len(part)), kind="stable")]
         batches.append(by_length.reshape(-1, batch_size))
-    return EpochBatches(rng.permutation(np.concatenate(batches)))
+    return rng.permutation(np.concatenate(batches))
 
 
 def pairs_per_epoch(pairs: int, share: float, batch_size: int) -> int:
@@ -69,7 +54,7 @@ def draw_hard_epoch(
     seed: int,
     epoch: int,
     captions: np.ndarray | None = None,
-) -> EpochBatches:
+) -> np.ndarray:
     """Draw `pairs_per_epoch` different pairs, the likelier the higher their probability, as batches in random order.
 
     Each pair's clock rings after an exponential time of rate `probability` and the first to ring are drawn
@@ -102,4 +87,4 @@ def draw_hard_epoch(
         drawn = drawn[np.argsort(order[captions[drawn]], kind="stable")]
     # Dealt out like cards, one to each batch in turn: neighbours (early clocks, equal captions) are kept apart.
     dealt = drawn.reshape(-1, steps_per_epoch(count, batch_size)).T  # (steps, B)
-    return EpochBatches(rng.permutation(dealt))
+    return rng.permutation(dealt)

@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -269,26 +268,11 @@ def passed(gate: DomainGate, base: DualEncoder, validation: ImageTextPairs) -> f
     return 100 * float((gate(features.to(base.device)) == 1).float().mean())
 
 
-@dataclass(frozen=True, eq=False)
-class PairBatches:
-    """Pairs and a view of each pair's picture, (steps, B) both, and (steps, B, K) numbers for the views of its map."""
-
-    pairs: np.ndarray
-    views: np.ndarray
-    numbers: np.ndarray
-
-    def __iter__(self) -> Iterator[Batch]:
-        return zip(self.pairs, self.views, self.numbers, strict=True)
-
-    def skip(self, count: int) -> PairBatches:
-        """Those after the first `count`, for a run that resumes in their middle."""
-        return PairBatches(self.pairs[count:], self.views[count:], self.numbers[count:])
-
-
 def draw_epoch(
     bank: MemoryBank, pairs: ImageTextPairs, recipe: DomainRecipe, epoch: int, world: World
-) -> PairBatches:  # fmt: skip
-    """What an epoch sees: hard pairs more often, or all alike, each picture in one of its views."""
+) -> list[Batch]:  # fmt: skip
+    """What an epoch sees, hard pairs more often or all alike: batches of pairs (B,), a view of each pair's picture (B,)
+    and numbers (B, K) for the view of its map."""
     batch_size, share = recipe.training.batch_size, recipe.bank.epoch_share
     probability = np.full(len(pairs), 1 / len(pairs))
     if recipe.bank.enabled:
@@ -301,10 +285,10 @@ def draw_epoch(
         seed=recipe.seed,
         epoch=epoch,
         captions=pairs.caption_index,
-    ).batches
+    )
     rng = np.random.default_rng([recipe.seed, epoch, _VIEW_STREAM])
     views = rng.integers(0, recipe.data.views + 1, drawn.shape)
-    return PairBatches(drawn, views, draw_numbers(rng, drawn.shape))
+    return list(zip(drawn, views, draw_numbers(rng, drawn.shape), strict=True))
 
 
 def validate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ def fit_prompt(
     batch_size = min(settings.batch_size, len(train_set))
     per_epoch = steps_per_epoch(recipe, len(train_set))
 
-    def epoch_batches(epoch: int) -> PictureBatches:
+    def epoch_batches(epoch: int) -> list[Batch]:
         views = train_set.features.views
         return draw_batches(len(train_set), batch_size, per_epoch, views, seed=seed, epoch=epoch)
 
@@ -281,28 +281,13 @@ _SELECTIONS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class PictureBatches:
-    """Positions of pictures and their views, (steps, B) both."""
-
-    items: np.ndarray
-    views: np.ndarray
-
-    def __iter__(self) -> Iterator[Batch]:
-        return zip(self.items, self.views, strict=True)
-
-    def skip(self, count: int) -> PictureBatches:
-        """Those after the first `count`, for a run that resumes in their middle."""
-        return PictureBatches(self.items[count:], self.views[count:])
-
-
-def draw_batches(count: int, batch_size: int, steps: int, views: int, *, seed: int, epoch: int) -> PictureBatches:
-    """So many batches of so many pictures in random order, each once before any comes again."""
+def draw_batches(count: int, batch_size: int, steps: int, views: int, *, seed: int, epoch: int) -> list[Batch]:
+    """Positions (B,) of pictures in random order, each once before any comes again, and a view of each (B,)."""
     rng = np.random.default_rng([seed, epoch, _ORDER_STREAM])
     passes = math.ceil(steps * batch_size / count)
     items = np.concatenate([rng.permutation(count) for _ in range(passes)])[: steps * batch_size]
     chosen = np.random.default_rng([seed, epoch, _VIEW_STREAM]).integers(0, views + 1, (steps, batch_size))
-    return PictureBatches(items.reshape(steps, batch_size), chosen)
+    return list(zip(items.reshape(steps, batch_size), chosen, strict=True))
 
 
 @torch.no_grad()

@@ -77,8 +77,7 @@ def train(
         step: batch -> named loss terms (scalars that are means over the batch's rows); their sum is minimised.
         modules: what is trained and saved; only parameters with requires_grad get updates. Buffers are saved
             with it. It is moved to the accelerator's device.
-        batches: epoch -> its global batches, a function of the epoch alone. The iterable may offer
-            ``skip(n)`` that returns an iterable without the first n batches; a resumed run uses it.
+        batches: epoch -> its global batches, a function of the epoch alone.
         steps_per_epoch: number of batches in every epoch.
         checkpoint_dir: one run's own folder; None keeps nothing, so that a run which stops begins anew.
         digest: names the recipe and data; a checkpoint of another digest is refused, and so are ranks with different
@@ -130,7 +129,7 @@ def train(
 
         for epoch in range(run.epochs_done, settings.epochs):
             modules.train()
-            for batch in _remaining(batches(epoch), run.step - epoch * steps_per_epoch):
+            for batch in itertools.islice(batches(epoch), run.step - epoch * steps_per_epoch, None):
                 part, share = shard(batch, world.rank, world.size)
                 with autocast:
                     terms = dict(step(part))
@@ -238,13 +237,6 @@ def _explain_out_of_memory(run: Run, *, in_validation: bool = False) -> Iterator
             f"out of memory at step {run.step + 1}; {run.kept()}. Try a lower training.batch_size, or more processes, "
             f"which share a batch, where the link takes several. {run.start_again()}"
         ) from error
-
-
-def _remaining(epoch_batches: Iterable[Any], done: int) -> Iterable[Any]:
-    if done == 0:
-        return epoch_batches
-    skip = getattr(epoch_batches, "skip", None)
-    return skip(done) if skip else itertools.islice(epoch_batches, done, None)
 
 
 def _log(trackers: Iterable[Any], prefix: str, record: Mapping[str, Any]) -> None:
