@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_pairs import picture_bytes, save_pictures, write_shard, write_table
+from trimtab.config import LabelSource
 from trimtab.data.labelled import base_and_new, load_labelled
 from trimtab.errors import DataError
 
 
-@dataclass(frozen=True)
-class Source:
-    path: str
-    image: str = "image"
-    label: str = "label"
-    root: str | None = None
-
-
-def table(folder: Path, labels: list[Any], name: str = "items.csv") -> list[Source]:
+def table(folder: Path, labels: list[Any], name: str = "items.csv") -> list[LabelSource]:
     save_pictures(folder, [f"{at}.png" for at in range(len(labels))])
     rows = [(f"{at}.png", label) for at, label in enumerate(labels)]
-    return [Source(str(write_table(folder / name, rows, columns=("image", "label"))))]
+    return [LabelSource(str(write_table(folder / name, rows, columns=("image", "label"))))]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -41,7 +33,7 @@ def test_tables_of_every_format(tmp_path: Path, suffix: str) -> None:
 
 def test_class_folders_and_shards(tmp_path: Path) -> None:
     save_pictures(tmp_path / "folder", ["fruit/green-apple/1.png", "fruit/pear/2.png"])
-    found = load_labelled([Source(str(tmp_path / "folder"))])
+    found = load_labelled([LabelSource(str(tmp_path / "folder"))])
     assert (found.classes, found.labels.tolist()) == (("green apple", "pear"), [0, 1])
     members = {
         "0.png": picture_bytes(1),
@@ -50,7 +42,7 @@ def test_class_folders_and_shards(tmp_path: Path) -> None:
         "1.json": '{"label": "fig"}',
     }
     write_shard(tmp_path / "some.tar", members)
-    assert load_labelled([Source(str(tmp_path / "some.tar"))]).classes == ("fig", "pear")
+    assert load_labelled([LabelSource(str(tmp_path / "some.tar"))]).classes == ("fig", "pear")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -62,7 +54,7 @@ def test_cells_that_data_frames_leave_empty_are_no_labels(tmp_path: Path, suffix
 
 def test_folder_names_match_lists_and_tables_however_they_are_written(tmp_path: Path) -> None:
     save_pictures(tmp_path / "folder", ["T-shirt/1.png", "long_sleeve/2.png", "Socks/3.png"])
-    folder = [Source(str(tmp_path / "folder"))]
+    folder = [LabelSource(str(tmp_path / "folder"))]
     classes = ["long_sleeve", "socks", "T-shirt"]
     listed = load_labelled(folder, classes)
     assert (listed.classes, listed.labels.tolist()) == (tuple(classes), [1, 2, 0])
@@ -79,7 +71,7 @@ def test_folder_names_match_lists_and_tables_however_they_are_written(tmp_path: 
 def test_folders_of_a_mac_match_lists(tmp_path: Path) -> None:
     save_pictures(tmp_path / "folder", ["A\u0308pfel/1.png", "Birnen/2.png"])
     (tmp_path / "classes.txt").write_text("Birnen\nÄpfel\n", encoding="utf-8")
-    found = load_labelled([Source(str(tmp_path / "folder"))], tmp_path / "classes.txt")
+    found = load_labelled([LabelSource(str(tmp_path / "folder"))], tmp_path / "classes.txt")
     assert (found.classes, found.labels.tolist()) == (("Birnen", "Äpfel"), [1, 0])
     assert all(image.exists() for image in found.images)
 
@@ -97,13 +89,13 @@ def test_names_that_several_classes_could_mean_match_none(tmp_path: Path) -> Non
 def test_pictures_in_no_class_folder_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_pictures(tmp_path, ["top.png", "fig/1.png", "pear/2.png"])
     with caplog.at_level(logging.WARNING):
-        found = load_labelled([Source(str(tmp_path))])
+        found = load_labelled([LabelSource(str(tmp_path))])
     assert (found.classes, len(found)) == (("fig", "pear"), 2)
     assert [one.reason for one in found.dropped] == [f"{tmp_path.resolve()}/top.png: lies in no class folder"]
     assert "1 of 3 pictures cannot be used" in caplog.text
     rows = write_table(tmp_path / "t.jsonl", [(None, None)], ("image", "label"))
     with pytest.raises(DataError, match=r"1 of 1 pictures cannot be used.*row 1: the column 'image' is empty"):
-        load_labelled([Source(str(rows))])
+        load_labelled([LabelSource(str(rows))])
 
 
 def test_a_file_gives_classes_and_their_order(tmp_path: Path) -> None:
@@ -165,7 +157,7 @@ def test_bad_class_files(tmp_path: Path, text: str, message: str) -> None:
 def test_a_picture_has_one_class(tmp_path: Path) -> None:
     save_pictures(tmp_path, ["0.png", "1.png"])
     rows = [("0.png", "pear"), ("1.png", "apple"), ("0.png", "apple"), ("1.png", "apple")]
-    source = Source(str(write_table(tmp_path / "items.csv", rows, columns=("image", "label"))))
+    source = LabelSource(str(write_table(tmp_path / "items.csv", rows, columns=("image", "label"))))
     with pytest.raises(DataError, match=r"row 4: .*0\.png is of class 'apple' here and 'pear' in .*row 2"):
         load_labelled([source])
 

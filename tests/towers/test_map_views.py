@@ -1,5 +1,3 @@
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -7,14 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trimtab.config import MapViewsConfig
 from trimtab.towers.map_views import NUMBERS, draw_numbers, make_map_views
-
-
-@dataclass(frozen=True)
-class Options:
-    crop_min: float = 1.0
-    flip: bool = False
-    erase: float = 0.0
 
 
 def drawn(count: int, seed: int = 0) -> np.ndarray:
@@ -27,12 +19,12 @@ def some_maps(count: int = 6, rows: int = 5, columns: int = 7) -> Tensor:
 
 def test_without_changes_maps_are_left_alone() -> None:
     maps = some_maps()
-    assert make_map_views(maps, drawn(6), Options()) is maps
+    assert make_map_views(maps, drawn(6), MapViewsConfig()) is maps
 
 
 def test_every_other_map_is_mirrored() -> None:
     maps, numbers = some_maps(64), drawn(64)
-    views = make_map_views(maps, numbers, Options(flip=True))
+    views = make_map_views(maps, numbers, MapViewsConfig(flip=True))
     mirrored = [bool(torch.allclose(view, one.flip(-1), atol=1e-5)) for view, one in zip(views, maps, strict=True)]
     same = [bool(torch.allclose(view, one, atol=1e-5)) for view, one in zip(views, maps, strict=True)]
     assert [not one for one in mirrored] == same
@@ -43,7 +35,7 @@ def test_a_crop_shows_a_part_as_large_as_it_may_be() -> None:
     # A map that rises by 1 from cell to cell: its range tells how much of the width and height is seen.
     rows, columns = 40, 40
     ramp = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")).float()
-    views = make_map_views(ramp.expand(200, 2, rows, columns), drawn(200), Options(crop_min=0.5))
+    views = make_map_views(ramp.expand(200, 2, rows, columns), drawn(200), MapViewsConfig(crop_min=0.5))
     spread = views.flatten(2).amax(2) - views.flatten(2).amin(2) + 1  # (B, 2): height and width
     area = (spread / 40).prod(1)
     assert 0.44 < area.min() < 0.55
@@ -54,7 +46,7 @@ def test_a_crop_shows_a_part_as_large_as_it_may_be() -> None:
 
 def test_a_rectangle_is_erased_with_the_mean() -> None:
     maps = some_maps(300, 10, 10)
-    views = make_map_views(maps, drawn(300), Options(erase=0.5))
+    views = make_map_views(maps, drawn(300), MapViewsConfig(erase=0.5))
     changed = (views != maps).any(1)  # (B, H, W)
     touched = changed.flatten(1).any(1)
     assert 110 < int(touched.sum()) < 190
@@ -68,7 +60,7 @@ def test_a_rectangle_is_erased_with_the_mean() -> None:
 def test_a_view_depends_on_its_own_numbers_alone_and_adds_no_extremes(
     count: int, rows: int, columns: int, crop: float, flip: bool, erase: float
 ) -> None:
-    maps, numbers, options = some_maps(count, rows, columns), drawn(count), Options(crop, flip, erase)
+    maps, numbers, options = some_maps(count, rows, columns), drawn(count), MapViewsConfig(crop, flip, erase)
     views = make_map_views(maps, numbers, options)
     assert views.shape == maps.shape
     assert views.isfinite().all()

@@ -12,8 +12,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+from trimtab.config import PairSource
 from trimtab.data.images import is_address
 from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
 from trimtab.data.parallel import clean_text
@@ -39,29 +40,6 @@ Cells: TypeAlias = "dict[str, list[str]]"
 """Texts of each column of a row: none where it is null or missing, several where it holds a list."""
 
 
-class SourceOptions(Protocol):
-    """What to read and how; `trimtab.config.PairSource` documents it."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def image(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def root(self) -> str | None: ...
-    @property
-    def templates(self) -> tuple[str, ...] | None: ...
-    @property
-    def descriptions(self) -> str | None: ...
-    @property
-    def share(self) -> float: ...
-    @property
-    def limit(self) -> int | None: ...
-
-
 class Entry(NamedTuple):
     """One row, class-folder picture or sample of a shard.
 
@@ -80,7 +58,7 @@ class Entry(NamedTuple):
     problem: str = ""
 
 
-def read_entries(source: SourceOptions) -> list[Entry]:
+def read_entries(source: PairSource) -> list[Entry]:
     """All entries of a source, class names turned into captions.
 
     Raises:
@@ -118,7 +96,7 @@ def read_entries(source: SourceOptions) -> list[Entry]:
 # Tables
 
 
-def _from_table(path: Path, source: SourceOptions) -> list[Entry]:
+def _from_table(path: Path, source: PairSource) -> list[Entry]:
     if source.root is not None and not Path(source.root).is_dir():
         raise DataError(f"root {source.root}: no such folder (current folder: {Path.cwd()})")
     root = PictureFolder((path.parent if source.root is None else Path(source.root)).resolve())
@@ -280,7 +258,7 @@ def _warn_of_folders(folder: Path, classes: set[str], empty: list[str]) -> None:
         logger.warning(words, folder, len(within), within[0])
 
 
-def _from_shards(source: SourceOptions) -> list[Entry]:
+def _from_shards(source: PairSource) -> list[Entry]:
     entries = []
     doubled: list[str] = []
     for path in expand_shards(source.path):
@@ -325,7 +303,7 @@ def sample_texts(sample: ShardSample, text: str = "text", *, label: str | None =
 # Captions of classes
 
 
-def _with_class_captions(entries: list[Entry], source: SourceOptions) -> list[Entry]:
+def _with_class_captions(entries: list[Entry], source: PairSource) -> list[Entry]:
     names = dict.fromkeys(clean_text(text) for entry in entries for text in entry.texts)
     named = [name for name in names if name]
     sentences = _descriptions(source, named)
@@ -337,7 +315,7 @@ def _with_class_captions(entries: list[Entry], source: SourceOptions) -> list[En
     ]
 
 
-def _descriptions(source: SourceOptions, names: list[str]) -> dict[str, list[str]]:
+def _descriptions(source: PairSource, names: list[str]) -> dict[str, list[str]]:
     """Sentences by folded class name."""
     if source.descriptions is None:
         return {}

@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from trimtab.config import LabelSource, PairSource
 from trimtab.data.captions import Entry, fold_name, read_entries
 from trimtab.data.manifests import close_match, index_classes, read_class_names
 from trimtab.data.pairs import Dropped
@@ -30,34 +30,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_UNUSABLE = 0.5
 _NAMED = 5
-
-
-class LabelOptions(Protocol):
-    """One source of labelled pictures; `trimtab.config.LabelSource` documents it."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def image(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def root(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class _Source:
-    """As `trimtab.data.captions.read_entries` wants it: the class names themselves are the texts."""
-
-    path: str
-    image: str
-    label: str | None
-    root: str | None
-    text: str = ""
-    templates: tuple[str, ...] = ("{}",)
-    descriptions: str | None = None
-    share: float = 1.0
-    limit: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +80,7 @@ class LabelledPictures:
 
 
 def load_labelled(
-    sources: Sequence[LabelOptions],
+    sources: Sequence[LabelSource],
     classes: Sequence[str] | str | Path | None = None,
     *,
     notes: Path | None = None,
@@ -131,7 +103,9 @@ def load_labelled(
     entries: list[Entry] = []
     dropped: list[Dropped] = []
     for one in sources:
-        for entry in read_entries(_Source(one.path, one.image, one.label, one.root)):
+        # Class names themselves are the texts. `text` is not read, but must be another column than `image`.
+        source = PairSource(one.path, one.image, text=one.label, label=one.label, root=one.root, templates=("{}",))
+        for entry in read_entries(source):
             if isinstance(entry.picture, str) and not entry.texts:
                 dropped.append(Dropped(entry.file, entry.row, entry.picture))
             else:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.data.captions import SourceOptions, read_entries
+from trimtab.config import PairSource
+from trimtab.data.captions import read_entries
 from trimtab.data.parallel import clean_text, says_nothing
 from trimtab.data.shards import PictureFile, explain_vanished, find_damaged
 from trimtab.errors import DataError
@@ -186,7 +187,7 @@ class _Pair(NamedTuple):
 
 
 def load_pairs(
-    sources: Sequence[SourceOptions],
+    sources: Sequence[PairSource],
     seed: int = 0,
     *,
     notes: Path | None = None,
@@ -320,7 +321,7 @@ def keep_apart(train: ImageTextPairs, validation: ImageTextPairs, *, remove: boo
 
 
 def _load(
-    source: SourceOptions, seed: int, notes: Path | None, progress: Callable[[int, int], None] | None
+    source: PairSource, seed: int, notes: Path | None, progress: Callable[[int, int], None] | None
 ) -> tuple[list[_Pair], list[Dropped], dict[str, int]]:
     """Usable pairs of a source, the unusable ones, and counts without `kept` and `duplicate`."""
     dropped: list[Dropped] = []
@@ -370,7 +371,7 @@ def _names_nothing(caption: str) -> bool:
     return not any(unicodedata.category(char)[0] in "LNS" or char in _EMOJI for char in caption)
 
 
-def _report(source: SourceOptions, dropped: list[Dropped], counts: dict[str, int], read: int, *, stop: bool) -> None:
+def _report(source: PairSource, dropped: list[Dropped], counts: dict[str, int], read: int, *, stop: bool) -> None:
     kinds = ", ".join(f"{counts[kind]} {text}" for kind, text in _KINDS.items() if counts[kind])
     some = "; ".join(f"{file}, row {row}: {reason}" for file, row, reason in dropped[:5])
     summary = f"{source.path}: {len(dropped)} of {read} pairs cannot be used ({kinds}): {some}"

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Protocol
 
 from PIL import Image, ImageEnhance
+
+from trimtab.config import ViewsConfig
 
 _ASPECT = 4 / 3  # of a crop, at most, either way
 _ATTEMPTS = 10
 _LARGEST_SIDE = 768  # no tower reads more, and colours of large photos take long
 
 
-class ViewOptions(Protocol):
-    """How far a view may be from the picture; `trimtab.config.ViewsConfig` documents it."""
-
-    @property
-    def crop_min(self) -> float: ...
-    @property
-    def flip(self) -> bool: ...
-    @property
-    def colour(self) -> float: ...
-
-
-def make_view(image: Image.Image, view: int, *, seed: int, key: str, options: ViewOptions) -> Image.Image:
+def make_view(image: Image.Image, view: int, *, seed: int, key: str, options: ViewsConfig) -> Image.Image:
     """One view of a picture: random resized crop, mirroring, brightness, contrast, saturation and hue.
 
     A crop is stretched to a square, as in the training of most image towers (Szegedy et al., arXiv 1409.4842),

@@ -7,12 +7,13 @@ once is another one in every step, for a fraction of what encoding it again woul
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from trimtab.config import MapViewsConfig
 
 NUMBERS = 10
 """How many random numbers from 0 to 1 a view is made of."""
@@ -21,23 +22,12 @@ _ASPECT = 4 / 3  # of a crop, at most, either way
 _ERASED = (0.2, 0.5)  # least and greatest side of what is erased, as parts of the map's
 
 
-class MapViewOptions(Protocol):
-    """How far a view may be from the map; `trimtab.config.MapViewsConfig` documents it."""
-
-    @property
-    def crop_min(self) -> float: ...
-    @property
-    def flip(self) -> bool: ...
-    @property
-    def erase(self) -> float: ...
-
-
 def draw_numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """What `make_map_views` needs for views of such a shape: (*shape, NUMBERS) float32."""
     return rng.random((*shape, NUMBERS), dtype=np.float32)
 
 
-def make_map_views(maps: Tensor, numbers: np.ndarray, options: MapViewOptions) -> Tensor:
+def make_map_views(maps: Tensor, numbers: np.ndarray, options: MapViewsConfig) -> Tensor:
     """One view of each map: random resized crop (Szegedy et al., arXiv 1409.4842), mirroring, random erasing (Zhong et
     al., arXiv 1708.04896) with the map's own mean.
 
@@ -58,7 +48,7 @@ def make_map_views(maps: Tensor, numbers: np.ndarray, options: MapViewOptions) -
     return maps
 
 
-def _sampled(maps: Tensor, numbers: Tensor, of_flip: Tensor, options: MapViewOptions) -> Tensor:
+def _sampled(maps: Tensor, numbers: Tensor, of_flip: Tensor, options: MapViewsConfig) -> Tensor:
     area = options.crop_min + (1 - options.crop_min) * numbers[:, 0]
     aspect = torch.exp(math.log(_ASPECT) * (2 * numbers[:, 1] - 1)) if options.crop_min < 1 else torch.ones_like(area)
     width, height = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
