@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,9 @@ from trimtab import __version__
 from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.gate import mixed
 from trimtab.adapters.prompt import Pictures
+from trimtab.data import rgb
 from trimtab.errors import ModelError, TrimtabError
-from trimtab.files import atomic_folder, atomic_path, replaceable, write_json
+from trimtab.files import atomic_folder, atomic_path, replaceable, write_json, write_text
 from trimtab.serve import onnx_runtime
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.layers import TowerCut, lowest_site
@@ -184,7 +185,7 @@ def export_onnx(
         for route, described in zip(routes, about["texts"], strict=True):
             _write_tokenizer(route.model, built / described["tokenizer"])
         core.image_processor.save_pretrained(built)
-        shutil.copy(onnx_runtime.__file__, built / RUNTIME_FILE)
+        write_text(built / RUNTIME_FILE, _runtime_code())
         write_json(built / EXPORT_FILE, about)
         prompted = _prompted(model)
         if prompted is not None and prompted.prompt.instance is not None:
@@ -210,6 +211,13 @@ def on_cpu(model: DualEncoder) -> Iterator[None]:
         yield
     finally:
         model.to(device)
+
+
+def _runtime_code() -> str:
+    """The loader as one file, which imports nothing of Trimtab."""
+    loader = inspect.getsource(onnx_runtime).replace("from trimtab.data.rgb import upright\n\n", "")
+    _, _, pictures = inspect.getsource(rgb).partition("from PIL import Image\n")
+    return f"{loader}\n{pictures}"
 
 
 def without_prompts(model: Any) -> Any:
