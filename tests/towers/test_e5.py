@@ -234,7 +234,7 @@ def test_the_real_encoder_agrees_with_its_package() -> None:
     reference = json.loads((Path(__file__).parent / "data" / "e5_reference.json").read_text(encoding="utf-8"))["texts"]
     encoder = TextEncoder.load("e5-small", device="cpu")
     with torch.inference_mode():
-        tokens = encoder.tokenize([item["text"] for item in reference])
+        tokens = encoder.text_inputs([item["text"] for item in reference])
         states = encoder.model(**tokens).last_hidden_state
     mask = tokens["attention_mask"].unsqueeze(-1)
     embeddings = torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)

@@ -120,7 +120,7 @@ def test_long_texts_are_cut_and_counted(student: Any, caplog: pytest.LogCaptureF
     assert [len(one) for one in states] == [8, 3, 8]
     assert encoder.last_truncated == 2
     assert "2 of 3 texts were longer than the 8 tokens" in caplog.text
-    assert encoder.tokenize(["一" * 60])["input_ids"][0, -1] == encoder.text_inputs.tokenizer.sep_token_id
+    assert encoder.text_inputs(["一" * 60])["input_ids"][0, -1] == encoder.text_inputs.tokenizer.sep_token_id
 
 
 def test_what_the_parts_of_an_encoding_cut_is_told_once(student: Any, caplog: pytest.LogCaptureFixture) -> None:

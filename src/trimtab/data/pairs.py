@@ -59,11 +59,6 @@ class PairCounts:
     duplicate: int = 0
     set_aside: int = 0
 
-    @property
-    def read(self) -> int:
-        """Pairs read."""
-        return sum(self.as_dict().values())
-
     def as_dict(self) -> dict[str, int]:
         """For reports."""
         return dataclasses.asdict(self)

@@ -138,11 +138,6 @@ class CleaningCounts:
     identical: int = 0
     duplicate: int = 0
 
-    @property
-    def dropped(self) -> int:
-        """Pairs dropped by all rules together."""
-        return sum(self.as_dict().values()) - self.kept
-
     def as_dict(self) -> dict[str, int]:
         """For reports; the values add up to the number of pairs read."""
         return dataclasses.asdict(self)

@@ -99,9 +99,6 @@ class ClassificationResult:
     templates: tuple[str, ...]
     classes: tuple[str, ...]
 
-    primary_metric = "top1"
-    greater_is_better = True
-
     @property
     def mean_per_class(self) -> float:
         """Mean of the classes' top-1, in percent: every class counts the same, however many items it has."""

@@ -28,9 +28,6 @@ class MatchResult:
     teacher_to_student: float
     n: int
 
-    primary_metric = "accuracy"
-    greater_is_better = True
-
     def as_json(self) -> dict[str, float | int]:
         """All four figures."""
         return {

@@ -59,9 +59,7 @@ class RetrievalResult:
         hubness: correction used; anything but "none" makes the figures transductive.
         skipped: images that could not be read.
         lost_texts: texts left out because all their images were skipped.
-        image_ranks: (n_images,) rank of each image's best text, for a look at the failures.
         text_ranks: (n_texts,) rank of each text's best image.
-        image_positions: (n_images,) where each image stood in the input.
         text_positions: (n_texts,) where each text stood in the input.
     """
 
@@ -71,13 +69,8 @@ class RetrievalResult:
     hubness: Hubness
     skipped: tuple[Skipped, ...]
     lost_texts: tuple[str, ...]
-    image_ranks: np.ndarray
     text_ranks: np.ndarray
-    image_positions: np.ndarray
     text_positions: np.ndarray
-
-    primary_metric = "mR"
-    greater_is_better = True
 
     @property
     def mR(self) -> float:  # noqa: N802
@@ -204,9 +197,7 @@ def retrieve(
         hubness=hubness,
         skipped=embedded.skipped,
         lost_texts=tuple(pairs.texts[at] for at in lost.tolist()),
-        image_ranks=ranks.rows,
         text_ranks=ranks.columns,
-        image_positions=embedded.positions,
         text_positions=kept,
     )
 

@@ -30,7 +30,6 @@ from trimtab.evaluation.retrieval import DEFAULT_KS, RetrievalResult
 ScoreRow = Mapping[str, Any]
 
 REFERENCE_ROW = "english_base"
-FIVE_ROWS = ("english_base", "target_raw", "translation", "adapted_target", "adapted_english")
 PRIMARY_METRICS = ("mR", "top1")
 # Below this share of the base's score, adapted English is marked.
 ENGLISH_KEPT = 98.0

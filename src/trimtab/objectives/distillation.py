@@ -63,9 +63,6 @@ class Standardiser(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return (x - self.mean) / self.std
 
-    def inverse(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        return x * self.std + self.mean
-
 
 def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared error summed over dimensions: for raw unit-norm features from 0 to 4."""
@@ -139,19 +136,6 @@ def distillation_terms(
         if config.gram > 0:
             terms["gram"] = config.gram * gram(student, teacher, weights)
     return terms
-
-
-def mean_pairwise_cosine(x: Tensor) -> float:
-    """Mean cosine over all pairs of different rows of (N, D), in O(N D): 1 means that all point one way.
-
-    Raises:
-        ValueError: fewer than two rows.
-    """
-    if len(x) < 2:
-        raise ValueError(f"a mean pairwise cosine needs at least 2 rows, not {len(x)}")
-    unit = F.normalize(x.detach().cpu().double(), dim=-1)  # (N, D)
-    total = unit.sum(0).square().sum() - unit.square().sum()
-    return (total / (len(x) * (len(x) - 1))).item()
 
 
 def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:  # (B,) -> ()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, extended
+from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt
 from trimtab.config import PromptRecipe
 from trimtab.data.templates import default_context, default_templates
 from trimtab.evaluation.ranking import TIE
@@ -96,27 +96,6 @@ class FittedPrompt:
     def top1(self, pictures: LabelledFeatures) -> float:
         """Percent of pictures whose class scores highest."""
         return self.figures(pictures)["top1"]
-
-    def for_classes(self, names: Sequence[str]) -> FittedPrompt:
-        """The same prompt in front of other names; of those that training did not have it knows the names alone.
-
-        Raises:
-            DataError: names that cannot be used.
-        """
-        names = check_class_names(names)
-        place = {name: at for at, name in enumerate(self.classes)}
-        known = self.task.classes
-        classes = PromptedClasses(known.tower, extended(known.prompt, [place.get(name) for name in names]), names)
-        vectors = torch.from_numpy(class_vectors(known.tower.base, names, self.templates)).to(known.tower.device)
-        task = PromptTask(
-            classes,
-            lookup=self.task.lookup,
-            labels=self.task.labels.cpu().numpy(),
-            templates=vectors,
-            objective=self.task.objective,
-            logit_scale=self.task.logit_scale,
-        )
-        return replace(self, task=task.eval(), validation={}, history=[])
 
 
 def check_checkpoints(recipe: PromptRecipe, checkpoints: Path, digest: str) -> None:

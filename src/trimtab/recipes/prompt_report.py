@@ -33,7 +33,6 @@ from trimtab.towers.prompting import PromptTower
 
 _WORDS = 6
 _SHOWN = 6
-_SCORED_AT_ONCE = 1 << 26  # cosines of words with tokens
 
 
 def prompt_blocks(fitted: FittedPrompt, pictures: LabelledFeatures, *, name: str = "") -> list[Block]:

@@ -184,12 +184,11 @@ class Classifier:
         return np.asarray(images, np.float32) @ known.T
 
 
-def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where: str = "") -> tuple[str, ...]:
+def check_class_names(names: Sequence[str], *, known: Sequence[str] = ()) -> tuple[str, ...]:
     """The names as a tuple.
 
     Args:
         known: names that are taken already.
-        where: the file that they stand in, for messages.
 
     Raises:
         DataError: there is none, or one is empty, no text, or stands twice.
@@ -199,15 +198,14 @@ def check_class_names(names: Sequence[str], *, known: Sequence[str] = (), where:
     if not isinstance(names, Iterable):
         raise DataError(f"class names must be a list of texts, not a {type(names).__name__}")
     names = tuple(names)
-    start = f"{where}: " if where else ""
     if not len(names):
-        raise DataError(f"{start}there are no class names")
+        raise DataError("there are no class names")
     taken = set(map(normal_form, known))  # which models read alike
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{start}class {index} has no name ({name!r:.60}): every class needs one")
+            raise DataError(f"class {index} has no name ({name!r:.60}): every class needs one")
         if normal_form(name) in taken:
-            raise DataError(f"{start}class name {name!r} stands twice: names must differ; remove or rename one")
+            raise DataError(f"class name {name!r} stands twice: names must differ; remove or rename one")
         taken.add(normal_form(name))
     return names
 

@@ -161,10 +161,6 @@ class TextEncoder:
         self.model.to(device)
         return self
 
-    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token tensors (B, T) of one batch, prefix included."""
-        return self.text_inputs(texts)
-
     def states(self, texts: Sequence[str], layers: Sequence[int] = (-1,)) -> tuple[Tensor, Tensor]:
         """Hidden states of one batch as tensors on the encoder's device.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ class Wandb:
 
         known = _run_id(folder, "wandb", first_step)
         self.run: Any = wandb.init(
-            project=None if _environment("WANDB_PROJECT") else "trimtab",
+            project=None if os.environ.get("WANDB_PROJECT") else "trimtab",
             dir=str(folder),
             config=dict(config),
             **({"id": known, "resume": "allow"} if known else {}),
@@ -77,7 +78,7 @@ class Mlflow:
         import mlflow
 
         self.mlflow: Any = mlflow
-        if not _environment("MLFLOW_TRACKING_URI"):
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         if known := _run_id(folder, "mlflow", first_step):
             mlflow.start_run(run_id=known)
@@ -280,9 +281,3 @@ def progress_reporter(what: str, unit: str = "texts") -> Iterator[Callable[[int,
                 print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
         yield report
-
-
-def _environment(name: str) -> str | None:
-    import os
-
-    return os.environ.get(name)
