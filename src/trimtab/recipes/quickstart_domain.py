@@ -25,7 +25,6 @@ from trimtab.evaluation.domain_summaries import (
     METHODS,
     REFERENCE_METHOD,
     alpha_lines,
-    domain_columns,
     general_rows,
     general_table,
     method_table,
@@ -247,7 +246,8 @@ def domain_section(part: DomainPart, recipe: DomainRecipe, names: Mapping[str, s
         Tiles(tiles),
         method_table(
             rows,
-            domain_columns([(DATASET, "top1", "Top-1")], group=NAME),
+            [(DATASET, "top1", "Top-1")],
+            group=NAME,
             methods=SHOWN,
             title="Same pictures, same number of steps",
             note=f"Top-1 of {results['sizes']['test']:,} test pictures among {results['sizes']['classes']} names. "
