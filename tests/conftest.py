@@ -58,11 +58,33 @@ def tiny_base(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Loaded tiny base by its name in `tiny_towers.BUILDERS`, on the CPU. Shared: leave it as it was."""
+    bases: dict[str, Any] = {}
+
+    def load(name: str) -> Any:
+        import tiny_towers
+        from trimtab.towers.hf import load_base
+
+        if name not in bases:
+            bases[name] = load_base(tiny_towers.BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
+        return bases[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def pictures() -> list[Image.Image]:
     """Five RGB pictures of different sizes and content."""
     noise = np.random.default_rng(0)
     sizes = [(40, 50), (32, 32), (64, 33), (20, 90), (100, 41)]
     return [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+@pytest.fixture(scope="session")
+def two(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Two pictures; the narrow one has fewer patches in SigLIP 2."""
+    return [pictures[0], pictures[2]]
 
 
 @pytest.fixture

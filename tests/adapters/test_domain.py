@@ -34,25 +34,6 @@ CASES = [(name, tower, kind) for name, tower in TOWERS for kind in ("bottleneck"
 CASES.append(("starter", "image", "conv"))
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """A tiny base by its name in `tiny_towers`, which tests leave as it was."""
-    bases: dict[str, DualEncoder] = {}
-
-    def loaded(name: str) -> DualEncoder:
-        if name not in bases:
-            bases[name] = load_base(BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
-        return bases[name]
-
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def two(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Two pictures; the narrow one has fewer patches in SigLIP 2."""
-    return [pictures[0], pictures[2]]
-
-
 def group(tower: str, kind: str = "bottleneck", **changes: Any) -> DomainAdapterConfig:
     options: dict[str, Any] = {"width": 4, **({"heads": 2, "layers": 2} if kind == "transformer" else {})}
     return DomainAdapterConfig(tower, kind, **{**options, **changes})  # type: ignore[arg-type]
@@ -77,8 +58,8 @@ def hooks_of(base: DualEncoder) -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "tower", "kind"), CASES)
-def test_the_contract(name: str, tower: TowerName, kind: str, load: Load, two: list[Image.Image]) -> None:
-    base = load(name)
+def test_the_contract(name: str, tower: TowerName, kind: str, base_of: Load, two: list[Image.Image]) -> None:
+    base = base_of(name)
     inputs = inputs_of(base, tower, two[:1] if name == "starter" else two)
     hooks, weights = hooks_of(base), {key: value.clone() for key, value in base.model.state_dict().items()}
     with torch.no_grad():
@@ -114,9 +95,9 @@ def test_the_contract(name: str, tower: TowerName, kind: str, load: Load, two: l
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "tower", "kind"), CASES)
-def test_every_cut_with_adapters(name: str, tower: TowerName, kind: str, load: Load, two: list[Image.Image]) -> None:
+def test_every_cut_with_adapters(name: str, tower: TowerName, kind: str, base_of: Load, two: list[Image.Image]) -> None:
     """The states below the lowest adapter, computed without any, give the features of the whole adapted tower."""
-    base = load(name)
+    base = base_of(name)
     inputs = inputs_of(base, tower, two[:1] if name == "starter" else two)
     found = [*sites(base, tower, KINDS[kind][0])]
     if kind == "conv":
@@ -137,8 +118,8 @@ def test_every_cut_with_adapters(name: str, tower: TowerName, kind: str, load: L
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bottleneck", "transformer"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_padding_does_not_matter(name: str, kind: str, load: Load) -> None:
-    base = load(name)
+def test_padding_does_not_matter(name: str, kind: str, base_of: Load) -> None:
+    base = base_of(name)
     adapters = make(base, group("text", kind))
     cut = TowerCut(base, "text", sites(base, "text", "layers")[0])
     states = cut.lower(base.text_inputs(TEXTS))["states"]
@@ -152,9 +133,9 @@ def test_padding_does_not_matter(name: str, kind: str, load: Load) -> None:
 
 
 @torch.no_grad()
-def test_padded_patches_do_not_matter(load: Load, two: list[Image.Image]) -> None:
+def test_padded_patches_do_not_matter(base_of: Load, two: list[Image.Image]) -> None:
     """SigLIP 2 pads narrow pictures; what the padding holds must not reach a transformer adapter."""
-    base = load("siglip2")
+    base = base_of("siglip2")
     adapters = make(base, group("image", "transformer"))
     inputs = inputs_of(base, "image", two)
     padding = inputs["pixel_attention_mask"] == 0
@@ -166,8 +147,8 @@ def test_padded_patches_do_not_matter(load: Load, two: list[Image.Image]) -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_mask_reaches_adapters_under_every_kernel(attention: str, load: Load) -> None:
-    base = load("chinese_clip")
+def test_the_mask_reaches_adapters_under_every_kernel(attention: str, base_of: Load) -> None:
+    base = base_of("chinese_clip")
     adapters = make(base, group("text", "transformer"))
     with adapters.attach(base):
         expected = base.token_features(base.text_inputs(TEXTS))
@@ -182,8 +163,8 @@ def test_the_mask_reaches_adapters_under_every_kernel(attention: str, load: Load
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["clip", "vit+clip-text"])
-def test_adapters_of_causal_towers_are_causal(name: str, load: Load) -> None:
-    base = load(name)
+def test_adapters_of_causal_towers_are_causal(name: str, base_of: Load) -> None:
+    base = base_of(name)
     adapters = make(base, group("text", "transformer"))
     rows: list[Tensor] = []
     last = sites(base, "text", "layers")[-1]
@@ -200,8 +181,8 @@ def test_adapters_of_causal_towers_are_causal(name: str, load: Load) -> None:
 
 
 @torch.no_grad()
-def test_padding_at_the_start_is_no_nan(load: Load) -> None:
-    adapter: Any = make(load("clip"), group("text", "transformer")).placed()[0][1]
+def test_padding_at_the_start_is_no_nan(base_of: Load) -> None:
+    adapter: Any = make(base_of("clip"), group("text", "transformer")).placed()[0][1]
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
     states = torch.randn(2, 4, 16)
     found = adapter(states, mask)
@@ -214,8 +195,8 @@ def test_padding_at_the_start_is_no_nan(load: Load) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "tower", "kind"), [("clip", "text", "transformer"), ("starter", "image", "conv")])
-def test_other_precisions(name: str, tower: TowerName, kind: str, load: Load, two: list[Image.Image]) -> None:
-    base = load(name)
+def test_other_precisions(name: str, tower: TowerName, kind: str, base_of: Load, two: list[Image.Image]) -> None:
+    base = base_of(name)
     adapters = make(base, group(tower, kind, first=-2))
     inputs = inputs_of(base, tower, two[:1])
     with adapters.attach(base):
@@ -233,8 +214,8 @@ def test_other_precisions(name: str, tower: TowerName, kind: str, load: Load, tw
 # Places
 
 
-def test_groups_choose_layers_from_both_ends(load: Load) -> None:
-    base = load("starter")
+def test_groups_choose_layers_from_both_ends(base_of: Load) -> None:
+    base = base_of("starter")
     adapters = make(base, group("image", "conv", first=-3), group("image", first=1, last=1), group("text", last=0))
     assert list(adapters.adapters) == [
         *("image_blocks_14_conv", "image_blocks_15_conv", "image_blocks_16_conv"),
@@ -259,13 +240,13 @@ def test_groups_choose_layers_from_both_ends(load: Load) -> None:
         ([group("image", "conv")], "has no convolutional blocks; it has 2 Transformer layers"),
     ],
 )
-def test_impossible_places_are_refused(groups: list[DomainAdapterConfig], message: str, load: Load) -> None:
+def test_impossible_places_are_refused(groups: list[DomainAdapterConfig], message: str, base_of: Load) -> None:
     with pytest.raises(RecipeError, match=message):
-        DomainAdapters(load("clip"), groups)
+        DomainAdapters(base_of("clip"), groups)
 
 
-def test_two_kinds_may_share_a_layer(load: Load, two: list[Image.Image]) -> None:
-    base = load("clip")
+def test_two_kinds_may_share_a_layer(base_of: Load, two: list[Image.Image]) -> None:
+    base = base_of("clip")
     inputs = inputs_of(base, "image", two)
     both = make(base, group("image", first=-1), group("image", "transformer", first=-1))
     with torch.no_grad():
@@ -276,15 +257,15 @@ def test_two_kinds_may_share_a_layer(load: Load, two: list[Image.Image]) -> None
     assert not torch.allclose(found, plain, atol=1e-3)
 
 
-def test_the_conv_adapter_lies_on_the_grid_of_its_block(load: Load) -> None:
+def test_the_conv_adapter_lies_on_the_grid_of_its_block(base_of: Load) -> None:
     """The padding is that of the trunk, so a spot in the map stays at its place through a strided block."""
-    for site in sites(load("starter"), "image", "blocks"):
+    for site in sites(base_of("starter"), "image", "blocks"):
         adapter = ConvBottleneck(group("image", "conv"), site)
         for side in (7, 8):
             found = adapter(torch.randn(1, site.width_in, side, side))
             assert found.shape == (1, site.width_out, -(-side // site.stride), -(-side // site.stride))
-    strided = next(site for site in sites(load("starter"), "image", "blocks") if site.stride == 2)
-    block: Any = copy.deepcopy(load("starter").model.get_submodule(strided.path))
+    strided = next(site for site in sites(base_of("starter"), "image", "blocks") if site.stride == 2)
+    block: Any = copy.deepcopy(base_of("starter").model.get_submodule(strided.path))
     conv = ConvBottleneck(group("image", "conv"), strided).depthwise
     for layer in (conv, block.depthwise[0]):
         nn.init.ones_(layer.weight)
@@ -299,8 +280,8 @@ def test_the_conv_adapter_lies_on_the_grid_of_its_block(load: Load) -> None:
 
 
 @torch.no_grad()
-def test_several_sets_on_one_base(load: Load, two: list[Image.Image]) -> None:
-    base = load("clip")
+def test_several_sets_on_one_base(base_of: Load, two: list[Image.Image]) -> None:
+    base = base_of("clip")
     first, second = make(base, group("image", last=0)), make(base, group("image", last=0), seed=1)
     inputs = inputs_of(base, "image", two)
     layer = base.model.get_submodule(sites(base, "image", "layers")[0].path)
@@ -324,33 +305,33 @@ def test_several_sets_on_one_base(load: Load, two: list[Image.Image]) -> None:
     assert torch.equal(run(), plain)
 
 
-def test_attaching_twice_or_to_another_base_is_refused(load: Load) -> None:
-    adapters = make(load("clip"), group("image"))
-    adapters.attach(load("clip"))
+def test_attaching_twice_or_to_another_base_is_refused(base_of: Load) -> None:
+    adapters = make(base_of("clip"), group("image"))
+    adapters.attach(base_of("clip"))
     try:
         with pytest.raises(ModelError, match=r"attached to .*clip already: detach them first"):
-            adapters.attach(load("clip"))
+            adapters.attach(base_of("clip"))
     finally:
         adapters.detach()
     adapters.detach()
     with pytest.raises(ModelError, match=r"do not fit .*roberta: its image\.layers\.0 is not that of their own base"):
-        make(load("starter"), group("image")).attach(load("clip+roberta"))
-    assert not hooks_of(load("clip+roberta"))
+        make(base_of("starter"), group("image")).attach(base_of("clip+roberta"))
+    assert not hooks_of(base_of("clip+roberta"))
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
-def test_alpha_must_be_finite(alpha: float, load: Load) -> None:
-    adapters = make(load("clip"), group("image"))
-    with adapters.attach(load("clip")):
+def test_alpha_must_be_finite(alpha: float, base_of: Load) -> None:
+    adapters = make(base_of("clip"), group("image"))
+    with adapters.attach(base_of("clip")):
         with pytest.raises(RecipeError, match="must be a finite number"):
             adapters.alpha = alpha
-        assert len(hooks_of(load("clip"))) == 3
+        assert len(hooks_of(base_of("clip"))) == 3
     assert adapters.alpha == 1
 
 
 @torch.no_grad()
-def test_an_error_in_a_pass_leaves_nothing_behind(load: Load) -> None:
-    base = load("clip")
+def test_an_error_in_a_pass_leaves_nothing_behind(base_of: Load) -> None:
+    base = base_of("clip")
     adapters = make(base, group("image"))
     with pytest.raises(Exception, match=r".+"), adapters.attach(base):
         base.pixel_features({"pixel_values": torch.zeros(1, 3, 5, 5)})
@@ -362,8 +343,8 @@ def test_an_error_in_a_pass_leaves_nothing_behind(load: Load) -> None:
 # Wrong cuts
 
 
-def test_adapters_below_a_cut_are_refused(load: Load) -> None:
-    base = load("starter")
+def test_adapters_below_a_cut_are_refused(base_of: Load) -> None:
+    base = base_of("starter")
     layers, blocks = sites(base, "image", "layers"), sites(base, "image", "blocks")
     high = make(base, group("image", first=1))
     conv = make(base, group("image", "conv", first=16))
@@ -382,8 +363,8 @@ def test_adapters_below_a_cut_are_refused(load: Load) -> None:
 
 
 @pytest.fixture
-def adapted(load: Load) -> DomainAdapted:
-    base = load("clip")
+def adapted(base_of: Load) -> DomainAdapted:
+    base = base_of("clip")
     return DomainAdapted(base, make(base, group("image"), group("text", "transformer")), logit_scale=25.0)
 
 
@@ -404,9 +385,9 @@ def test_base_and_adapted_side_by_side(adapted: DomainAdapted, two: list[Image.I
 
 
 @pytest.mark.parametrize("name", ["clip", "starter"])
-def test_the_dial(name: str, load: Load, two: list[Image.Image]) -> None:
+def test_the_dial(name: str, base_of: Load, two: list[Image.Image]) -> None:
     """At alpha = 0 nothing differs in a single bit, under `inference_mode` with its own kernels too."""
-    base = load(name)
+    base = base_of(name)
     adapted = DomainAdapted(base, make(base, group("image"), group("text", "transformer")))
     full, digest = adapted.encode_image(two), adapted.fingerprint
     adapted.alpha = 0
@@ -425,9 +406,9 @@ def test_the_dial(name: str, load: Load, two: list[Image.Image]) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", ["clip", "siglip2", "starter"])
 def test_what_lies_below_is_passed_once_for_all_models(
-    name: str, gated: bool, load: Load, two: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    name: str, gated: bool, base_of: Load, two: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = load(name)
+    base = base_of(name)
     # A gate that lets the first picture through alone.
     first = base.encode_image(two[:1])
     gate = DomainGate(torch.from_numpy(first), 0.999, 0.9999) if gated else None
@@ -477,8 +458,8 @@ def test_threads_wait_for_each_other(adapted: DomainAdapted) -> None:
     assert all(torch.equal(result, expected) for result in results)
 
 
-def test_fingerprints_tell_weights_and_places_apart(load: Load) -> None:
-    base = load("clip")
+def test_fingerprints_tell_weights_and_places_apart(base_of: Load) -> None:
+    base = base_of("clip")
     made = [
         DomainAdapted(base, make(base, group("image"))),
         DomainAdapted(base, make(base, group("image"), seed=1)),
@@ -494,8 +475,8 @@ def test_fingerprints_tell_weights_and_places_apart(load: Load) -> None:
     assert DomainAdapted(base, make(base, group("image"))).fingerprint == made[0].fingerprint
 
 
-def test_the_precision_of_the_base_is_not_part_of_the_fingerprint(load: Load) -> None:
-    base = load("clip")
+def test_the_precision_of_the_base_is_not_part_of_the_fingerprint(base_of: Load) -> None:
+    base = base_of("clip")
     narrow = load_base(base.name, device="cpu", dtype="bfloat16")
     assert narrow.logit_scale != base.logit_scale
     for scale in (None, 17.25):
@@ -521,9 +502,9 @@ def test_adapters_stay_frozen_in_a_finished_model(adapted: DomainAdapted) -> Non
     ],
 )
 def test_saved_and_loaded_is_exact(
-    name: str, groups: list[DomainAdapterConfig], load: Load, two: list[Image.Image], tmp_path: Path
+    name: str, groups: list[DomainAdapterConfig], base_of: Load, two: list[Image.Image], tmp_path: Path
 ) -> None:
-    base = load(name)
+    base = base_of(name)
     adapters = make(base, *groups)
     model = DomainAdapted(base, adapters, logit_scale=17.25)
     folder = save_domain(tmp_path / "a", adapters, base=base, logit_scale=17.25, metrics={"top1": 61.5}, card="# c\n")
@@ -541,14 +522,14 @@ def test_saved_and_loaded_is_exact(
     assert small < 4 * adapters.trained_parameters + 40_000
 
 
-def test_without_a_trained_logit_scale_the_base_keeps_its_own(load: Load, tmp_path: Path) -> None:
-    base = load("clip")
+def test_without_a_trained_logit_scale_the_base_keeps_its_own(base_of: Load, tmp_path: Path) -> None:
+    base = base_of("clip")
     folder = save_domain(tmp_path / "a", make(base, group("image")), base=base)
     assert trimtab.load(folder, base=base).logit_scale == base.logit_scale
 
 
-def test_an_option_of_a_newer_version_asks_for_an_upgrade(load: Load, tmp_path: Path) -> None:
-    base = load("clip")
+def test_an_option_of_a_newer_version_asks_for_an_upgrade(base_of: Load, tmp_path: Path) -> None:
+    base = base_of("clip")
     path = save_domain(tmp_path / "d", make(base, group("image")), base=base) / "adapter.json"
     about = json.loads(path.read_text())
     about["config"]["adapters"][0]["later"] = 1
@@ -557,8 +538,8 @@ def test_an_option_of_a_newer_version_asks_for_an_upgrade(load: Load, tmp_path: 
         trimtab.load(tmp_path / "d", base=base)
 
 
-def test_saving_again_keeps_the_dial(load: Load, tmp_path: Path) -> None:
-    base = load("clip")
+def test_saving_again_keeps_the_dial(base_of: Load, tmp_path: Path) -> None:
+    base = base_of("clip")
     folder = save_domain(tmp_path / "a", make(base, group("image")), base=base, card="# 卡\n")
     (folder / "notes.txt").write_text("private")
     model = trimtab.load(folder, base=base)
@@ -573,18 +554,18 @@ def test_saving_again_keeps_the_dial(load: Load, tmp_path: Path) -> None:
         DomainAdapted(base, make(base, group("image"))).save_pretrained(tmp_path / "b")
 
 
-def test_another_base_is_refused(load: Load, tmp_path: Path) -> None:
-    folder = save_domain(tmp_path / "a", make(load("clip"), group("image")), base=load("clip"))
+def test_another_base_is_refused(base_of: Load, tmp_path: Path) -> None:
+    folder = save_domain(tmp_path / "a", make(base_of("clip"), group("image")), base=base_of("clip"))
     twin = tiny_models.build_clip(tmp_path / "twin", seed=1)  # the same sizes, other weights
-    for other in (twin, load("siglip"), trimtab.load(folder, base=load("clip"))):
+    for other in (twin, base_of("siglip"), trimtab.load(folder, base=base_of("clip"))):
         with pytest.raises(ModelError, match="was trained on the base"):
             trimtab.load(folder, base=other, device="cpu")
     with pytest.raises(ModelError, match="no language link"):
-        trimtab.load(folder, base=load("clip"), student="bert")
+        trimtab.load(folder, base=base_of("clip"), student="bert")
 
 
-def test_damaged_descriptions_are_refused(load: Load, tmp_path: Path) -> None:
-    base = load("clip")
+def test_damaged_descriptions_are_refused(base_of: Load, tmp_path: Path) -> None:
+    base = base_of("clip")
     folder = save_domain(tmp_path / "a", make(base, group("image")), base=base, logit_scale=2.0)
     path = folder / "adapter.json"
     whole = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from tiny_links import save_tiny_prompt
-from tiny_towers import BUILDERS, inputs_of
+from tiny_towers import inputs_of
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.prompt import Pictures, PromptedClasses, StructuredPrompt, best_classes, extended
 from trimtab.config import DomainPartConfig, GeneralConfig, InstanceConfig, PromptConfig
 from trimtab.errors import ModelError, RecipeError
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
 from trimtab.towers.prefix_reuse import can_reuse
 from trimtab.towers.prompting import PromptTower, image_tokens
 
@@ -33,18 +31,6 @@ KINDS = {
     "meta": PromptConfig(GeneralConfig(INIT), InstanceConfig("meta"), DomainPartConfig(0, residual=False)),
     "few refined": PromptConfig(GeneralConfig(INIT), InstanceConfig(width=8, heads=2, top_k=2), DomainPartConfig()),
 }
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
-    bases: dict[str, DualEncoder] = {}
-
-    def load(name: str) -> DualEncoder:
-        if name not in bases:
-            bases[name] = load_base(BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
-        return bases[name]
-
-    return load
 
 
 @torch.no_grad()

@@ -28,25 +28,6 @@ from trimtab.towers.layers import (
 Load = Callable[[str], DualEncoder]
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """A tiny base by its name in `tiny_towers`, which tests leave as it was."""
-    bases: dict[str, DualEncoder] = {}
-
-    def loaded(name: str) -> DualEncoder:
-        if name not in bases:
-            bases[name] = load_base(BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
-        return bases[name]
-
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def two(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Two pictures; the narrow one has fewer patches in SigLIP 2."""
-    return [pictures[0], pictures[2]]
-
-
 def all_sites(base: DualEncoder, tower: TowerName) -> list[Site]:
     convolutional = base.name.endswith("starter") and tower == "image"
     blocks = sites(base, tower, "blocks") if convolutional else []
@@ -71,18 +52,18 @@ def watch(base: DualEncoder, found: list[Site]) -> tuple[list[tuple[str, Tensor,
 # The tables
 
 
-def test_every_family_has_both_towers_known(load: Load) -> None:
+def test_every_family_has_both_towers_known(base_of: Load) -> None:
     assert set(FAMILIES) <= set(BUILDERS)
-    kinds = {tower_module(load(name), tower).config.model_type for name, tower in TOWERS}
+    kinds = {tower_module(base_of(name), tower).config.model_type for name, tower in TOWERS}
     assert kinds == set(LAYOUTS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "tower"), TOWERS)
 def test_sites_are_what_runs_and_as_wide_as_they_say(
-    name: str, tower: TowerName, load: Load, two: list[Image.Image]
+    name: str, tower: TowerName, base_of: Load, two: list[Image.Image]
 ) -> None:
-    base = load(name)
+    base = base_of(name)
     for part in ("blocks", "layers"):
         if part == "blocks" and (name, tower) != ("starter", "image"):
             continue
@@ -107,8 +88,8 @@ def test_sites_are_what_runs_and_as_wide_as_they_say(
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BUILDERS)
-def test_causal_towers_are_known_as_such(name: str, load: Load) -> None:
-    base = load(name)
+def test_causal_towers_are_known_as_such(name: str, base_of: Load) -> None:
+    base = base_of(name)
     found = sites(base, "text", "layers")
     inputs = inputs_of(base, "text", [])
     other = {key: value.clone() for key, value in inputs.items()}
@@ -121,28 +102,28 @@ def test_causal_towers_are_known_as_such(name: str, load: Load) -> None:
     assert all(site.causal == torch.equal(*first_tokens) for site in found)
 
 
-def test_a_part_that_a_tower_lacks_is_told(load: Load) -> None:
+def test_a_part_that_a_tower_lacks_is_told(base_of: Load) -> None:
     with pytest.raises(
         RecipeError, match=r"\(clip_vision_model\) has no convolutional blocks; it has 2 Transformer.*domain-clip"
     ):
-        sites(load("clip"), "image", "blocks")
+        sites(base_of("clip"), "image", "blocks")
     with pytest.raises(RecipeError, match=r"text tower .*\(trimtab_sentence_bert\) has no convolutional blocks"):
-        sites(load("starter"), "text", "blocks")
+        sites(base_of("starter"), "text", "blocks")
 
 
-def test_unknown_towers_are_told(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_towers_are_told(base_of: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(LAYOUTS, "vit")
     with pytest.raises(ModelError, match=r"layers of the image tower .* not known \(its kind is 'vit'\).*clip_vision"):
-        sites(load("vision-text-dual-encoder"), "image", "layers")
-    monkeypatch.delattr(load("vision-text-dual-encoder").model.vision_model, "config")
+        sites(base_of("vision-text-dual-encoder"), "image", "layers")
+    monkeypatch.delattr(base_of("vision-text-dual-encoder").model.vision_model, "config")
     with pytest.raises(ModelError, match="its kind is 'unknown'"):
-        sites(load("vision-text-dual-encoder"), "image", "layers")
+        sites(base_of("vision-text-dual-encoder"), "image", "layers")
 
 
 def test_features_are_cached_of_towers_of_any_kind(
-    load: Load, two: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    base_of: Load, two: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = load("vision-text-dual-encoder")
+    base = base_of("vision-text-dual-encoder")
     monkeypatch.delitem(LAYOUTS, "vit")
     cut = TowerCut(base, "image", None)
     inputs = inputs_of(base, "image", two)
@@ -152,8 +133,8 @@ def test_features_are_cached_of_towers_of_any_kind(
     assert set(cut.paths_below()) == {"vision_model", "text_model", "visual_projection", "text_projection"}
 
 
-def test_sites_know_their_order(load: Load) -> None:
-    found = all_sites(load("starter"), "image")
+def test_sites_know_their_order(base_of: Load) -> None:
+    found = all_sites(base_of("starter"), "image")
     assert [str(found[0]), str(found[16]), str(found[-1])] == ["image.blocks.0", "image.blocks.16", "image.layers.1"]
     assert found[16].path == "vision_model.trunk.head"
     for lower, upper in pairwise(found):
@@ -169,9 +150,9 @@ def test_sites_know_their_order(load: Load) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(("name", "tower"), TOWERS)
 def test_the_mask_is_found_whatever_the_kernel(
-    name: str, tower: TowerName, attention: str, load: Load, two: list[Image.Image]
+    name: str, tower: TowerName, attention: str, base_of: Load, two: list[Image.Image]
 ) -> None:
-    base = load(name)
+    base = base_of(name)
     if name == "starter" and tower == "image":
         pytest.skip("no masks and no choice of kernels")
     inputs = inputs_of(base, tower, two)
@@ -204,8 +185,8 @@ def test_a_mask_given_by_position() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "tower"), TOWERS)
-def test_both_halves_make_the_whole(name: str, tower: TowerName, load: Load, two: list[Image.Image]) -> None:
-    base = load(name)
+def test_both_halves_make_the_whole(name: str, tower: TowerName, base_of: Load, two: list[Image.Image]) -> None:
+    base = base_of(name)
     pictures = two[:1] if name == "starter" else two
     inputs = inputs_of(base, tower, pictures)
     expected = features_of(base, tower, inputs)
@@ -233,8 +214,8 @@ def padded(cut: TowerCut, rows: list[Tensor], texts: list[str], value: float) ->
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BUILDERS)
-def test_company_and_padding_of_cached_texts_do_not_matter(name: str, load: Load) -> None:
-    base = load(name)
+def test_company_and_padding_of_cached_texts_do_not_matter(name: str, base_of: Load) -> None:
+    base = base_of(name)
     expected = base.token_features(base.text_inputs(TEXTS))
     for site in sites(base, "text", "layers"):
         cut = TowerCut(base, "text", site)
@@ -248,14 +229,14 @@ def test_company_and_padding_of_cached_texts_do_not_matter(name: str, load: Load
             torch.testing.assert_close(found, expected[chosen], atol=1e-5, rtol=1e-5)
 
 
-def test_towers_that_see_their_padding_keep_it(load: Load) -> None:
-    base = load("siglip")
+def test_towers_that_see_their_padding_keep_it(base_of: Load) -> None:
+    base = base_of("siglip")
     inputs = base.text_inputs(TEXTS)
     assert TowerCut(base, "text", None).token_mask(inputs).all()
     mask = torch.tensor([[1, 0], [1, 1]])
     given = {"input_ids": torch.ones(2, 2), "attention_mask": mask}
     assert TowerCut(base, "text", None).token_mask(given).all()
-    assert torch.equal(TowerCut(load("clip"), "text", None).token_mask(given), mask.bool())
+    assert torch.equal(TowerCut(base_of("clip"), "text", None).token_mask(given), mask.bool())
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -264,9 +245,9 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "tower"), TOWERS)
 def test_only_the_upper_half_runs_and_all_is_put_back(
-    name: str, tower: TowerName, load: Load, two: list[Image.Image]
+    name: str, tower: TowerName, base_of: Load, two: list[Image.Image]
 ) -> None:
-    base = load(name)
+    base = base_of(name)
     site = sites(base, tower, "layers")[1]
     cut = TowerCut(base, tower, site)
     inputs = inputs_of(base, tower, two)
@@ -300,9 +281,9 @@ def test_only_the_upper_half_runs_and_all_is_put_back(
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_states_in_half_precision_and_bfloat16_bases(
-    tower: TowerName, tmp_path: Path, load: Load, two: list[Image.Image]
+    tower: TowerName, tmp_path: Path, base_of: Load, two: list[Image.Image]
 ) -> None:
-    base = load("clip")
+    base = base_of("clip")
     inputs = inputs_of(base, tower, two)
     cut = TowerCut(base, tower, sites(base, tower, "layers")[1])
     below = {key: value.half() for key, value in cut.lower(inputs).items()}
@@ -318,8 +299,8 @@ def test_states_in_half_precision_and_bfloat16_bases(
         assert torch.equal(cut.upper(cut.lower(inputs), inputs), features_of(base, tower, inputs))
 
 
-def test_states_and_inputs_must_belong_together(load: Load) -> None:
-    base = load("clip")
+def test_states_and_inputs_must_belong_together(base_of: Load) -> None:
+    base = base_of("clip")
     cut = TowerCut(base, "text", sites(base, "text", "layers")[0])
     below = cut.lower(base.text_inputs(TEXTS))
     with pytest.raises(ValueError, match=r"text states \(4, \d+, 16\) need the inputs of these texts, padded alike"):
@@ -328,18 +309,18 @@ def test_states_and_inputs_must_belong_together(load: Load) -> None:
         cut.upper(below)
 
 
-def test_sites_of_another_tower_are_refused(load: Load) -> None:
-    site = sites(load("clip"), "image", "layers")[0]
+def test_sites_of_another_tower_are_refused(base_of: Load) -> None:
+    site = sites(base_of("clip"), "image", "layers")[0]
     with pytest.raises(ModelError, match=r"has no image.layers.0 in its text tower"):
-        TowerCut(load("clip"), "text", site)
+        TowerCut(base_of("clip"), "text", site)
     with pytest.raises(ModelError, match=r"starter has no image.layers.0 in its image tower"):
-        TowerCut(load("starter"), "image", site)
-    assert repr(TowerCut(load("clip"), "image", site)).endswith("clip', image.layers.0)")
-    assert repr(TowerCut(load("clip"), "text", None)).endswith("clip', above the text tower)")
+        TowerCut(base_of("starter"), "image", site)
+    assert repr(TowerCut(base_of("clip"), "image", site)).endswith("clip', image.layers.0)")
+    assert repr(TowerCut(base_of("clip"), "text", None)).endswith("clip', above the text tower)")
 
 
-def test_features_that_take_another_way_are_told(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load("clip")
+def test_features_that_take_another_way_are_told(base_of: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("clip")
     monkeypatch.setattr(base, "token_features", lambda tokens: torch.zeros(1, 12))
     cut = TowerCut(base, "text", sites(base, "text", "layers")[1])
     with pytest.raises(ModelError, match=r"do not pass through text_model.encoder.layers.1"):
@@ -351,9 +332,9 @@ def test_features_that_take_another_way_are_told(load: Load, monkeypatch: pytest
 
 @pytest.mark.parametrize(("name", "tower"), TOWERS)
 def test_paths_below_are_what_the_lower_half_depends_on(
-    name: str, tower: TowerName, load: Load, two: list[Image.Image]
+    name: str, tower: TowerName, base_of: Load, two: list[Image.Image]
 ) -> None:
-    base = load(name)
+    base = base_of(name)
     inputs = inputs_of(base, tower, two[:1])
     found = all_sites(base, tower)
 
@@ -375,8 +356,8 @@ def test_paths_below_are_what_the_lower_half_depends_on(
         base.model.requires_grad_(False)
 
 
-def test_the_refusal_names_what_is_trained(load: Load) -> None:
-    base = load("clip")
+def test_the_refusal_names_what_is_trained(base_of: Load) -> None:
+    base = base_of("clip")
     layers = sites(base, "image", "layers")
     base.model.get_submodule(layers[0].path).requires_grad_(True)
     try:
@@ -390,8 +371,8 @@ def test_the_refusal_names_what_is_trained(load: Load) -> None:
         base.model.requires_grad_(False)
 
 
-def test_what_is_carried_past_a_cut_is_where_the_states_are(load: Load, two: list[Image.Image]) -> None:
-    base = load("siglip2")
+def test_what_is_carried_past_a_cut_is_where_the_states_are(base_of: Load, two: list[Image.Image]) -> None:
+    base = base_of("siglip2")
     moved: list[str] = []
     original = base._on_device
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,25 +9,11 @@ from torch import Tensor
 from tiny_towers import BUILDERS
 from trimtab.adapters.domain import DomainAdapted, DomainAdapters
 from trimtab.config import DomainAdapterConfig
-from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
 from trimtab.towers.prefix_reuse import can_reuse, reused_features
 from trimtab.towers.prompting import PromptTower
 
 NAMES = ["cat", "red car", "tea", "dog"]
 CAUSAL = ["clip", "vit+clip-text"]
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
-    bases: dict[str, DualEncoder] = {}
-
-    def load(name: str) -> DualEncoder:
-        if name not in bases:
-            bases[name] = load_base(BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
-        return bases[name]
-
-    return load
 
 
 def learned(tower: PromptTower, classes: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,10 @@ from trimtab.config import DomainAdapterConfig
 from trimtab.errors import DataError, ModelError, RecipeError
 from trimtab.towers import prompting
 from trimtab.towers.dual_encoder import DualEncoder
-from trimtab.towers.hf import load_base
 from trimtab.towers.prompting import PromptTower, image_tokens, rows_per_pass
 
 NAMES = ["cat", "red car", "tea", "dog"]
 INIT = "photo of a"
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
-    bases: dict[str, DualEncoder] = {}
-
-    def load(name: str) -> DualEncoder:
-        if name not in bases:
-            bases[name] = load_base(BUILDERS[name](tmp_path_factory.mktemp(name) / name), device="cpu")
-        return bases[name]
-
-    return load
 
 
 def plain(base: DualEncoder, names: list[str] = NAMES) -> Tensor:
