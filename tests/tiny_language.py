@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from trimtab.config import LanguageRecipe, recipe_from_mapping
 
 CHUNK = 64  # texts per chunk of the cache, so that a few hundred texts make several
@@ -76,6 +78,25 @@ def in_small_chunks(patch: Callable[[str, Any], None]) -> None:
 
     patch("trimtab.recipes.language.cached_states", functools.partial(cache.cached_states, chunk=CHUNK))
     patch("trimtab.recipes.language.cached_vectors", functools.partial(cache.cached_vectors, chunk=CHUNK))
+
+
+def recipe_writer(path: Path, mapping: dict[str, Any]) -> Callable[..., Path]:
+    """A function that writes the mapping with changes as YAML; returns the file."""
+
+    def write(**changes: Any) -> Path:
+        path.write_text(yaml.safe_dump(merged(mapping, changes)), encoding="utf-8")
+        return path
+
+    return write
+
+
+def never(patch: Callable[[Any, str, Any], None], owner: Any, name: str, happened: str) -> None:
+    """Have a call of a function fail."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError(happened)
+
+    patch(owner, name, refuse)
 
 
 def signal_at(where: str, count: int, number: int, patch: Callable[[str, Any], None]) -> None:

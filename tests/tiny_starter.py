@@ -29,7 +29,7 @@ def build_starter(folder: Path) -> Path:
             hidden_size=16, width=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
         )
     )  # fmt: skip
-    _spread_activations(vision.trunk)
+    spread_activations(vision.trunk)
     tiny_models.randomised(vision.alignment)
     text = SentenceBertModel(SentenceBertConfig(**_TEXT, vocab_size=len(tokenizer), max_position_embeddings=64))
     tiny_models.randomised(text)
@@ -41,7 +41,7 @@ def build_starter(folder: Path) -> Path:
     return tiny_models._save(folder, model, tokenizer, CLIPImageProcessorPil(size=side, do_center_crop=False))
 
 
-def _spread_activations(trunk: nn.Module) -> None:
+def spread_activations(trunk: nn.Module) -> None:
     """Set the statistics of an untrained trunk, through which nothing would get otherwise."""
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):

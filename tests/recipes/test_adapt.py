@@ -26,7 +26,16 @@ from typer.testing import CliRunner
 
 import tiny_language
 import trimtab
-from tiny_language import in_small_chunks, merged, signal_at, toy_mapping, toy_pairs, toy_recipe, write_pairs
+from tiny_language import (
+    in_small_chunks,
+    never,
+    recipe_writer,
+    signal_at,
+    toy_mapping,
+    toy_pairs,
+    toy_recipe,
+    write_pairs,
+)
 from trimtab.adapters.adapted import LanguageAdapted
 from trimtab.cli import app
 from trimtab.config import load_recipe, recipe_from_mapping, to_yaml
@@ -41,14 +50,7 @@ PAIRS = toy_pairs(400)
 OTHERS = [pair for pair in toy_pairs(700) if pair not in PAIRS]  # never trained on
 CHANCE = 100 / 50  # validation has 50 pairs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are then added up in the same order here and in the processes started here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,9 @@ def places(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+def cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     in_small_chunks(monkeypatch.setattr)
-    return tmp_path / "cache"
+    return cache
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +95,11 @@ def finished(places: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def toy(places: tuple[Path, Path, Path], tmp_path: Path) -> Callable[..., Path]:
     """Write the toy recipe with changes, its output in `tmp_path`; returns the YAML file."""
-
-    def write(**changes: Any) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(merged(toy_mapping(*places, tmp_path / "out"), changes)), encoding="utf-8")
-        return path
-
-    return write
+    return recipe_writer(tmp_path / "recipe.yaml", toy_mapping(*places, tmp_path / "out"))
 
 
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("a step was trained")
-
-    monkeypatch.setattr(LanguageTask, "step", refuse)
+    never(monkeypatch.setattr, LanguageTask, "step", "a step was trained")
 
 
 def state_of(tower: Any) -> dict[str, torch.Tensor]:

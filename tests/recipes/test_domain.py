@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,8 @@ import tiny_domain
 import tiny_pairs
 import trimtab
 from full_disk import check_full_disk_is_named
-from tiny_domain import CAPTIONS, merged, toy_mapping, write_pairs
+from tiny_domain import CAPTIONS, toy_mapping, write_pairs
+from tiny_language import merged, never, recipe_writer
 from trimtab.cli import app
 from trimtab.config import load_recipe, recipe_from_mapping
 from trimtab.data.sampling import draw_hard_epoch
@@ -49,14 +50,7 @@ FAMILY = "clip"
 CHANCE = 100 / len(CAPTIONS)
 ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are then added up in the same order here and in the processes started here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +59,6 @@ def places(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("toy")
     train, validation = write_pairs(folder / "train", 96), write_pairs(folder / "val", 24, first=96)
     return tiny_folder(FAMILY), train, validation
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -103,27 +91,15 @@ def finished(places: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def toy(places: tuple[Path, Path, Path], tmp_path: Path) -> Callable[..., Path]:
     """Write the toy recipe with changes, its output in `tmp_path`; returns the YAML file."""
-
-    def write(**changes: Any) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(merged(toy_mapping(*places, tmp_path / "out"), changes)), encoding="utf-8")
-        return path
-
-    return write
+    return recipe_writer(tmp_path / "recipe.yaml", toy_mapping(*places, tmp_path / "out"))
 
 
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("a step was trained")
-
-    monkeypatch.setattr(DomainTask, "step", refuse)
+    never(monkeypatch.setattr, DomainTask, "step", "a step was trained")
 
 
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(domain, "load_base", refuse)
+    never(monkeypatch.setattr, domain, "load_base", "a model was loaded")
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -29,10 +29,9 @@ OPTIONS = ViewsConfig()
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+def cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     compute_in_bf16(monkeypatch, False)
-    return tmp_path / "cache"
+    return cache
 
 
 def compute_in_bf16(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 import trimtab
 from full_disk import check_full_disk_is_named
-from tiny_language import merged
+from tiny_language import merged, never, recipe_writer
 from tiny_links import save_tiny_domain, save_tiny_prompt
 from tiny_pictures import signal_at
 from tiny_prompt import NAMES, picture, toy_mapping, toy_recipe, write_labelled
@@ -42,20 +41,7 @@ from trimtab.towers.prompting import PromptTower, _no_patches
 FAMILY = "vision-text-dual-encoder"
 ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are then added up in the same order here and in the processes started here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +66,11 @@ def finished(places: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def toy(places: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
     """Write the toy recipe with changes, its output in `tmp_path`; returns the YAML file."""
-
-    def write(**changes: Any) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(merged(toy_mapping(*places, tmp_path / "out"), changes)), encoding="utf-8")
-        return path
-
-    return write
+    return recipe_writer(tmp_path / "recipe.yaml", toy_mapping(*places, tmp_path / "out"))
 
 
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(prompt_recipe, "load", refuse)
+    never(monkeypatch.setattr, prompt_recipe, "load", "a model was loaded")
 
 
 def test_it_learns_and_says_what_it_did(finished: dict[str, Any]) -> None:

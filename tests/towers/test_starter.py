@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -24,6 +24,7 @@ from transformers import (
 import tiny_models
 from real_packages import needs
 from tiny_models import CORPUS, EMBEDDING_DIM, randomised
+from tiny_starter import spread_activations
 from trimtab.errors import ModelError
 from trimtab.towers import starter
 from trimtab.towers.efficientnet import EfficientNetLite0
@@ -51,16 +52,6 @@ def vision_config(**changes: Any) -> StarterVisionConfig:
 def vision_model(**changes: Any) -> StarterVisionModel:
     torch.manual_seed(0)
     return StarterVisionModel(vision_config(**changes)).eval()
-
-
-def spread_activations(trunk: nn.Module) -> None:
-    """Set the statistics of an untrained trunk, through which nothing would get otherwise."""
-    for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain average
-    with torch.no_grad():
-        trunk.train()(torch.randn(4, 3, 64, 64))
-    trunk.eval()
 
 
 def text_model() -> SentenceBertModel:
