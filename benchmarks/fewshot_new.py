@@ -6,6 +6,7 @@ classes of its own half (Zhou et al., arXiv 2203.05557).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 from trimtab.adapters.adapted import load
 from trimtab.adapters.prompt import PromptedClasses, extended
 from trimtab.config import PromptRecipe
-from trimtab.data.labelled import LabelledPictures, base_and_new
+from trimtab.data.labelled import LabelledPictures
 from trimtab.data.shots import draw_shots
 from trimtab.data.templates import default_templates
 from trimtab.files import digest_of
@@ -44,7 +45,7 @@ def base_to_new(
     data = read_fewshot(recipe)
     model = load(recipe.base)
     halves = base_and_new(len(data.train.classes))
-    tests = [data.test.only(half) for half in halves]
+    tests = [only(data.test, half) for half in halves]
     known = {run["key"] for run in read_runs(out)}
     tokens = recipe.resolved().prompt.reads_patches
     features: dict[int, PictureFeatures] = {}
@@ -54,8 +55,8 @@ def base_to_new(
         return PictureFeatures(model, pictures.images, views=views, options=options, seed=0, tokens=tokens).fill()
 
     for seed in seeds:
-        train = data.train.only(halves[0])
-        held = data.validation.only(halves[0]) if data.validation else None
+        train = only(data.train, halves[0])
+        held = only(data.validation, halves[0]) if data.validation else None
         draw = draw_shots(train, held, SHOTS, seed, allow_fewer=recipe.data.allow_fewer)
         sets = None
         for method in methods:
@@ -91,6 +92,21 @@ def base_to_new(
             }  # fmt: skip
             append_run(out, run)
             say(f"{dataset}, {method}, seed {seed}: base {found[0]:.1f}, new {found[1]:.1f}")
+
+
+def base_and_new(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the base classes, the first half (of an odd number, one more), and of the new ones."""
+    half = math.ceil(classes / 2)
+    return np.arange(half), np.arange(half, classes)
+
+
+def only(pictures: LabelledPictures, classes: np.ndarray) -> LabelledPictures:
+    """The pictures of some classes, by number; these are then all classes, in the order given."""
+    place = np.full(len(pictures.classes), -1, np.int64)
+    place[classes] = np.arange(len(classes))
+    kept = pictures.take(place[pictures.labels] >= 0)
+    names = tuple(pictures.classes[at] for at in classes.tolist())
+    return replace(kept, labels=place[kept.labels], classes=names)
 
 
 def harmonic_mean(base: float, new: float) -> float:

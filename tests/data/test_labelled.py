@@ -5,14 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tiny_pairs import picture_bytes, save_pictures, write_shard, write_table
 from trimtab.config import LabelSource
-from trimtab.data.labelled import base_and_new, load_labelled
+from trimtab.data.labelled import load_labelled
 from trimtab.errors import DataError
 
 
@@ -182,24 +179,10 @@ def test_validation_may_lack_classes(tmp_path: Path) -> None:
     assert found.counts.tolist() == [0, 1]
 
 
-def test_some_classes_alone(tmp_path: Path) -> None:
-    found = load_labelled(table(tmp_path, ["a", "b", "c", "b"]))
-    some = found.only(np.array([2, 1]))
-    assert (some.classes, some.labels.tolist()) == (("c", "b"), [1, 0, 1])
-    assert found.digest != some.digest
-
-
 def test_labels_and_class_names_are_part_of_the_digest(tmp_path: Path) -> None:
     found = [load_labelled(table(tmp_path, labels)).digest for labels in ("aba", "bab", "aca", "aba")]
     assert len(set(found)) == 3
     assert found[0] == found[3]
-
-
-@given(st.integers(2, 500))
-def test_base_and_new_are_all_classes(count: int) -> None:
-    base, new = base_and_new(count)
-    assert [*base, *new] == list(range(count))
-    assert 0 <= len(base) - len(new) <= 1
 
 
 def test_half_of_the_pictures_may_be_unusable(tmp_path: Path) -> None:

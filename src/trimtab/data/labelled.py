@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,15 +67,6 @@ class LabelledPictures:
         positions = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         images = tuple(self.images[at] for at in positions)
         return dataclasses.replace(self, images=images, labels=self.labels[positions])
-
-    def only(self, classes: np.ndarray) -> LabelledPictures:
-        """The pictures of some classes, by number; these are then all classes, in the order given."""
-        place = np.full(len(self.classes), -1, np.int64)
-        place[classes] = np.arange(len(classes))
-        kept = self.take(place[self.labels] >= 0)
-        return dataclasses.replace(
-            kept, labels=place[kept.labels], classes=tuple(self.classes[at] for at in classes.tolist())
-        )
 
 
 def load_labelled(
@@ -159,12 +149,6 @@ def load_labelled(
             f"or take their names out of {classes if listed else 'the classes'}"
         )
     return found
-
-
-def base_and_new(classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the base classes, the first half (of an odd number, one more), and of the new ones (CoOp's split)."""
-    half = math.ceil(classes / 2)
-    return np.arange(half), np.arange(half, classes)
 
 
 def _label(entry: Entry) -> str:
