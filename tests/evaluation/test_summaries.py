@@ -12,7 +12,6 @@ from trimtab.evaluation.blocks import Details, Text, as_cell
 from trimtab.evaluation.classification import classify_embeddings
 from trimtab.evaluation.summaries import (
     class_errors,
-    cleaning_counts,
     five_row_table,
     notes,
     ratio_to_english,
@@ -126,18 +125,10 @@ def test_skipped_images_and_notes_are_absent_when_there_are_none() -> None:
     assert (one.text, two.text) == ("only one", "- first\n- second")
 
 
-def test_cleaning_counts_add_up() -> None:
-    table = cleaning_counts({"kept": 90, "empty": 0, "too_long": 4, "duplicate": 6})
-    assert [[as_cell(cell).value for cell in row.cells] for row in table.rows] == [
-        ["read", 100, 100.0], ["dropped: too long", 4, 4.0], ["dropped: duplicate", 6, 6.0], ["kept", 90, 90.0],
-    ]  # fmt: skip
-
-
 def test_all_of_it_renders() -> None:
     sections = [
         five_row_table(rows(), language="Chinese", title="Five rows"),
         recall_bars(rows(), "photos", language="Chinese", title="Recall"),
-        cleaning_counts({"kept": 1}),
         reproducibility({"seed": 17}, command="trimtab adapt x.yaml", recipe="link: language\n"),
     ]
     report = Report("t", sections=sections)

@@ -17,6 +17,7 @@ from trimtab.config import recipe_from_mapping
 from trimtab.data.fashion import CHINESE, FashionFiles
 from trimtab.data.pictures import Captioned
 from trimtab.errors import DataError, RecipeError
+from trimtab.evaluation.blocks import Cell, as_cell
 from trimtab.evaluation.markdown import block_markdown
 from trimtab.recipes import quickstart as module
 from trimtab.recipes import quickstart_language, quickstart_prompt, quickstart_together
@@ -280,6 +281,20 @@ def test_the_sentence_says_what_was_lost(lost: float, words: str) -> None:
         "From 1,500 pictures of clothes, shoes and bags it learns to name 81% of 1,000 others, 28% before; "
         f"elsewhere it {words}."
     )
+
+
+def test_rules_that_dropped_pairs_stand_below_their_number() -> None:
+    counts = {
+        "cedict": {"kept": 90, "empty": 0, "too_long": 1204, "duplicate": 6},
+        "excluded as test texts": {"kept": 80, "dropped": 10},
+        "nouns in templates": {"kept": 5},
+    }
+    table = quickstart_language.counts_table(counts)
+    assert [[as_cell(cell) for cell in row.cells] for row in table.rows] == [
+        [Cell("cedict"), Cell(90), Cell(1210, "too long 1,204, duplicate 6")],
+        [Cell("excluded as test texts"), Cell(80), Cell(10)],
+        [Cell("nouns in templates"), Cell(5), Cell(0)],
+    ]
 
 
 def test_test_texts_are_kept_out_of_training(out: Path) -> None:

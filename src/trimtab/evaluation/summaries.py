@@ -191,19 +191,6 @@ def skipped_images(skipped: Sequence[Mapping[str, str]], *, limit: int = 200) ->
     return Details(f"Pictures left out: {len(skipped)}", [table])
 
 
-def cleaning_counts(counts: Mapping[str, int], *, title: str = "Pairs read, dropped and kept") -> Table:
-    """`CleaningCounts.as_dict()` as a table; rules that dropped nothing are left out."""
-    total = sum(counts.values())
-    shown = [(name, count) for name, count in counts.items() if name != "kept" and count]
-    lines = [("read", total), *((f"dropped: {name.replace('_', ' ')}", count) for name, count in shown)]
-    lines.append(("kept", counts.get("kept", 0)))
-    rows = [
-        TableRow([name, count, Cell(100 * count / total if total else None)], strong=name == "kept")
-        for name, count in lines
-    ]
-    return Table([Column("Pairs", numeric=False), Column("Count"), Column("%")], rows, title=title)
-
-
 def reproducibility(
     facts: Mapping[str, Value] | Sequence[tuple[str, Value]],
     *,

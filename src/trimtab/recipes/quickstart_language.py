@@ -34,7 +34,6 @@ from trimtab.evaluation.embedding import EmbeddedImages, embed_images, embed_tex
 from trimtab.evaluation.ranking import nearest
 from trimtab.evaluation.retrieval import RetrievalResult, retrieve
 from trimtab.evaluation.summaries import (
-    cleaning_counts,
     five_row_table,
     ratio_to_english,
     recall_bars,
@@ -174,10 +173,7 @@ def language_sections(
         *(recall_bars(shown, label, language=LANGUAGE, title=f"Recall on {label}") for label in DATASETS.values()),
         query_grid(sets[0], pictures[sets[0].name], model),
         training_curves(history),
-        Group(
-            "Where the pairs came from",
-            [_counts_table(results["counts"]), cleaning_counts(results["counts"]["all sources"])],
-        ),
+        Group("Where the pairs came from", [counts_table(results["counts"])]),
     ]
 
 
@@ -235,9 +231,11 @@ def training_curves(history: Sequence[dict[str, Any]]) -> Lines:
     )
 
 
-def _counts_table(counts: dict[str, dict[str, int]]) -> Table:
-    rows = [
-        TableRow([name, Cell(entry["kept"]), Cell(sum(v for k, v in entry.items() if k != "kept"))])
-        for name, entry in counts.items()
-    ]
+def counts_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
+    """Pairs of each source that were kept and dropped; in small print what each rule dropped, where rules did."""
+    rows = []
+    for name, entry in counts.items():
+        dropped = {rule: count for rule, count in entry.items() if rule != "kept" and count}
+        rules = ", ".join(f"{rule.replace('_', ' ')} {n:,}" for rule, n in dropped.items() if rule != "dropped")
+        rows.append(TableRow([name, entry["kept"], Cell(sum(dropped.values()), rules)]))
     return Table([Column("Source", numeric=False), Column("Kept"), Column("Dropped")], rows)
