@@ -6,9 +6,7 @@ A row without caption or without picture is an entry that says so, for the calle
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from trimtab.config import PairSource
 from trimtab.data.images import is_address
-from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, read_rows, read_text
+from trimtab.data.manifests import SUFFIXES, cell_text, check_columns, is_null, jsonl_records, read_rows
 from trimtab.data.parallel import clean_text
-from trimtab.data.picture_folder import PictureFolder
+from trimtab.data.picture_folder import PictureFolder, walk
 from trimtab.data.shards import (
     NOT_UTF8,
     PictureFile,
@@ -151,16 +149,7 @@ _COLUMN_HINT = "; a source names its columns: image, and text for captions or la
 
 def _jsonl_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
     keys: dict[str, None] = {}
-    # Only "\n" ends a record: str.splitlines would also cut at U+2028 inside a string.
-    for row, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, row {row}: is not JSON ({error}): give one object per line") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, row {row}: is not an object: give one object per line")
+    for row, record in jsonl_records(path, "give one object per line"):
         keys |= dict.fromkeys(record)
         yield row, {name: _texts(record.get(name), f"{path}, row {row}: {name!r}") for name in columns}
     check_columns(path, list(keys), columns, _COLUMN_HINT)
@@ -205,22 +194,17 @@ def _from_folder(folder: Path) -> list[Entry]:
     places: dict[str, str] = {}
     empty: list[str] = []
     misnamed = False
-
-    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-    for where, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for where, subfolders, files in walk(root):
         for name in subfolders:
-            if (Path(where) / name).is_symlink():
-                raise DataError(f"{Path(where) / name}: is a link to a folder, which is not followed: copy the folder")
+            if (where / name).is_symlink():
+                raise DataError(f"{where / name}: is a link to a folder, which is not followed: copy the folder")
         names = picture_names(files)
-        if Path(where) == root:
+        if where == root:
             for name in map(readable_name, names):
-                problem = f"{Path(where) / name}: lies in no class folder"
+                problem = f"{where / name}: lies in no class folder"
                 entries.append(Entry(problem, [], str(folder), len(entries) + 1))
             continue
-        below = Path(where).relative_to(root)
+        below = where.relative_to(root)
         if not names:
             empty += [] if subfolders else [str(below)]
             continue

@@ -359,6 +359,26 @@ def _other_link(found: Collection[str], columns: Collection[str]) -> str:
 
 def _read_jsonl(path: Path, columns: list[str], optional: list[str], nullable: Sequence[str]) -> Iterator[Row]:
     filled = [name for name in columns if name not in nullable]
+    for number, record in jsonl_records(path, f"write {{{_example(columns)}}}"):
+        if missing := [name for name in columns if name not in record]:
+            listed = ", ".join(map(str, record)) or "none"
+            raise DataError(
+                f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}"
+                + _other_link(record, columns)
+            )
+        _refuse_nulls(path, number, record, filled)
+        yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
+
+
+def jsonl_records(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and object of each line that is not blank.
+
+    Args:
+        remedy: what to do about a line that holds something else than an object.
+
+    Raises:
+        DataError: a line is no JSON, or no object.
+    """
     # Only "\n" ends a record: str.splitlines would also cut at U+2028 inside a string.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -368,15 +388,8 @@ def _read_jsonl(path: Path, columns: list[str], optional: list[str], nullable: S
         except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
             raise DataError(f"{path}, row {number}: is not JSON ({error}): give one object per line") from None
         if not isinstance(record, dict):
-            raise DataError(f"{path}, row {number}: is not an object: write {{{_example(columns)}}}")
-        if missing := [name for name in columns if name not in record]:
-            listed = ", ".join(map(str, record)) or "none"
-            raise DataError(
-                f"{path}, row {number}: has no {', '.join(map(repr, missing))}; keys found: {listed}"
-                + _other_link(record, columns)
-            )
-        _refuse_nulls(path, number, record, filled)
-        yield _to_row(path, number, {name: record.get(name) for name in (*columns, *optional)})
+            raise DataError(f"{path}, row {number}: is not an object: {remedy}")
+        yield number, record
 
 
 def _example(columns: list[str]) -> str:

@@ -1,14 +1,30 @@
-"""The folder that picture paths are relative to, which no path leads out of."""
+"""Folders of pictures: walking through one, and the one that picture paths are relative to, which none leads out of."""
 
 from __future__ import annotations
 
 import os
 import stat
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from trimtab.data.images import is_address
 from trimtab.errors import DataError
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`root` and the folders below, but for hidden ones and links, each with its folders, sorted, and its files.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for where, subfolders, files in os.walk(root, onerror=refuse):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(where), subfolders, files
 
 
 class PictureFolder:

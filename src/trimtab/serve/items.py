@@ -18,7 +18,7 @@ import numpy as np
 from trimtab.data.captions import sample_texts
 from trimtab.data.images import ImageError, is_address
 from trimtab.data.manifests import SUFFIXES, iter_rows, read_text
-from trimtab.data.picture_folder import PictureFolder
+from trimtab.data.picture_folder import PictureFolder, walk
 from trimtab.data.shards import (
     NOT_UTF8,
     PictureFile,
@@ -147,15 +147,10 @@ class Input:
     def _folder_items(self) -> Iterator[Item]:
         root = Path(self.path).resolve()
         inside = PictureFolder(root)
-
-        def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-        for where, subfolders, files in os.walk(root, onerror=refuse):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            below = Path(where).relative_to(root)
+        for where, subfolders, files in walk(root):
+            below = where.relative_to(root)
             for name in subfolders:
-                if (Path(where) / name).is_symlink():
+                if (where / name).is_symlink():
                     linked = readable_name((below / name).as_posix())
                     yield Item(linked, linked, (), "is a link to a folder, which is not followed: copy the folder")
             for name in picture_names(files):
