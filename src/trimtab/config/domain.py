@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trimtab.config.checks import expand_home, require
+from trimtab.config.checks import check_run, expand_home, require
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 
@@ -340,10 +340,7 @@ class DomainRecipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        require(self, "base", bool(self.base.strip()), "non-empty text")
-        require(self, "out", bool(self.out.strip()), "the folder to write")
-        expand_home(self, "base", "out")
-        require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        check_run(self)
         require(self, "memory", self.memory >= 0, "at least 0")
         require(self, "least_steps", self.least_steps >= 0, "at least 0")
         require(self, "alphas", all(0 <= alpha <= 2 for alpha in self.alphas), "from 0 (the base) over 1 to 2")

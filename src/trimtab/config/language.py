@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from trimtab.config.checks import expand_home, require
+from trimtab.config.checks import check_run, expand_home, require
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
 
@@ -196,10 +196,7 @@ class LanguageRecipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        require(self, "base", bool(self.base.strip()), "non-empty text")
-        require(self, "out", bool(self.out.strip()), "the folder to write")
-        expand_home(self, "base", "out")
-        require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        check_run(self)
         if self.data.english_share is None:
             share = _ENGLISH_SHARE if self.english == "adapter" else 0.0
             object.__setattr__(self, "data", replace(self.data, english_share=share))

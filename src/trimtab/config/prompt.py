@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trimtab.config.checks import expand_home, require
+from trimtab.config.checks import check_run, expand_home, require
 from trimtab.config.domain import ViewsConfig
 from trimtab.config.training import TrainingConfig
 from trimtab.errors import RecipeError
@@ -265,10 +265,7 @@ class PromptRecipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        require(self, "base", bool(self.base.strip()), "non-empty text")
-        require(self, "out", bool(self.out.strip()), "the folder to write")
-        expand_home(self, "base", "out")
-        require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        check_run(self)
         places = [template.count("{}") for template in self.templates]
         require(self, "templates", set(places) <= {1}, "texts with exactly one {} each")
         if self.steps is not None and self.steps < self.training.epochs:
