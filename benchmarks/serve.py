@@ -218,7 +218,7 @@ class Server:
 
     def __init__(self, model: str, batch: int) -> None:
         command = [
-            *(sys.executable, "-m", "trimtab.cli", "serve", model, "--port", "0", "--max-batch", str(batch)),
+            *(sys.executable, "-m", "trimtab", "serve", model, "--port", "0", "--max-batch", str(batch)),
             *("--queue", str(QUEUE), "--timeout", str(TIMEOUT), "--connections", "2048"),
         ]
         self.process = subprocess.Popen(

@@ -157,16 +157,13 @@ class Classifier:
         """
         added = check_class_names([names] if isinstance(names, str) else names, known=self.classes)
         old_names, old = self._known
-        self._known = (old_names + added, self._appended(old, self._vectors(added)))
+        self._known = (old_names + added, np.concatenate([old, self._vectors(added)]))
         self._warn_of_equal()
 
     # For classifiers that know more of a class than its vector
 
     def _vectors(self, names: Sequence[str]) -> Any:
         return class_vectors(self.model, names, self.templates)
-
-    def _appended(self, known: Any, added: Any) -> Any:
-        return np.concatenate([known, added])
 
     def _compared(self, known: Any) -> np.ndarray:
         """All that the score of a class depends on, (C, F)."""

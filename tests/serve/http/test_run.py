@@ -165,7 +165,7 @@ class Process:
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "trimtab.cli", "serve", *arguments, "--port", "0"],
+            [sys.executable, "-m", "trimtab", "serve", *arguments, "--port", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
