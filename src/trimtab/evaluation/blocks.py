@@ -136,7 +136,6 @@ class Bars:
     colors: Sequence[int] = ()
     maximum: float | None = None
     unit: str = ""
-    digits: int = 1
 
     def __post_init__(self) -> None:
         for panel in self.panels:
@@ -300,7 +299,6 @@ class Details:
 
     title: str
     blocks: Sequence[Block]
-    open: bool = False
 
 
 @dataclass(frozen=True)

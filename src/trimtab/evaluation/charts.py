@@ -93,7 +93,7 @@ def bars_svg(bars: Bars, panel: BarPanel) -> str:
         for number, name in enumerate(bars.series):
             value = panel.values[number][at]
             y = top + number * (_BAR + _BAR_GAP)
-            shown = format_value(value, bars.digits)
+            shown = format_value(value)
             known = value is not None and math.isfinite(value)
             length = max(0.0, min(1.0, (value or 0.0) / maximum)) * room if known else 0.0
             hint = escape(f"{name}, {group}: {shown}{bars.unit}" if known else f"{name}, {group}: not available")
@@ -112,7 +112,7 @@ def bar_summary(bars: Bars, panel: BarPanel) -> str:
     lines = [
         f"{name}: "
         + ", ".join(
-            f"{group} {format_value(value, bars.digits)}{bars.unit if value is not None else ''}"
+            f"{group} {format_value(value)}{bars.unit if value is not None else ''}"
             for group, value in zip(panel.groups, values)
         )
         for name, values in zip(bars.series, panel.values)

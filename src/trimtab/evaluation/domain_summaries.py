@@ -172,18 +172,14 @@ def alpha_lines(
     points: Iterable[Mapping[str, Any]],
     *,
     domain: str,
-    general: str = "general score, %",
-    methods: Mapping[str, tuple[str, str]] = METHODS,
     title: str = "",
     note: str = "",
 ) -> Lines:
-    """Domain score over general score, a line per method along `alpha`; mean over seeds.
+    """Domain score over general score, a line per method of `METHODS` along `alpha`; mean over seeds.
 
     Args:
         points: what `forgetting.alpha_curve` gives, each with ``row``, and ``seed`` when there are several.
         domain: name of the vertical axis with its unit.
-        general: name of the horizontal axis with its unit.
-        methods: names of the lines; other rows are left out.
         title: heading.
         note: small print below.
     """
@@ -192,13 +188,13 @@ def alpha_lines(
         line = together.setdefault(point["row"], {})
         line.setdefault(float(point["alpha"]), []).append((float(point["general"]), float(point["domain"])))
     series = []
-    for key in (key for key in methods if key in together):
+    for key in (key for key in METHODS if key in together):
         line = together[key]
         alphas = sorted(line)
         xs, ys = ([fmean(pair[axis] for pair in line[alpha]) for alpha in alphas] for axis in (0, 1))
         labels = ["base" if alpha == 0 else f"{alpha:g}" for alpha in alphas]
-        series.append(Series(methods[key][0], xs, ys, labels, _COLORS.get(key)))
-    panel = LinePanel(series, x_label=general, y_label=domain, digits=1, tall=True)
+        series.append(Series(METHODS[key][0], xs, ys, labels, _COLORS.get(key)))
+    panel = LinePanel(series, x_label="general score, %", y_label=domain, digits=1, tall=True)
     told = (
         "Up is better in the domain, right is better elsewhere: a line that rises without going left learns and does "
         "not forget.\n\nNumbers at the points are `alpha`: 0 is the base, 1 the trained model."

@@ -38,23 +38,21 @@ MEAN = "mean of the data sets"
 _COLORS = {"template": 0, "structured": 1, "lp_plus_plus": 2, "linear_probe": 3, "coop": 4, "tip_adapter_f": 5}
 
 
-def found_values(runs: Iterable[Run], metric: str = "top1") -> dict[tuple[str, str, int], dict[int, float]]:
-    """Value by seed, of each data set, method and number of shots; the last of equal runs counts."""
+def found_values(runs: Iterable[Run]) -> dict[tuple[str, str, int], dict[int, float]]:
+    """Top-1 by seed, of each data set, method and number of shots; the last of equal runs counts."""
     found: dict[tuple[str, str, int], dict[int, float]] = {}
     for run in runs:
         place = (run["dataset"], run["method"], int(run["shots"]))
-        found.setdefault(place, {})[int(run["seed"])] = float(run[metric])
+        found.setdefault(place, {})[int(run["seed"])] = float(run["top1"])
     return found
 
 
-def mean_over_sets(
-    runs: Sequence[Run], method: str, shots: int, datasets: Sequence[str], metric: str = "top1"
-) -> Spread | None:
+def mean_over_sets(runs: Sequence[Run], method: str, shots: int, datasets: Sequence[str]) -> Spread | None:
     """Mean over data sets, and the deviation over seeds of that mean; None where a data set has no run.
 
     Only seeds that every data set has count.
     """
-    values = found_values(runs, metric)
+    values = found_values(runs)
     parts = [values.get((dataset, method, shots), {}) for dataset in datasets]
     seeds = set.intersection(*(set(part) for part in parts)) if parts else set()
     return spread(fmean(part[seed] for part in parts) for seed in sorted(seeds))
@@ -110,7 +108,7 @@ def fewshot_curves(runs: Sequence[Run], *, title: str = "Few-shot curves", note:
     return Lines(panels, title=title, note=note)
 
 
-def fewshot_table(runs: Sequence[Run], dataset: str, *, title: str = "", note: str = "") -> Table:
+def fewshot_table(runs: Sequence[Run], dataset: str, *, title: str = "") -> Table:
     """Methods by shots: mean over seeds, deviation in small print, the best of each column marked."""
     counts = names_of(runs, "shots")
     methods = names_of(runs, "method")
@@ -133,4 +131,4 @@ def fewshot_table(runs: Sequence[Run], dataset: str, *, title: str = "", note: s
             shown.append(Cell(found.mean, note=f"{small}{', best' if top else ''}", tone="good" if top else "plain"))
         rows.append(TableRow(shown, strong=method == MAIN_METHOD))
     columns = [Column("Method", numeric=False), *(Column(f"{shots}", "pictures per class") for shots in counts)]
-    return Table(columns, rows, title=title or dataset, note=note)
+    return Table(columns, rows, title=title or dataset)

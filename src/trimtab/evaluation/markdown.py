@@ -113,7 +113,7 @@ def _bars(bars: Bars) -> list[str]:
     tables = []
     for panel in bars.panels:
         rows = [
-            [escape_markdown(name), *(format_value(value, bars.digits) for value in values)]
+            [escape_markdown(name), *(format_value(value) for value in values)]
             for name, values in zip(bars.series, panel.values)
         ]
         numeric = [False] + [True] * len(panel.groups)

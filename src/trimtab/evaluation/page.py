@@ -108,8 +108,7 @@ def block_html(block: Block, thumbnails: dict[str, str], level: int = 2, within:
     if isinstance(block, Details):
         # Its own title is no heading, so headings inside follow on from those outside.
         inner = "".join(block_html(each, thumbnails, level, block.title) for each in block.blocks)
-        state = " open" if block.open else ""
-        return f"<details{state}><summary>{_bdi(block.title)}</summary><div>{inner}</div></details>"
+        return f"<details><summary>{_bdi(block.title)}</summary><div>{inner}</div></details>"
     if isinstance(block, Text) and block.tone != "plain":
         title = f"<strong>{escape(block.title)}</strong>" if block.title else ""
         return f'<aside class="note {block.tone}" role="note">{title}{prose(block.text)}</aside>'

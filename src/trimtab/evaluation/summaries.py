@@ -125,7 +125,7 @@ def five_row_table(
     return Table(columns, body, title=title, note=note)
 
 
-def recall_bars(rows: Iterable[ScoreRow], dataset: str, *, language: str, title: str = "", note: str = "") -> Bars:
+def recall_bars(rows: Iterable[ScoreRow], dataset: str, *, language: str, title: str = "") -> Bars:
     """R@1, R@5 and R@10 of every row that has them, a panel per direction."""
     rows = list(rows)
     labels = five_row_labels(language)
@@ -139,7 +139,6 @@ def recall_bars(rows: Iterable[ScoreRow], dataset: str, *, language: str, title:
         [labels[name][0] for name in present],
         panels,
         title=title,
-        note=note,
         colors=[_ROW_COLORS[name] for name in present],
         maximum=100.0,
         unit="%",

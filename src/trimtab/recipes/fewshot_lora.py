@@ -61,7 +61,7 @@ class LowRank:
 
     Args:
         template: sentence for class names.
-        views: of the training pictures, made with `view_seed`.
+        views: of the training pictures.
 
     Attributes:
         parameters: trained numbers.
@@ -78,12 +78,11 @@ class LowRank:
         *,
         views: int,
         options: ViewsConfig,
-        view_seed: int = 0,
     ) -> None:
         check_lora(base)
         from peft import LoraConfig, inject_adapter_in_model
 
-        self.base, self.views, self.options, self.view_seed = base, views, options, view_seed
+        self.base, self.views, self.options = base, views, options
         self.model = copy.copy(base)
         self.model.model = copy.deepcopy(base.model)
         towers: tuple[TowerName, ...] = ("image", "text")
@@ -153,7 +152,7 @@ class LowRank:
             viewed=len(pictures),
             views=views,
             options=self.options,
-            seed=self.view_seed,
+            seed=0,
         )
         with progress_reporter("pictures", "pictures") as report:
             states.fill(cache_home() / "features", report)

@@ -43,7 +43,6 @@ class PromptTask(nn.Module):
         templates: Tensor,
         objective: PromptObjective,
         logit_scale: float,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         self.classes = classes
