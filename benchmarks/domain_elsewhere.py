@@ -107,10 +107,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/domain_elsewhere.jsonl"))
     arguments = parser.parse_args()
     try:
+        base = load("starter").fingerprint
         for name in arguments.sets:
             where = SETS[name](arguments.work / name)
             for row, seed, recipe in recipes(where, arguments.rows, arguments.seeds):
-                setting = setting_of(recipe, where)
+                setting = setting_of(recipe, where, base)
                 done = {(one["row"], one["seed"], one["setting"]) for one in read_runs(arguments.out)}
                 if (row, seed, setting) not in done:
                     print(f"{name}: {row}, seed {seed}", flush=True)
@@ -134,11 +135,12 @@ def recipes(where: Elsewhere, rows: Sequence[str], seeds: Sequence[int]) -> Iter
             yield row, seed, recipe
 
 
-def setting_of(recipe: DomainRecipe, where: Elsewhere) -> str:
-    """Names data and what counts of the recipe, neither the seed, as runs of equal settings are averaged, nor where the
-    tables lie."""
+def setting_of(recipe: DomainRecipe, where: Elsewhere, fingerprint: str) -> str:
+    """Names data, base and what counts of the recipe, neither the seed, as runs of equal settings are averaged, nor
+    where the tables lie."""
     published = without_places(replace(recipe, seed=0))
-    return digest_of(recipe_digest(what_counts(published)), where.train.read_text(encoding="utf-8"))[:16]
+    asked = digest_of(recipe_digest(what_counts(published)), where.train.read_text(encoding="utf-8"))[:16]
+    return digest_of(asked, fingerprint)[:16]
 
 
 def run(row: str, recipe: DomainRecipe, where: Elsewhere, work: Path) -> dict[str, Any]:

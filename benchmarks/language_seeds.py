@@ -30,6 +30,7 @@ from trimtab.files import write_json, write_text
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.quickstart import quickstart_recipe
 from trimtab.recipes.quickstart_language import DATASETS, evaluate, test_sets
+from trimtab.towers.hf import load_base
 
 ROWS = {
     "english_base": "English, base",
@@ -52,6 +53,9 @@ def main() -> None:
     try:
         sets = test_sets(arguments.work / "pictures")
         runs = finished_runs(arguments.out, common)
+        base = load_base(recipe.base).fingerprint
+        if any(run["fingerprints"]["base"] != base for run in runs):
+            sys.exit(f"error: {arguments.out} has runs of another base: name another file by --out")
         for seed in arguments.seeds:
             if any(run["seed"] == seed for run in runs):
                 print(f"seed {seed}: there already", flush=True)

@@ -58,7 +58,7 @@ def main() -> None:
     found: dict[str, list[Row]] = {}
     for part in PARTS:
         name = "-".join(map(str, part))
-        kept = arguments.work / "top-k-parts" / f"{name}.json"
+        kept = arguments.work / "top-k-parts" / base.fingerprint[:12] / f"{name}.json"
         if kept.is_file():
             found[name] = json.loads(kept.read_text(encoding="utf-8"))
             continue

@@ -349,7 +349,10 @@ def test_other_domains_are_learned_by_the_recipe_as_it_is(tmp_path: Path) -> Non
         for folder in copies
     ]
     found = [
-        {domain_elsewhere.setting_of(recipe, one) for _, _, recipe in domain_elsewhere.recipes(one, [row], [1, 2])}
+        {
+            domain_elsewhere.setting_of(recipe, one, "base")
+            for _, _, recipe in domain_elsewhere.recipes(one, [row], [1, 2])
+        }
         for one in places
         for row in ("full", "adapter", "adapter_hard")
     ]
@@ -362,10 +365,15 @@ def test_elsewhere_a_baseline_is_not_run_again_because_adapters_changed(tmp_path
     (tmp_path / "train.csv").write_text("image,text\n", encoding="utf-8")
     where = domain_elsewhere.Elsewhere("mR", tmp_path / "train.csv", tmp_path / "validation.csv", lambda model: 0.0)
     settings = {
-        row: {domain_elsewhere.setting_of(one, where) for one in (recipe, replace(recipe, gate=GateConfig("none")))}
+        row: {
+            domain_elsewhere.setting_of(one, where, "base")
+            for one in (recipe, replace(recipe, gate=GateConfig("none")))
+        }
         for row, _, recipe in domain_elsewhere.recipes(where, ["full", "adapter_hard"], [1])
     }
     assert [len(one) for one in settings.values()] == [1, 2]
+    [(_, _, recipe)] = domain_elsewhere.recipes(where, ["full"], [1])
+    assert domain_elsewhere.setting_of(recipe, where, "other base") not in settings["full"]
 
 
 def test_the_tables_of_other_domains_compare_seed_by_seed() -> None:
