@@ -116,7 +116,7 @@ def method_table(
         pick = min if metric in _LESS_IS_BETTER else max
         found = {key: score(rows, key, dataset, metric) for key in methods}
         trained = [value for key, value in found.items() if key != REFERENCE_METHOD and value is not None]
-        best = pick(trained, default=None)
+        best = pick(trained) if len(trained) > 1 else None
         for key, value in found.items():
             first = key != REFERENCE_METHOD and value is not None and value == best
             mark = "best" if first else ""

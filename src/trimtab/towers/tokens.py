@@ -59,7 +59,7 @@ class TextInputs:
 
     @cached_property
     def digest(self) -> str:
-        """Names what decides the token tensors of a text; it survives saving the tokenizer again."""
+        """Names what decides the token tensors of a text in `normal_form`; it survives saving the tokenizer again."""
         settings = [self.limit, self.pad_to_limit, self.use_mask, self._side, self.prefix, self._filler]
         settings.append(self.tokenizer.truncation_side)
         return digest_of(tokenizer_digest(self.tokenizer), json.dumps(settings))

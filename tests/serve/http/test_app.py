@@ -128,6 +128,7 @@ def test_null_is_as_good_as_nothing(server: Running) -> None:
     picture = {"image": data_uri(png()), "templates": None, "top_k": None}
     assert len(server.post("/v1/classify", picture).json()["data"][0]["labels"]) == 3
     assert len(server.post("/v1/search", {"text": "a", "k": None}).json()["data"]) == 3
+    assert server.post("/v1/search", {"text": "a", "kk": None}).status_code == 422
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,53 @@ def test_a_request_in_parts_is_taken_on_or_refused_as_a_whole() -> None:
     made.stop(5)
 
 
+def test_what_is_to_come_of_a_request_joins_behind_a_newcomer() -> None:
+    echo = Echo()
+    made = paced(echo, patience=0.6)
+
+    async def in_parts() -> None:
+        with made.expecting("text", 8) as coming:
+            for _ in range(2):
+                await made.submit("text", ["a"] * 4, coming)
+
+    async def work() -> Any:
+        await made.submit("text", ["a"] * 4)  # from here on the pace is known: 20 ms an item
+        echo.entered.clear()
+        echo.go.clear()
+        others = [asyncio.create_task(in_parts()) for _ in range(5)]
+        await asyncio.to_thread(echo.entered.wait, 10)
+        small = asyncio.create_task(made.submit("text", ["small"]))  # behind 20 items, before 20 more
+        await asyncio.sleep(0.05)
+        echo.go.set()
+        return await asyncio.gather(small, *others, return_exceptions=True)
+
+    assert run(work()) == [[("done", "small")], *[None] * 5]
+    made.stop(5)
+
+
+def test_jobs_that_are_run_again_after_a_failure_are_passes_of_their_own() -> None:
+    ages: list[float] = []
+
+    def forward(items: list[Any]) -> list[Any]:
+        ages.append(made.pass_seconds)
+        time.sleep(0.05)
+        if "bad" in items:
+            raise ValueError("bad")
+        return items
+
+    made = batcher(forward, max_batch=16, max_wait=0.2)
+
+    async def work() -> Any:
+        jobs = (made.submit("text", [one]) for one in [*"abcdefghijklmno", "bad"])
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    found = run(work())
+    assert [isinstance(one, Problem) for one in found] == [False] * 15 + [True]
+    assert len(ages) == 17
+    assert max(ages) < 0.5  # all together take longer
+    made.stop(5)
+
+
 def test_what_can_never_be_done_in_time_is_refused_at_once_while_the_pace_is_fresh() -> None:
     echo = Echo()
     made = paced(echo, patience=0.5)

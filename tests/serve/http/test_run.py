@@ -93,6 +93,17 @@ def test_a_root_path_is_a_path() -> None:
         serve("a model that is never loaded", root_path="clip", port=0)
 
 
+@pytest.mark.parametrize("name", ["clip.example.org:443", "https://clip.example.org", "[::1]", " a", ""])
+def test_a_host_that_is_allowed_is_a_name_alone(name: str) -> None:
+    with pytest.raises(TrimtabError, match="must be a name alone"):
+        serve("a model that is never loaded", allow_hosts=[name], port=0)
+
+
+def test_hosts_are_allowed_where_not_all_are() -> None:
+    with pytest.raises(TrimtabError, match=r"with --host 0\.0\.0\.0 all names do"):
+        serve("a model that is never loaded", host="0.0.0.0", allow_hosts=["clip.example.org"], port=0)
+
+
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "schlüssel"])
 def test_a_key_that_cannot_be_used(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("A_KEY", raising=False)

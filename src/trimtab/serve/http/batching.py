@@ -33,6 +33,7 @@ class _Job:
     items: Sequence[Any]
     costs: Sequence[float]
     answer: asyncio.Future[list[Any]]
+    coming: Coming | None = None
     since: float = field(default_factory=time.monotonic)
     taken: int = 0
     done: int = 0
@@ -200,7 +201,7 @@ class Batcher:
         if not items:
             return []
         costs = [1.0] if kind == CALL else [self.cost(kind, item) for item in items]
-        job = _Job(kind, items, costs, asyncio.get_running_loop().create_future())
+        job = _Job(kind, items, costs, asyncio.get_running_loop().create_future(), coming)
         with self._changed:
             if self._stopping:
                 raise overloaded("the server is shutting down", status=503, after=5)
@@ -227,7 +228,6 @@ class Batcher:
                     return
                 kind, slices = self._gather()
             if slices:
-                self._pass_begun = time.monotonic()
                 self._run(kind, slices)
                 self._pass_begun = None
 
@@ -273,7 +273,9 @@ class Batcher:
         """
         turns = self.max_batch * math.ceil(cost / self.max_batch)
         others = [(job.kind, sum(job.costs[job.taken :])) for job in self._jobs if job.open]
-        others += [(coming.kind, coming.cost) for coming in self._coming]
+        # What is still to come of a request joins behind the newcomer, if a part of it is in the queue.
+        queued = [job.coming for job in self._jobs if job.open]
+        others += [(coming.kind, coming.cost) for coming in self._coming if coming not in queued]
         waits = sum(self._pace[kind].seconds * min(left, turns) for kind, left in others if kind in self._pace)
         pace = self._pace.get(kind)
         own = pace.seconds * cost if pace and time.monotonic() - pace.noted < self.patience else 0.0
@@ -294,7 +296,7 @@ class Batcher:
 
     def _run(self, kind: str, slices: Sequence[_Slice]) -> None:
         items = [item for part in slices for item in part.items]
-        started = time.monotonic()
+        started = self._pass_begun = time.monotonic()
         try:
             results = [items[0]()] if kind == CALL else self.forwards[kind](items)
             if len(results) != len(items):

@@ -51,7 +51,9 @@ class _Request(_Strict):
     @classmethod
     def _without_nulls(cls, sent: Any) -> Any:
         """Some clients send null for what is not set."""
-        return {name: value for name, value in sent.items() if value is not None} if isinstance(sent, dict) else sent
+        if not isinstance(sent, dict):
+            return sent
+        return {name: value for name, value in sent.items() if value is not None or name not in cls.model_fields}
 
 
 class EmbeddingRequest(_Request):

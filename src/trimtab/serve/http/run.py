@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -67,6 +68,8 @@ def serve(
     options = options or ServeOptions()
     if root_path and not root_path.startswith("/"):
         raise TrimtabError(f"--root-path {root_path} must begin with /, such as /clip")
+    if wrong := [name for name in allow_hosts if not re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name)]:
+        raise TrimtabError(f"--allow-host {wrong[0]!r} must be a name alone, without scheme, brackets or port")
     uvicorn = _import_uvicorn()
     key = _key(api_key_env)
     names = None if classes is None else read_class_names(classes)
@@ -76,6 +79,8 @@ def serve(
     host_names = called(listener, allow_hosts)
     unread = Unread()
     try:
+        if allow_hosts and host_names is None:
+            raise TrimtabError(f"--allow-host is for a server of this machine alone: with --host {host} all names do")
         _log_to_stderr()
         app, service = _build(model, index, pictures, names, options, device, key, host_names, root_path, unread)
         config = uvicorn.Config(
@@ -199,7 +204,7 @@ def _run(server: Any, listener: socket.socket) -> None:
 def _check_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
-    except FileNotFoundError as error:  # torch asks for one as it is imported
+    except FileNotFoundError as error:  # torch's compiler, which models bring in, asks for one as it is imported
         raise TrimtabError(
             "there is no folder for temporary files: mount one at /tmp (docker run --tmpfs /tmp), or set TMPDIR to a "
             "folder that can be written"
