@@ -1,5 +1,8 @@
 """Scripts: which one a text is written in, to send English to its own tower and to choose templates for names; and one
-form of letters that Unicode can write in several ways."""
+form of letters that Unicode can write in several ways.
+
+`trimtab export` copies this file into its loader, so it imports the standard library alone.
+"""
 
 from __future__ import annotations
 

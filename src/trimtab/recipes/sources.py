@@ -247,10 +247,12 @@ def _warn_of_tags(train: ParallelText) -> None:
             "nothing is said",
             len(strange), len(chinese), strange[0],
         )  # fmt: skip
+    counts = train.language_counts()
+    if len(counts) < 2:
+        return
     tags: dict[tuple[str, str], set[str]] = {}
     for target, english, tag in zip(train.targets, train.english, train.languages, strict=True):
         tags.setdefault((target, english), set()).add(tag)
-    counts = train.language_counts()
     for several, count in Counter(frozenset(some) for some in tags.values() if len(some) > 1).most_common():
         if 2 * count > min(counts[tag] for tag in several):  # languages may well share some words
             logger.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trimtab import __version__
+from trimtab import __version__, scripts
 from trimtab.adapters.domain import DomainAdapted
 from trimtab.adapters.gate import mixed
 from trimtab.adapters.prompt import Pictures
@@ -215,9 +216,9 @@ def on_cpu(model: DualEncoder) -> Iterator[None]:
 
 def _runtime_code() -> str:
     """The loader as one file, which imports nothing of Trimtab."""
-    loader = inspect.getsource(onnx_runtime).replace("from trimtab.data.rgb import upright\n\n", "")
-    _, _, pictures = inspect.getsource(rgb).partition("from PIL import Image\n")
-    return f"{loader}\n{pictures}"
+    loader = re.sub(r"^from trimtab\..*\n", "", inspect.getsource(onnx_runtime), flags=re.MULTILINE)
+    first = "from __future__ import annotations\n"
+    return "\n".join([loader, *(inspect.getsource(module).partition(first)[2] for module in (scripts, rgb))])
 
 
 def without_prompts(model: Any) -> Any:

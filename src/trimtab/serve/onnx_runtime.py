@@ -8,15 +8,13 @@ and transformers and sentencepiece, where `tokenizer` is a folder rather than a 
     encoder = Encoder("the/exported/folder")
     encoder.encode_text(["红苹果"]) @ encoder.encode_image(["apple.jpg"]).T
 
-This file, with `trimtab.data.rgb` at its end, is copied into every exported folder as runtime.py.
+This file, with `trimtab.data.rgb` and `trimtab.scripts` at its end, is copied into every exported folder as runtime.py.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from trimtab.data.rgb import upright
+from trimtab.scripts import is_latin, normal_form
 
 Picture: TypeAlias = "str | Path | bytes | Image.Image"
 Pictures: TypeAlias = "Iterable[Picture] | Picture"
@@ -216,16 +215,3 @@ def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     up, across = -(-(whole.shape[0] - rows) // 2), -(-(whole.shape[1] - columns) // 2)
     whole[up : up + rows, across : across + columns] = pixels
     return whole[max(0, top + up) :, max(0, left + across) :][:height, :width]
-
-
-def normal_form(text: str) -> str:
-    """Letters composed (NFC), kana in full width, without the Arabic tatweel."""
-    wide = re.sub("[\uff65-\uff9f]+", lambda found: unicodedata.normalize("NFKC", found[0]), text)
-    return unicodedata.normalize("NFC", wide.replace("\u0640", ""))
-
-
-def is_latin(text: str) -> bool:
-    """Whether every letter is Latin; so is a text without letters."""
-    plain = unicodedata.normalize("NFKC", text.replace("\u00b5", ""))  # the micro sign, which NFKC makes Greek
-    latin = ("LATIN", "MODIFIER LETTER")
-    return not any(one.isalpha() and not unicodedata.name(one, "LATIN").startswith(latin) for one in plain)

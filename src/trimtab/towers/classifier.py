@@ -201,9 +201,10 @@ def check_class_names(names: Sequence[str], *, known: Sequence[str] = ()) -> tup
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"class {index} has no name ({name!r:.60}): every class needs one")
-        if normal_form(name) in taken:
+        form = normal_form(name)
+        if form in taken:
             raise DataError(f"class name {name!r} stands twice: names must differ; remove or rename one")
-        taken.add(normal_form(name))
+        taken.add(form)
     return names
 
 

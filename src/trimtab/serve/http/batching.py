@@ -274,7 +274,7 @@ class Batcher:
         turns = self.max_batch * math.ceil(cost / self.max_batch)
         others = [(job.kind, sum(job.costs[job.taken :])) for job in self._jobs if job.open]
         # What is still to come of a request joins behind the newcomer, if a part of it is in the queue.
-        queued = [job.coming for job in self._jobs if job.open]
+        queued = {job.coming for job in self._jobs if job.open}
         others += [(coming.kind, coming.cost) for coming in self._coming if coming not in queued]
         waits = sum(self._pace[kind].seconds * min(left, turns) for kind, left in others if kind in self._pace)
         pace = self._pace.get(kind)
