@@ -34,7 +34,7 @@ format: $(VENV)/.installed  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-starter: $(VENV)/.installed  ## Align starter's image tower anew (about 15 minutes)
+starter: $(VENV)/.installed  ## Align starter's image tower anew (about half an hour)
 	$(BIN)/trimtab align-starter
 
 benchmark: $(VENV)/.installed  ## Measure the language link beside sentence-transformers

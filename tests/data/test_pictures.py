@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,29 @@ def test_clip_art_by_title_or_file_name(fake: Path) -> None:
     assert found["food_and_drink/red_apple_01.svg"].name == "red apple"
     assert found["food_and_drink/red_apple_01.svg"].keywords == ("food and drink",)
     assert found["food/broken_pear.svg"].name == "broken pear"
+
+
+# Photographs
+
+
+def webp(size: tuple[int, int], mode: str = "RGB") -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(stream, "WEBP")
+    return stream.getvalue()
+
+
+def test_photographs_out_of_resource_files(fake: Path) -> None:
+    first, second = webp((200, 160)), webp((150, 300))
+    cut_out = Image.new("RGBA", (200, 200), (0, 0, 0, 0))
+    cut_out.save(stream := io.BytesIO(), "WEBP")
+    root = fake / "gcompris/usr/share/rcc"
+    touch(root / "animals.rcc", root / "tools.rcc", root / "readme.txt")
+    (root / "animals.rcc").write_bytes(
+        b"qres\0\0" + webp((90, 200)) + b"\0\x12RIFF" + first + stream.getvalue() + b"RIFF"
+    )
+    (root / "tools.rcc").write_bytes(second)
+    (root / "readme.txt").write_bytes(first)
+    assert pictures.photographs() == [first, second]
 
 
 # Stamps

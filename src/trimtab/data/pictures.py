@@ -1,17 +1,20 @@
-"""Pictures with text that packages carry: emoji of four vendors, clip art and stamps.
+"""Pictures that packages carry: emoji of four vendors, clip art and stamps with texts, photographs without.
 
-Emoji of three vendors and clip art align `starter`. The stamps of Tux Paint, the vendor OpenMoji and the names in
-`corpora.held_out_emoji` are kept from training, so that they can measure it.
+Emoji of three vendors and clip art align `starter`; photographs keep what it knows of photographs. The stamps of Tux
+Paint, the vendor OpenMoji and the names in `corpora.held_out_emoji` are kept from training, so that they can measure.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+from PIL import Image
 
 from trimtab.data.corpora import cldr_annotations, emoji_table, held_out_emoji
 from trimtab.data.packages import fetch
@@ -27,6 +30,9 @@ EMOJI_VENDORS = {
 
 RENDERED_SIZE = 256
 """Side, in pixels, to which vector pictures are rendered."""
+
+SMALLEST_PHOTOGRAPH = 150
+"""Least shorter side, in pixels, of what `photographs` gives."""
 
 _VARIATION = 0xFE0F  # the selector of colour, which vendors put into file names or leave out as they like
 
@@ -135,6 +141,22 @@ def render_svg(path: Path, target: Path, *, size: int = RENDERED_SIZE, backgroun
     with atomic_path(target) as temporary:
         temporary.write_bytes(data)
     return target
+
+
+def photographs() -> list[bytes]:
+    """Photographs of things, animals and buildings out of GCompris, WebP files as they are; texts have they none.
+
+    Qt's resource files hold small files one after another; WebP begins with a header that says how long it is.
+    """
+    found = []
+    for path in sorted(fetch("gcompris").rglob("*.rcc")):
+        content = path.read_bytes()
+        for header in re.finditer(rb"RIFF(....)WEBP", content, re.DOTALL):
+            file = content[header.start() : header.start() + 8 + int.from_bytes(header[1], "little")]
+            with Image.open(io.BytesIO(file)) as image:
+                if image.mode == "RGB" and min(image.size) >= SMALLEST_PHOTOGRAPH:  # drawings are cut out, or small
+                    found.append(file)
+    return found
 
 
 @dataclass(frozen=True)

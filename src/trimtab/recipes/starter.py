@@ -1,18 +1,23 @@
-"""Align `starter`'s image tower to its text tower: `make starter` (about 15 minutes on 2 cores).
+"""Align `starter`'s image tower to its text tower: `make starter` (about half an hour on 2 cores).
 
-Trained: the Transformer layers over the trunk's patch tokens. Data: emoji of three vendors with names and keywords,
-clip art with titles. Kept out: all Tux Paint stamps, the vendor OpenMoji, the names in `corpora.held_out_emoji`.
+Trained: the Transformer layers over the trunk's patch tokens, and what is added to the weights of the trunk's last
+blocks. Data: emoji of three vendors with names and keywords, clip art with titles. Kept out: all Tux Paint stamps, the
+vendor OpenMoji, the names in `corpora.held_out_emoji`.
 
-The pictures are drawings, and a model that learns from drawings alone forgets photographs. Two terms keep what the
-trunk knows of them: the correction that training adds is kept short, and it is driven to zero on pseudo-photographs,
-which are feature maps moved towards a class until the trunk is as sure of it as it is of a photograph.
+The pictures are drawings, and a model that learns from drawings alone forgets photographs. What keeps it from that:
+
+- photographs without texts, in crops, on which the trunk's map, its class probabilities and the whole output are held
+  to what they were (learning without forgetting, arXiv 1606.09282, on pictures of the kind that is to be kept);
+- pseudo-photographs, which are feature maps moved towards a class until the trunk is as sure of it as it is of a
+  photograph: there the correction is driven to zero;
+- the correction that training adds is kept short everywhere.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +25,28 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from trimtab.config import TrainingConfig
-from trimtab.data.cache import CachedArrays, cached_vectors
+from trimtab.data.cache import CachedArrays, cached_arrays
 from trimtab.data.corpora import imagenet21k_texts
 from trimtab.data.images import read_image
 from trimtab.data.packages import fetch, fetch_file
-from trimtab.data.pictures import EMOJI_VENDORS, Picture, clip_art, emoji_pictures, render_svg
+from trimtab.data.pictures import EMOJI_VENDORS, Picture, clip_art, emoji_pictures, photographs, render_svg
 from trimtab.errors import DataError
 from trimtab.evaluation.retrieval import recall_at_k
 from trimtab.files import atomic_path, cache_home, digest_of
-from trimtab.precision import fast_inference
-from trimtab.towers.efficientnet import EfficientNetLite0, load_packaged
+from trimtab.precision import fast_inference, tune_allocator
+from trimtab.towers.efficientnet import EfficientNetLite0, channels_last, load_packaged
 from trimtab.towers.parts import quiet
-from trimtab.towers.starter import committed_weights, load_text_tower, minilm_folder
+from trimtab.towers.starter import (
+    ADDED,
+    committed_weights,
+    load_text_tower,
+    low_rank,
+    minilm_folder,
+)
 from trimtab.towers.starter_model import IMAGE_SIZE, SentenceBertModel, StarterAlignment, StarterVisionConfig
 from trimtab.training.distributed import make_accelerator
 from trimtab.training.loop import train
@@ -50,6 +62,18 @@ SHORTNESS = 1.0
 """Weight of the squared length of the correction."""
 REPLAY = 5.0
 """Weight of the same on pseudo-photographs."""
+PHOTO_CROPS = 6000
+PHOTO_SHARE = 1 / 4
+"""Crops of photographs in a step, as a share of its pictures."""
+KEPT_OUTPUT, KEPT_CLASSES, KEPT_MAP = 5.0, 1.0, 2.0
+"""On them: weights of the squared change of the output, of the change in class probabilities (Kullback-Leibler) and of
+the mean squared change of the trunk's map in units of each channel's spread."""
+TRUNK_FROM = 11
+"""The first of the trunk's blocks that is trained; what enters it is cached."""
+RANK = 32
+"""Of what is added to a matrix of the trunk."""
+PART = 64
+WEIGHTS = (SHORTNESS, REPLAY, NAME_SHARE, PHOTO_SHARE, KEPT_OUTPUT, KEPT_CLASSES, KEPT_MAP, TRUNK_FROM, RANK)
 SETTINGS = TrainingConfig(
     epochs=12, batch_size=256, learning_rate=1e-3, weight_decay=0.05, warmup=0.05, trackers=(), precision="auto"
 )
@@ -66,7 +90,8 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
     trunk = load_packaged(str(fetch_file("efficientnet-lite0", "*.pth"))).eval()
     with quiet():
         texts = TextSide(load_text_tower())
-    features = [picture_features(pictures, trunk, view) for view in range(VIEWS)]
+    views = [picture_maps(pictures, trunk, view) for view in range(VIEWS)]
+    photographs = photograph_maps(trunk)
     captions = [captions_of(picture) for picture in pictures]
     known = sorted({caption for several in captions for caption in several})
     vectors = texts.encode(known)  # (T, D)
@@ -75,22 +100,23 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
     training = [i for i, picture in enumerate(pictures) if picture.group not in held_out]
     validation = [i for i, picture in enumerate(pictures) if picture.group in held_out]
 
-    task = AlignmentTask(trunk, texts.class_embeddings(), _maps(trunk, features[0], range(0, len(pictures), 4)))
+    task = AlignmentTask(trunk, texts.class_embeddings(), range(0, len(pictures), 4), views[0])
     groups = _numbers([picture.group for picture in pictures])
     steps = len(training) // SETTINGS.batch_size
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         rng = random.Random(f"{SEED}:{epoch}")
         order = rng.sample(training, len(training))
         for start in range(0, steps * SETTINGS.batch_size, SETTINGS.batch_size):
             rows = sorted(order[start : start + SETTINGS.batch_size])
             drawn = [captions[i][0] if rng.random() < NAME_SHARE else rng.choice(captions[i]) for i in rows]
             chosen = torch.tensor([place[caption] for caption in drawn])
-            maps = torch.from_numpy(np.asarray(features[rng.randrange(VIEWS)][rows]))
-            yield maps, vectors[chosen], groups[rows], chosen
+            maps = torch.from_numpy(views[rng.randrange(VIEWS)][rows])
+            crops = sorted(rng.sample(range(PHOTO_CROPS), int(PHOTO_SHARE * SETTINGS.batch_size)))
+            yield maps, torch.from_numpy(photographs[crops]), vectors[chosen], groups[rows], chosen
 
     def validate(_: int) -> dict[str, float]:
-        images = task.embed(features[0], validation)
+        images = task.embed(views[0], validation)
         names = sorted({captions[i][0] for i in validation})
         column = {name: j for j, name in enumerate(names)}
         positives = [(row, column[captions[i][0]]) for row, i in enumerate(validation)]
@@ -98,6 +124,7 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
         recall = recall_at_k((images, unit), positives)
         return {"mR": recall.mR}
 
+    tune_allocator()
     result = train(
         task.step,
         task,
@@ -105,26 +132,76 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
         steps_per_epoch=steps,
         settings=SETTINGS,
         checkpoint_dir=Path(out) / "checkpoints",
-        digest=digest_of("starter", str(SETTINGS), str(SHORTNESS), str(REPLAY), str(NAME_SHARE), *known),
+        digest=digest_of("starter", str(SETTINGS), str(WEIGHTS), *known),
         seed=SEED,
         validate=validate,
         select=Selection("mR"),
-        accelerator=make_accelerator(cpu=True),  # trunk, features and texts lie there
+        accelerator=make_accelerator(cpu=True),  # trunk, maps and texts lie there
     )
     save_alignment(committed_weights(), task, texts)
     print(f"validation mR {(result.best or {}).get('mR', math.nan):.1f} after {result.seconds:.0f} s")
     return committed_weights()
 
 
-class AlignmentTask(nn.Module):
-    """Trainable layers and logit_scale; the trunk's head is frozen and not part of the checkpoint."""
+class TrunkUpdate(nn.Module):
+    """The trunk's last blocks and head, with what training adds to their weights, at first nothing.
 
-    def __init__(self, trunk: EfficientNetLite0, class_embeddings: Tensor, sample: Tensor) -> None:
+    To a matrix (a convolution of one pixel) is added a product of two of rank `RANK` (LoRA, arXiv 2106.09685), to all
+    else a value for each. What is trained is what is added, so weight decay draws to the packaged weights, not to zero.
+    """
+
+    def __init__(self, trunk: EfficientNetLite0) -> None:
         super().__init__()
-        self._trunk = [trunk]  # in a list, so that it is no submodule
+        self._packaged = [nn.Sequential(*trunk.blocks[TRUNK_FROM:], trunk.head).requires_grad_(False)]  # no submodule
+        self.whole, self.down, self.up = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for name, value in self.packaged.named_parameters():
+            key = name.replace(".", "-")  # dots are not allowed
+            if value.ndim == 4 and value.shape[1] > RANK:
+                self.down[key] = torch.randn(RANK, value.shape[1]) / math.sqrt(value.shape[1])
+                self.up[key] = torch.zeros(value.shape[0], RANK)
+            else:
+                self.whole[key] = torch.zeros_like(value)
+
+    @property
+    def packaged(self) -> nn.Sequential:
+        return self._packaged[0]
+
+    def forward(self, maps: Tensor) -> Tensor:  # what enters block `TRUNK_FROM` (B, 112, 14, 14) -> (B, 1280, 7, 7)
+        added = {key: low_rank(up, self.down[key]) for key, up in self.up.items()} | dict(self.whole.items())
+        now = {name: value + added[name.replace(".", "-")] for name, value in self.packaged.named_parameters()}
+        # Parts whose maps stay in the processor's cache.
+        return torch.cat([functional_call(self.packaged, now, (channels_last(part),)) for part in maps.split(PART)])
+
+    @torch.no_grad()
+    def before(self, maps: Tensor) -> Tensor:
+        """What the packaged trunk makes of the same, (B, 1280, 7, 7)."""
+        return torch.cat([self.packaged(channels_last(part)) for part in maps.split(PART)])
+
+    def named(self) -> dict[str, Tensor]:
+        """What is added, as `trimtab.towers.starter.build_starter` reads it, by the names of `EfficientNetLite0`."""
+        blocks = [*range(TRUNK_FROM, TRUNK_FROM + len(self.packaged) - 1)]
+        places = {str(i): f"blocks.{block}" for i, block in enumerate(blocks)} | {str(len(blocks)): "head"}
+        named = {}
+        for kind, values in (("whole", self.whole), ("up", self.up), ("down", self.down)):
+            for key, value in values.items():
+                place, _, rest = key.replace("-", ".").partition(".")
+                named[f"{ADDED}{kind}.{places[place]}.{rest}"] = value.detach()
+        return named
+
+
+class AlignmentTask(nn.Module):
+    """Trainable layers, the trunk's update and logit_scale; what is packaged is no part of the checkpoint."""
+
+    def __init__(
+        self, trunk: EfficientNetLite0, class_embeddings: Tensor, sample: Sequence[int], maps: CachedArrays
+    ) -> None:
+        super().__init__()
+        self._classifier = [trunk.classifier.requires_grad_(False)]  # in a list, so that it is no submodule
+        self.trunk = TrunkUpdate(trunk)
         self.alignment = StarterAlignment(StarterVisionConfig(dropout=0.3))
         self.alignment.class_embeddings.data.copy_(class_embeddings)
-        pooled = sample.mean(dim=(2, 3))
+        parts = (sample[start : start + 128] for start in range(0, len(sample), 128))
+        pooled = torch.cat([self.trunk.before(_floats(maps[list(part)])).mean(dim=(2, 3)) for part in parts])
         self.alignment.feature_mean.data.copy_(pooled.mean(dim=0))
         self.alignment.feature_std.data.copy_(pooled.std(dim=0) + 0.05)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(20.0)))
@@ -136,36 +213,41 @@ class AlignmentTask(nn.Module):
         self.register_buffer("class_directions", towards / spread, persistent=False)
         self.class_directions: Tensor
 
-    @property
-    def trunk(self) -> EfficientNetLite0:
-        return self._trunk[0]
+    def log_probabilities(self, feature_map: Tensor) -> Tensor:  # (B, 1280, 7, 7) -> (B, 1000)
+        logits = self._classifier[0](feature_map.mean(dim=(2, 3)))
+        return (SHARPNESS * logits.float()).log_softmax(dim=-1)
 
-    def features(self, maps: Tensor) -> Tensor:  # (B, 15680) cached -> (B, 1280, 7, 7)
-        with torch.no_grad():
-            return self.trunk.head(maps.float().view(-1, 320, 7, 7))
+    def correction(self, feature_map: Tensor) -> Tensor:  # (B, 1280, 7, 7) -> (B, D)
+        return self.alignment.correction(self.alignment.tokens(feature_map)[-1]).float()
 
-    def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, D) and the correction (B, D) in them that is trained."""
-        with torch.no_grad():
-            probabilities = (SHARPNESS * self.trunk.logits(feature_map)).softmax(dim=-1)
-        with fast_inference(feature_map.device):
-            correction = self.alignment.correction(self.alignment.tokens(feature_map)[-1])
-        correction = correction.float()
-        return probabilities @ self.alignment.class_embeddings + correction, correction
+    def knowledge(self, log_probabilities: Tensor) -> Tensor:  # (B, 1000) -> (B, D)
+        return log_probabilities.exp() @ self.alignment.class_embeddings
 
-    def step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        maps, texts, groups, captions = batch
-        feature_map = self.features(maps)
-        images, correction = self(feature_map)
+    def step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        maps, crops, texts, groups, captions = batch
+        crops = _floats(crops)
+        both = self.trunk(torch.cat([_floats(maps), crops])).float()
+        log_probabilities, correction = self.log_probabilities(both), self.correction(both)
+        outputs = self.knowledge(log_probabilities) + correction  # (B + C, D)
+        images, correction, feature_map = (each[: len(maps)] for each in (outputs, correction, both))
         logits = self.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T  # (B, B)
         same = (groups[:, None] == groups) | (captions[:, None] == captions)
         positive = same.float() / same.sum(dim=1, keepdim=True)
         contrastive = -(positive * (logits.log_softmax(dim=1) + logits.T.log_softmax(dim=1))).sum(dim=1).mean() / 2
-        _, on_photographs = self(self.pseudo_photographs(feature_map[::2]))
+        on_pseudo = self.correction(self.pseudo_photographs(feature_map[::2].detach()))
+
+        before = self.trunk.before(crops).float()
+        classes_before = self.log_probabilities(before)
+        moved = outputs[len(maps) :] - self.knowledge(classes_before)
+        classes = F.kl_div(log_probabilities[len(maps) :], classes_before, reduction="batchmean", log_target=True)
+        spread = self.alignment.feature_std[:, None, None]
         return {
             "contrastive": contrastive,
             "shortness": SHORTNESS * correction.square().sum(dim=1).mean(),
-            "replay": REPLAY * on_photographs.square().sum(dim=1).mean(),
+            "replay": REPLAY * on_pseudo.square().sum(dim=1).mean(),
+            "kept_output": KEPT_OUTPUT * moved.square().sum(dim=1).mean(),
+            "kept_classes": KEPT_CLASSES * classes,
+            "kept_map": KEPT_MAP * ((both[len(maps) :] - before) / spread).square().mean(),
         }
 
     def pseudo_photographs(self, feature_map: Tensor) -> Tensor:
@@ -178,11 +260,14 @@ class AlignmentTask(nn.Module):
         return (own + mean / 2 + strength * towards).clamp(0, 6)
 
     @torch.no_grad()
-    def embed(self, features: CachedArrays, rows: Sequence[int], batch: int = 128) -> np.ndarray:
+    def embed(self, maps: CachedArrays, rows: Sequence[int], batch: int = 128) -> np.ndarray:
         parts = []
         for start in range(0, len(rows), batch):
-            maps = torch.from_numpy(np.asarray(features[list(rows[start : start + batch])]))
-            parts.append(F.normalize(self(self.features(maps))[0], dim=-1))
+            with fast_inference(torch.device("cpu")):
+                feature_map = self.trunk(_floats(maps[list(rows[start : start + batch])])).float()
+                correction = self.correction(feature_map)
+            output = self.knowledge(self.log_probabilities(feature_map)) + correction
+            parts.append(F.normalize(output, dim=-1))
         return torch.cat(parts).numpy()
 
 
@@ -263,26 +348,47 @@ def validation_groups(pictures: Sequence[Picture]) -> set[str]:
     return set(groups[: int(len(groups) * VALIDATION_SHARE)])
 
 
-def picture_features(pictures: Sequence[Picture], trunk: EfficientNetLite0, view: int) -> CachedArrays:
-    """The trunk's 320-channel maps (N, 15680) of one view of every picture, cached on disk in fp16."""
+def picture_maps(pictures: Sequence[Picture], trunk: EfficientNetLite0, view: int) -> CachedArrays:
+    """What enters the first trained block, (N, 112, 14, 14), of one view of every picture, cached on disk in fp16."""
     # By the place in the cache: vendors name their files alike.
     items = [f"{view}:{picture.path.relative_to(cache_home()).as_posix()}" for picture in pictures]
     paths = {item: picture.path for item, picture in zip(items, pictures, strict=True)}
+    return _cached_maps(trunk, items, lambda item: _pixels(paths[item], view, item))
 
+
+def photograph_maps(trunk: EfficientNetLite0) -> CachedArrays:
+    """The same of crops of photographs, (`PHOTO_CROPS`, 112, 14, 14)."""
+    whole = [read_image(file) for file in photographs()]
+
+    def pixels(item: str) -> np.ndarray:
+        number, rng = int(item.partition(":")[2]), random.Random(item)
+        photograph = whole[number % len(whole)]
+        if rng.random() < 0.7:
+            sides = [int(side * rng.uniform(0.35, 1)) for side in photograph.size]
+            x, y = (rng.randint(0, length - side) for length, side in zip(photograph.size, sides, strict=True))
+            photograph = photograph.crop((x, y, x + sides[0], y + sides[1]))
+        if rng.random() < 0.5:
+            photograph = photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(photograph.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+
+    return _cached_maps(trunk, [f"photograph:{number}" for number in range(PHOTO_CROPS)], pixels)
+
+
+def _cached_maps(trunk: EfficientNetLite0, items: list[str], pixels: Callable[[str], np.ndarray]) -> CachedArrays:
     @torch.inference_mode()
     def compute(wanted: list[str]) -> np.ndarray:
         rows = []
         for start in range(0, len(wanted), 16):  # small batches stay in the processor's cache
-            pixels = np.stack([_pixels(paths[item], view, item) for item in wanted[start : start + 16]])
-            x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().sub(127).div(128)
+            some = np.stack([pixels(item) for item in wanted[start : start + 16]])
+            x = torch.from_numpy(some).permute(0, 3, 1, 2).float().sub(127).div(128)
             with fast_inference(x.device):
-                x = trunk.stem(x.contiguous(memory_format=torch.channels_last))
-                for block in trunk.blocks:
+                x = trunk.stem(channels_last(x))
+                for block in trunk.blocks[:TRUNK_FROM]:
                     x = block(x)
-            rows.append(x.float().flatten(1).numpy())
+            rows.append(x.float().contiguous().numpy())
         return np.concatenate(rows)
 
-    return cached_vectors(cache_home() / "features", ("starter-alignment-3",), items, compute, chunk=512)
+    return cached_arrays(cache_home() / "features", ("starter-alignment-4", str(TRUNK_FROM)), items, compute, chunk=512)
 
 
 def _pixels(path: Path, view: int, item: str) -> np.ndarray:
@@ -322,17 +428,15 @@ def _augment(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def save_alignment(path: Path, task: AlignmentTask, texts: TextSide) -> None:
-    """Write our own weights, and nothing of the packaged towers, as fp16."""
+    """Write our own weights, and nothing of the packaged towers, as fp16; of the trunk what is added to its weights."""
     tensors = {f"vision_model.alignment.{name}": value for name, value in task.alignment.state_dict().items()}
-    tensors |= {"text_model.centre": texts.centre, "logit_scale": task.logit_scale.detach()}
+    tensors |= task.trunk.named() | {"text_model.centre": texts.centre, "logit_scale": task.logit_scale.detach()}
     with atomic_path(path) as temporary:
         save_file({k: v.half().contiguous() for k, v in tensors.items()}, temporary, {"sharpness": str(SHARPNESS)})
 
 
-def _maps(trunk: EfficientNetLite0, features: CachedArrays, rows: Sequence[int]) -> Tensor:
-    with torch.no_grad():
-        maps = torch.from_numpy(np.asarray(features[list(rows)])).float()
-        return torch.cat([trunk.head(part.view(-1, 320, 7, 7)) for part in maps.split(128)])
+def _floats(maps: Tensor | np.ndarray) -> Tensor:
+    return torch.as_tensor(maps).float()
 
 
 def _numbers(names: Sequence[str]) -> Tensor:

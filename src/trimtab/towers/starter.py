@@ -7,6 +7,8 @@ a CLS token. Its output adds two paths:
   probabilities (a convex combination of semantic embeddings: Norouzi et al., arXiv 1312.5650). Frozen.
 - alignment: the CLS token through a linear layer, trained by us on emoji and clip art (`make starter`).
 
+The same training adds to the weights of the trunk's last blocks; photographs keep what the trunk makes of photographs.
+
 Text tower: MiniLM-L6 with mean pooling; the mean of English is subtracted, since a shared offset carries no meaning
 and makes hubs. Only what we trained is committed; the packaged towers are fetched when the folder is first built.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.data.packages import fetch_file
 from trimtab.errors import ModelError
@@ -33,6 +35,8 @@ from trimtab.towers.starter_model import (
 
 PIXEL_MEAN = 127 / 255
 PIXEL_STD = 128 / 255
+ADDED = "vision_model.trunk.added."
+"""Before the names of what training adds to the packaged trunk."""
 
 
 def committed_weights() -> Path:
@@ -60,6 +64,21 @@ def load_text_tower() -> SentenceBertModel:
     return tower.eval()
 
 
+def low_rank(up: Tensor, down: Tensor) -> Tensor:  # (C', r), (r, C) -> weights of a 1 x 1 convolution (C', C, 1, 1)
+    return (up @ down)[..., None, None]
+
+
+def added_to_trunk(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What training adds to the trunk's weights, by their names: as it is stored, or a product of two matrices."""
+    kinds: dict[str, dict[str, Tensor]] = {"whole": {}, "up": {}, "down": {}}
+    for name, value in ours.items():
+        if name.startswith(ADDED):
+            kind, _, rest = name.removeprefix(ADDED).partition(".")
+            kinds[kind][rest] = value
+    products = {name: low_rank(up, kinds["down"][name]) for name, up in kinds["up"].items()}
+    return kinds["whole"] | products
+
+
 def build_starter(folder: Path) -> None:
     """Join the packaged towers and our alignment into a transformers folder.
 
@@ -80,6 +99,8 @@ def build_starter(folder: Path) -> None:
         with safe_open(committed_weights(), "pt") as archive:
             sharpness = float((archive.metadata() or {})["sharpness"])
             ours = {name: archive.get_tensor(name).float() for name in archive.keys()}  # noqa: SIM118
+        added = {f"vision_model.trunk.{name}": value for name, value in added_to_trunk(ours).items()}
+        ours = {name: value for name, value in ours.items() if not name.startswith(ADDED)}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ModelError(f"{committed_weights()} cannot be read ({error}): install trimtab again") from error
     text_tower = load_text_tower()
@@ -100,15 +121,15 @@ def build_starter(folder: Path) -> None:
     expected = {
         name: tensor.shape
         for name, tensor in state.items()
-        if not name.startswith(given) or name == "text_model.centre"
+        if not name.startswith(given) or name == "text_model.centre" or name in added
     }
-    if problem := sorted(expected.items() ^ {name: tensor.shape for name, tensor in ours.items()}.items()):
+    if problem := sorted(expected.items() ^ {name: tensor.shape for name, tensor in (ours | added).items()}.items()):
         names = list(dict.fromkeys(name for name, _ in problem))
         raise ModelError(
             f"{committed_weights()} does not hold exactly what starter adds to its packages; {len(names)} tensors "
             f"are missing, unknown or of another shape: {names[:3]}"
         )
-    model.load_state_dict(state | ours)
+    model.load_state_dict(state | ours | {name: state[name] + difference for name, difference in added.items()})
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=128)
     processor = CLIPImageProcessorPil(
