@@ -35,10 +35,16 @@ from PIL import Image
 
 from trimtab.adapters.adapted import LanguageAdapted, load_adapted
 from trimtab.adapters.files import read_adapter
-from trimtab.data.corpora import cedict_pairs, cldr_annotations, concrete_nouns, emoji_table, held_out_emoji
+from trimtab.data.corpora import (
+    cedict_pairs,
+    cldr_annotations,
+    concrete_nouns,
+    emoji_table,
+    held_out_emoji,
+    imagenet_classes,
+)
 from trimtab.data.fashion import CLASSES as FASHION_CLASSES
 from trimtab.data.fashion import read_fashion
-from trimtab.data.packages import fetch
 from trimtab.data.pictures import openmoji_pictures
 from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.evaluation.classification import classify, embed_classes
@@ -193,13 +199,10 @@ def named_things() -> list[tuple[str, str]]:
 
 def imagenet_names() -> list[tuple[str, str]]:
     """Classes of ImageNet-1k whose first translated name is an entry of CC-CEDICT."""
-    folder = fetch("imagenet-names") / "timm/data/_info"
-    lines = (folder / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
-    names = dict(line.split("\t", 1) for line in lines)
     chinese = translations()
     pairs: dict[str, str] = {}
-    for synset in (folder / "imagenet_synsets.txt").read_text(encoding="utf-8").split():
-        known = [name.strip() for name in names[synset].split(",") if name.strip().lower() in chinese]
+    for names, _ in imagenet_classes():
+        known = [name for name in names if name.lower() in chinese]
         if known and chinese[known[0].lower()] not in pairs.values():
             pairs[known[0]] = chinese[known[0].lower()]
     return list(pairs.items())

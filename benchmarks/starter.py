@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.data.corpora import cldr_annotations, emoji_table, held_out_emoji
+from trimtab.data.corpora import cldr_annotations, emoji_table, held_out_emoji, imagenet_classes
 from trimtab.data.images import read_image
 from trimtab.data.manifests import RetrievalPairs
 from trimtab.data.packages import fetch, fetch_file
@@ -32,11 +32,13 @@ from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.efficientnet import load_packaged
 from trimtab.towers.hf import load_base
 
+PHOTOS = 800
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/starter.json"))
-    parser.add_argument("--photos", type=Path, help="a folder of photos, of which 800 are taken")
+    parser.add_argument("--photos", type=Path, help=f"a folder of photos (.jpg), of which {PHOTOS} are taken")
     arguments = parser.parse_args()
     base = load_base("starter")
     rows = []
@@ -48,7 +50,10 @@ def main() -> None:
     print(f"{rows[-1]['set']}: mR {rows[-1]['mR']:.1f}", flush=True)
     results: dict[str, Any] = {"base": base.fingerprint, "rows": rows}
     if arguments.photos:
-        photos = random.Random(0).sample(sorted(arguments.photos.rglob("*.jpg")), 800)
+        photos = sorted(arguments.photos.rglob("*.jpg"))
+        if not photos:
+            parser.error(f"--photos {arguments.photos} holds no .jpg")
+        photos = random.Random(0).sample(photos, min(len(photos), PHOTOS))
         results["named_as_the_classifier_does"] = named_as_the_classifier_does(base, photos)
         print(f"named as the classifier does: {results['named_as_the_classifier_does']}", flush=True)
     write_json(arguments.out, results)
@@ -103,15 +108,7 @@ def by_name(base: DualEncoder) -> dict[str, Any]:
 @torch.inference_mode()
 def named_as_the_classifier_does(base: DualEncoder, photos: list[Path]) -> dict[str, float]:
     """Share of photos, in percent, for which the nearest of 1,000 class names is what the packaged classifier says."""
-    folder = fetch("imagenet-names") / "timm/data/_info"
-    lemmas = dict(
-        line.split("\t", 1)
-        for line in (folder / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
-    )
-    names = [
-        lemmas[synset].split(",")[0] for synset in (folder / "imagenet_synsets.txt").read_text(encoding="utf-8").split()
-    ]
-    texts = base.encode_text([f"a photo of a {name}" for name in names])
+    texts = base.encode_text([f"a photo of a {names[0]}" for names, _ in imagenet_classes()])
     trunk = load_packaged(str(fetch_file("efficientnet-lite0", "*.pth"))).eval()
     pixels = torch.cat([base.preprocess(read_image(path))["pixel_values"] for path in photos])
     logits = torch.cat([trunk.logits(trunk(part)) for part in pixels.split(32)])  # (N, 1000)

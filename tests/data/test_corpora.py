@@ -104,6 +104,16 @@ def test_texts_of_visible_things(fake: Path) -> None:
     ]
 
 
+def test_classes_stand_in_the_order_of_a_classifiers_outputs(fake: Path) -> None:
+    described = [key for key, texts in SYNSETS.items() if texts[1]]
+    info = fake / "imagenet-names/timm/data/_info"
+    (info / "imagenet_synsets.txt").write_text("\n".join(reversed(described)) + "\n", encoding="utf-8")
+    assert corpora.imagenet_classes() == [
+        (["apple"], "fruit with red or yellow or green skin"),
+        (["dog", "domestic dog", "Canis familiaris"], "a member of the genus Canis"),
+    ]
+
+
 # CC-CEDICT
 
 

@@ -35,6 +35,7 @@ _CROSS_REFERENCE = re.compile(
     re.IGNORECASE,
 )
 # What is left of "..., abbr. for 國|国[guo2]" once the reference is taken out.
+_IMAGENET_FOLDER = "timm/data/_info"
 _DANGLING = re.compile(r"[\s,]*\b(abbr\. (for|to|of)|also (written|called|known as)|variant of|see also)$")
 _MARKUP = re.compile(r"<[^<>]*>|%\d*\$?[-+.\d]*[a-zA-Z]|[{}|\x04\x00]")
 
@@ -42,9 +43,7 @@ _MARKUP = re.compile(r"<[^<>]*>|%\d*\$?[-+.\d]*[a-zA-Z]|[{}|\x04\x00]")
 @functools.cache
 def concrete_nouns() -> frozenset[str]:
     """Lower-case English names of the visible things of ImageNet-21k (about 35,000)."""
-    path = fetch("imagenet-names") / "timm/data/_info/imagenet_synset_to_lemma.txt"
-    names = (line.split("\t")[1] for line in path.read_text(encoding="utf-8").splitlines() if "\t" in line)
-    return frozenset(name.strip().lower() for line in names for name in line.split(","))
+    return frozenset(name.strip().lower() for names in _imagenet("lemma").values() for name in names.split(","))
 
 
 def weight_of(english: str) -> float:
@@ -191,13 +190,22 @@ def cataclysm_pairs(locale: str) -> Iterator[WeightedPair]:
 
 def imagenet21k_texts() -> Iterator[tuple[str, float]]:
     """English names of visible things, and some with their definition: text for English-English pairs."""
-    folder = fetch("imagenet-names") / "timm/data/_info"
-    names, definitions = (
-        dict(line.split("\t", 1) for line in (folder / name).read_text("utf-8").splitlines())
-        for name in ("imagenet_synset_to_lemma.txt", "imagenet_synset_to_definition.txt")
-    )
+    names, definitions = _imagenet("lemma"), _imagenet("definition")
     for synset, lemma in names.items():
         for name in lemma.split(","):
             yield name.strip(), 1.0
         if synset in definitions:
             yield f"{lemma.split(',')[0].strip()}, {definitions[synset]}"[:200], 0.5
+
+
+def imagenet_classes() -> list[tuple[list[str], str]]:
+    """Names and definition of each of the 1,000 classes of ImageNet-1k, in the order of a classifier's outputs."""
+    synsets = (fetch("imagenet-names") / _IMAGENET_FOLDER / "imagenet_synsets.txt").read_text("utf-8").split()
+    names, definitions = _imagenet("lemma"), _imagenet("definition")
+    return [([name.strip() for name in names[synset].split(",")], definitions[synset]) for synset in synsets]
+
+
+def _imagenet(kind: str) -> dict[str, str]:
+    """``lemma`` (names with commas between them) or ``definition`` of each synset of ImageNet-21k."""
+    path = fetch("imagenet-names") / _IMAGENET_FOLDER / f"imagenet_synset_to_{kind}.txt"
+    return dict(line.split("\t", 1) for line in path.read_text("utf-8").splitlines() if "\t" in line)

@@ -144,7 +144,7 @@ def render_svg(path: Path, target: Path, *, size: int = RENDERED_SIZE, backgroun
 
 
 def photographs() -> list[bytes]:
-    """Photographs of things, animals and buildings out of GCompris, WebP files as they are; texts have they none.
+    """Photographs of things, animals and buildings out of GCompris, without texts: WebP files as they are.
 
     Qt's resource files hold small files one after another; WebP begins with a header that says how long it is.
     """

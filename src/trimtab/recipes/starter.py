@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from trimtab.config import TrainingConfig
 from trimtab.data.cache import CachedArrays, cached_arrays
-from trimtab.data.corpora import imagenet21k_texts
+from trimtab.data.corpora import imagenet21k_texts, imagenet_classes
 from trimtab.data.images import read_image
 from trimtab.data.packages import fetch, fetch_file
 from trimtab.data.pictures import EMOJI_VENDORS, Picture, clip_art, emoji_pictures, photographs, render_svg
@@ -40,13 +41,7 @@ from trimtab.files import atomic_path, cache_home, digest_of
 from trimtab.precision import fast_inference, tune_allocator
 from trimtab.towers.efficientnet import EfficientNetLite0, channels_last, load_packaged
 from trimtab.towers.parts import quiet
-from trimtab.towers.starter import (
-    ADDED,
-    committed_weights,
-    load_text_tower,
-    low_rank,
-    minilm_folder,
-)
+from trimtab.towers.starter import ADDED, committed_weights, load_text_tower, low_rank, minilm_folder
 from trimtab.towers.starter_model import IMAGE_SIZE, SentenceBertModel, StarterAlignment, StarterVisionConfig
 from trimtab.training.distributed import make_accelerator
 from trimtab.training.loop import train
@@ -91,7 +86,7 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
     with quiet():
         texts = TextSide(load_text_tower())
     views = [picture_maps(pictures, trunk, view) for view in range(VIEWS)]
-    photographs = photograph_maps(trunk)
+    crops = photograph_maps(trunk)
     captions = [captions_of(picture) for picture in pictures]
     known = sorted({caption for several in captions for caption in several})
     vectors = texts.encode(known)  # (T, D)
@@ -112,8 +107,8 @@ def align_starter(out: str | Path = "runs/starter") -> Path:
             drawn = [captions[i][0] if rng.random() < NAME_SHARE else rng.choice(captions[i]) for i in rows]
             chosen = torch.tensor([place[caption] for caption in drawn])
             maps = torch.from_numpy(views[rng.randrange(VIEWS)][rows])
-            crops = sorted(rng.sample(range(PHOTO_CROPS), int(PHOTO_SHARE * SETTINGS.batch_size)))
-            yield maps, torch.from_numpy(photographs[crops]), vectors[chosen], groups[rows], chosen
+            some = sorted(rng.sample(range(PHOTO_CROPS), int(PHOTO_SHARE * SETTINGS.batch_size)))
+            yield maps, torch.from_numpy(crops[some]), vectors[chosen], groups[rows], chosen
 
     def validate(_: int) -> dict[str, float]:
         images = task.embed(views[0], validation)
@@ -152,7 +147,9 @@ class TrunkUpdate(nn.Module):
 
     def __init__(self, trunk: EfficientNetLite0) -> None:
         super().__init__()
-        self._packaged = [nn.Sequential(*trunk.blocks[TRUNK_FROM:], trunk.head).requires_grad_(False)]  # no submodule
+        last = {str(place): block for place, block in enumerate(trunk.blocks) if place >= TRUNK_FROM}
+        packaged = nn.Sequential(OrderedDict(last | {"head": trunk.head}))
+        self._packaged = [packaged.requires_grad_(False)]  # in a list, so that it is no submodule
         self.whole, self.down, self.up = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, value in self.packaged.named_parameters():
             key = name.replace(".", "-")  # dots are not allowed
@@ -179,13 +176,11 @@ class TrunkUpdate(nn.Module):
 
     def named(self) -> dict[str, Tensor]:
         """What is added, as `trimtab.towers.starter.build_starter` reads it, by the names of `EfficientNetLite0`."""
-        blocks = [*range(TRUNK_FROM, TRUNK_FROM + len(self.packaged) - 1)]
-        places = {str(i): f"blocks.{block}" for i, block in enumerate(blocks)} | {str(len(blocks)): "head"}
         named = {}
         for kind, values in (("whole", self.whole), ("up", self.up), ("down", self.down)):
             for key, value in values.items():
-                place, _, rest = key.replace("-", ".").partition(".")
-                named[f"{ADDED}{kind}.{places[place]}.{rest}"] = value.detach()
+                name = key.replace("-", ".")
+                named[f"{ADDED}{kind}.{name if name.startswith('head') else f'blocks.{name}'}"] = value.detach()
         return named
 
 
@@ -297,19 +292,10 @@ class TextSide:
 
     def class_embeddings(self) -> Tensor:
         """One vector for each ImageNet class: its names alone, in a template and with the definition; (1000, D)."""
-        folder = fetch("imagenet-names") / "timm/data/_info"
-        lemmas, definitions = (
-            dict(
-                line.split("\t", 1)
-                for line in (folder / f"imagenet_synset_to_{kind}.txt").read_text(encoding="utf-8").splitlines()
-            )
-            for kind in ("lemma", "definition")
-        )
         vectors = []
-        for synset in (folder / "imagenet_synsets.txt").read_text(encoding="utf-8").split():
-            names = [name.strip() for name in lemmas[synset].split(",")][:3]
-            forms = ("{}", "a photo of a {}", f"{{}}, {definitions[synset]}"[:150])
-            each = [F.normalize(self._uncentred([form.format(name) for name in names]), dim=0) for form in forms]
+        for names, definition in imagenet_classes():
+            forms = ("{}", "a photo of a {}", f"{{}}, {definition}"[:150])
+            each = [F.normalize(self._uncentred([form.format(name) for name in names[:3]]), dim=0) for form in forms]
             vectors.append(F.normalize(torch.stack(each).sum(dim=0), dim=0) - self.centre)
         return torch.stack(vectors)
 
