@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/starter.json"))
     parser.add_argument("--photos", type=Path, help=f"a folder of photos (.jpg), of which {PHOTOS} are taken")
     arguments = parser.parse_args()
+    photos = sorted(arguments.photos.rglob("*.jpg")) if arguments.photos else []
+    if arguments.photos and not photos:
+        parser.error(f"--photos {arguments.photos} holds no .jpg")
     base = load_base("starter")
     rows = []
     for name, items in test_sets().items():
@@ -49,10 +52,7 @@ def main() -> None:
     rows.append(by_name(base))
     print(f"{rows[-1]['set']}: mR {rows[-1]['mR']:.1f}", flush=True)
     results: dict[str, Any] = {"base": base.fingerprint, "rows": rows}
-    if arguments.photos:
-        photos = sorted(arguments.photos.rglob("*.jpg"))
-        if not photos:
-            parser.error(f"--photos {arguments.photos} holds no .jpg")
+    if photos:
         photos = random.Random(0).sample(photos, min(len(photos), PHOTOS))
         results["named_as_the_classifier_does"] = named_as_the_classifier_does(base, photos)
         print(f"named as the classifier does: {results['named_as_the_classifier_does']}", flush=True)
