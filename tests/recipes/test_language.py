@@ -466,6 +466,30 @@ def test_a_run_with_a_memory_looks_words_up(
     assert cosines[1].mean() > 0.95
 
 
+def test_a_remembered_word_lies_between_its_meanings(
+    make: Any, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "concrete_nouns", lambda: frozenset(english for _, english in PAIRS))
+    monkeypatch.setattr(language, "_MATCH_LOSS", 100.0)
+    recipe = make(adapter={"memory": 60})
+    text = prepare(recipe)
+    assert text.words is not None
+    pairs = text.words.pairs
+    word, english = pairs.targets[0], base.encode_text(pairs.english)
+    light = int(np.argmin(english @ english[0]))
+    both = ParallelText(
+        [*pairs.targets, word], [*pairs.english, pairs.english[light]], ["zh"] * 61, np.float32([3] * 60 + [1])
+    )
+    monkeypatch.setattr(language, "prepare", lambda _: replace(text, words=replace(text.words, pairs=both)))
+    adapt(recipe)
+    memory = load_adapted(tmp_path / "out", base=base).adapter.memory
+    assert len(memory) == 60
+    found = (memory.values.float() * memory.value_scale[:, None])[sorted(pairs.targets).index(word)].numpy()
+    expected = 3 * english[0] + english[light]
+    expected /= np.linalg.norm(expected)
+    assert np.abs(found - expected).max() < np.abs(english[0] - expected).max() / 4  # kept in 8 bits
+
+
 def test_a_run_that_gains_nothing_says_that_the_start_is_kept(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     outcome = adapt(make(adapter={"init": "ridge"}, training={"learning_rate": 1e-12}))
     assert outcome is not None

@@ -458,6 +458,32 @@ def test_nouns_go_into_a_memory(
         assert list(text.words.variants[at : at + len(ways)]) == [way.replace("{}", noun) for way in ways]
 
 
+def test_a_noun_is_remembered_with_all_of_its_meanings(
+    recipe: Any, tmp_path: Path, packages: Callable[..., None]
+) -> None:
+    packages()
+    names = dict(zip(("first", "second"), (name for _, name in NOUNS[:2]), strict=True))
+    files = [
+        {"path": str(write_pairs(tmp_path / f"{which}.csv", [("外套", name)])), "weight": weight, "language": "zh"}
+        for (which, name), weight in zip(names.items(), (3.0, 1.5), strict=True)
+    ]
+    others = write_pairs(tmp_path / "others.csv", [("一", "one"), ("二", "two")])
+    source = {"path": str(tmp_path / "pairs.csv"), "language": "zh"}
+    asked = recipe(toy_pairs(100), train=[source, *files], validation=[str(others)])
+    asked = replace(asked, adapter=replace(asked.adapter, memory=100))
+    text = prepare(asked)
+    assert text.words is not None
+    pairs = text.words.pairs
+    held = {
+        (english, weight)
+        for target, english, weight in zip(pairs.targets, pairs.english, pairs.weights.tolist(), strict=True)
+        if target == "一张外套的照片"
+    }
+    assert held == {(f"a photo of a {names['first']}", 3.0), (f"a photo of a {names['second']}", 1.5)}
+    assert text.counts["words in the memory"] == {"kept": len(set(pairs.targets))}
+    assert text.words.variants.count("一张外套的照片") == 1
+
+
 @pytest.mark.parametrize(
     ("noun", "held"),
     [("Schmetterling", True), ("Donaudampfschifffahrtsgesellschaft", False), ("猫" * 8, True), ("猫" * 9, False)],

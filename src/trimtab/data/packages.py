@@ -94,6 +94,15 @@ PACKAGES: dict[str, Package] = {
         "Apache-2.0",
         "names and definitions of the trunk's 1,000 classes (read as text, never imported)",
     ),
+    "foolbox": Package(
+        "pypi",
+        "foolbox",
+        "3.3.4",
+        "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+        ("foolbox/data/imagenet_*.jpg",),
+        "MIT (code)",
+        "twenty photos of ImageNet's validation set, on which benchmarks/starter.py measures (never imported)",
+    ),
     "emoji-google": Package(
         "npm",
         "emoji-datasource-google",

@@ -57,6 +57,7 @@ _UNKNOWN_SHARE = 0.2
 _LATIN_SHARE, _LATIN_NOTED = 0.3, 0.05
 _NO_WORDS = Words(ParallelText.from_pairs([]))
 _MEMORY_WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.0)
+_MEMORY_SHARPNESS = 18.0  # a word is drawn to its own meanings, and hardly to those of compounds that hold it
 _MATCH_LOSS = 0.5  # points of validation match, on words that the memory does not hold, that it may cost
 
 
@@ -349,15 +350,20 @@ def remember(task: LanguageTask, frozen: FrozenFeatures, text: PreparedText) -> 
     """Give the trained adapter its translation memory, as strong as new words bear; what validation says of it."""
     assert text.words is not None
     adapter, words = task.adapter, text.words
-    first, count = len(text.train) + 2 * len(text.validation), len(words.pairs)
-    keys = torch.from_numpy(_features(task, frozen.states, np.arange(first, first + count)))
+    first, rows = len(text.train) + 2 * len(text.validation), len(words.pairs)
+    _, starts, word = np.unique(words.pairs.targets, return_index=True, return_inverse=True)
+    count = len(starts)
+    keys = torch.from_numpy(_features(task, frozen.states, first + starts))
     variants = None
     if words.templates:
-        rows = np.arange(first + count, first + count + len(words.variants))
-        variants = torch.from_numpy(_features(task, frozen.states, rows)).unflatten(0, (-1, words.templates))
-    values = torch.from_numpy(frozen.teacher[frozen.words].astype(np.float32))
+        more = np.arange(first + rows, first + rows + len(words.variants))
+        variants = torch.from_numpy(_features(task, frozen.states, more)).unflatten(0, (-1, words.templates))
+    meanings = normalise(frozen.teacher[frozen.words].astype(np.float32)) * words.pairs.weights[:, None]
+    values = np.zeros((count, meanings.shape[1]), np.float32)
+    np.add.at(values, word, meanings)
     memory = PairMemory(count, len(adapter.output_mean))
-    memory.fill(keys, values, variants)
+    memory.fill(keys, torch.from_numpy(values), variants)
+    memory.sharpness.fill_(_MEMORY_SHARPNESS)
     alone = validate(task, frozen, text)["match"]
     adapter.memory = memory.to(task.device)
     for weight in _MEMORY_WEIGHTS:

@@ -58,7 +58,8 @@ class Words:
     """What a translation memory is made of: nouns of the training pairs.
 
     Attributes:
-        pairs: every noun in its language's first template, or alone where a language has none, as English ones.
+        pairs: every noun in its language's first template, or alone where a language has none, as English ones; once
+            for each of its meanings, as heavy as that was among the training pairs.
         variants: some nouns in all templates of their language, the templates of one noun side by side.
         templates: how many that are for each noun; 0 if there are no variants.
     """
@@ -176,7 +177,7 @@ def prepare(recipe: LanguageRecipe) -> PreparedText:
     if count := recipe.adapter.memory:
         known = _memory_words(words, count, recipe.seed, with_english=recipe.english == "adapter")
         pairs, _ = _exclude(_without(known.pairs, held_out)[0], test_texts)
-        counts["words in the memory"] = {"kept": len(pairs)}
+        counts["words in the memory"] = {"kept": len(set(pairs.targets))}
         known = replace(known, pairs=pairs) if len(pairs) else None  # as where all are test texts
     _refuse_constant(train)
     return PreparedText(train, validation, counts, known)
@@ -320,7 +321,8 @@ def _compose(train: ParallelText, count: int, seed: int) -> ParallelText:
     total = sum(map(len, nouns.values()))
     parts = []
     for language, known in nouns.items():
-        made = list(phrases(list(known.items()), language, round(count * len(known) / total), seed))
+        names = list(_first_meanings(known).items())
+        made = list(phrases(names, language, round(count * len(known) / total), seed))
         parts.append(ParallelText.from_pairs(made, language))
     return clean(parts[0].concat(*parts[1:]))[0]
 
@@ -333,7 +335,7 @@ def _in_templates(train: ParallelText, count: int, seed: int) -> ParallelText:
     parts = []
     for language, known in nouns.items():
         ways = list(zip(templates_for(language), DEFAULT_TEMPLATES["en"], strict=True))
-        names = random.Random(seed).sample(list(known.items()), len(known))
+        names = random.Random(seed).sample(list(_first_meanings(known).items()), len(known))
         made = []
         for i in range(min(round(count * len(names) / total), len(names) * len(ways))):
             turn, place = divmod(i, len(names))
@@ -353,36 +355,52 @@ def _memory_words(train: ParallelText, count: int, seed: int, *, with_english: b
     nouns = _nouns(train, languages, f"adapter.memory={count}", "a translation memory")
     if with_english:
         foreign = {target for known in nouns.values() for target in known}
-        english = dict.fromkeys(name for known in nouns.values() for name in known.values() if name not in foreign)
-        nouns["en"] = {name: name for name in english}
+        meant = (name for known in nouns.values() for name in _first_meanings(known).values())
+        nouns["en"] = {name: {name: 1.0} for name in meant if name not in foreign}
     total = sum(map(len, nouns.values()))
     pairs, variants, templates = [], [], 0
     for language, known in nouns.items():
         names = random.Random(seed).sample(list(known.items()), min(len(known), round(count * len(known) / total)))
         ways = templates_for(language) if language != "en" and known_language(language, DEFAULT_TEMPLATES) else []
         own, translated = (ways[0], DEFAULT_TEMPLATES["en"][0]) if ways else ("{}", "{}")
-        made = [(fill(own, name), fill(translated, meaning)) for name, meaning in names]
-        pairs.append(ParallelText.from_pairs(made, language))
+        rows = [(name, meaning, weight) for name, meanings in names for meaning, weight in meanings.items()]
+        pairs.append(
+            ParallelText(
+                [fill(own, name) for name, _, _ in rows],
+                [fill(translated, meaning) for _, meaning, _ in rows],
+                [language] * len(rows),
+                np.array([weight for _, _, weight in rows], np.float32),
+            )
+        )
         if ways:
             templates = len(ways)
             variants += fill_all(ways, [name for name, _ in names[:_VARIANTS]])
     return Words(pairs[0].concat(*pairs[1:]), tuple(variants), templates)
 
 
-def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str) -> dict[str, dict[str, str]]:
-    """Names of visible things by language tag: target to English."""
-    nouns: dict[str, dict[str, str]] = {}
+Meanings = dict[str, dict[str, float]]
+"""English names of each word with their weights, in the order of the pairs."""
+
+
+def _nouns(train: ParallelText, languages: Collection[str], key: str, what: str) -> dict[str, Meanings]:
+    """Names of visible things by language tag."""
+    nouns: dict[str, Meanings] = {}
     meant = {tag for tag in set(train.languages) if known_language(tag, languages)}
-    for target, english, language in zip(train.targets, train.english, train.languages, strict=True):
+    rows = zip(train.targets, train.english, train.languages, train.weights.tolist(), strict=True)
+    for target, english, language, weight in rows:
         short = max(letters(target), len(english)) <= _LONGEST_NOUN
         if short and language in meant and corpora.weight_of(english) > 1:
-            nouns.setdefault(language, {}).setdefault(target, english.lower())
+            nouns.setdefault(language, {}).setdefault(target, {}).setdefault(english.lower(), weight)
     if not nouns:
         raise RecipeError(
             f"{key}, but the training pairs hold no nouns of a language with {what} ({', '.join(languages)}): "
             f"set {key.split('=')[0]}=0"
         )
     return nouns
+
+
+def _first_meanings(known: Meanings) -> dict[str, str]:
+    return {target: next(iter(names)) for target, names in known.items()}
 
 
 def _english_pairs(train: ParallelText, share: float, seed: int) -> ParallelText:
