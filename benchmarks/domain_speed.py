@@ -5,9 +5,10 @@ weights, and beside what its arithmetic alone would take.
 
 Each row runs in a process of its own, on the same random pictures with the settings of `recipes/domain-grocery.yaml`. A
 step is forward, backward and update for one batch, from the states below the lowest trained layer; "no cache" begins at
-the pixels. Decoding pictures is left out everywhere. LoRA is at the recipe's `lora.targets`: in the image tower
-at about the places of the adapters, none of them in its attention, and in the attention of the six layers of the text
-tower, which the adapters leave alone, so part of its step is work that they do not have.
+the pixels. Decoding pictures is left out everywhere. LoRA is once in the layers that have adapters, at a rank that
+makes it as large as they are, and once at the recipe's `lora.targets`, the baseline of `domain.py`: in those layers and
+in the attention of the text tower, which the adapters leave alone, so that part of its step is work that they do not
+have.
 
 The floor is the step's FLOPs over the rate of a large matrix product on the same threads. No step can reach it: a third
 of the layers are depthwise convolutions, which move more numbers than they multiply.
@@ -25,11 +26,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from domain import ROWS as METHOD_ROWS
+from domain_study import WIDER_LORA
 from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.config import DomainRecipe, load_recipe
@@ -43,15 +45,27 @@ from trimtab.towers.map_views import NUMBERS
 from trimtab.training.optimiser import make_optimizer, trainable
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "domain-grocery.yaml"
-# Name, method, whether states below the lowest trained layer are given.
-ROWS: dict[str, tuple[str, str, bool]] = {
-    "adapter": ("Adapters, cached", "adapter", True),
-    "lora": ("LoRA by peft, cached", "lora", True),
-    "adapter_uncached": ("Adapters, no cache", "adapter", False),
-    "lora_uncached": ("LoRA by peft, no cache", "lora", False),
-    "full": ("All weights", "full", False),
-}
 CLASSES = 81
+
+
+class Row(NamedTuple):
+    """What is measured: `cached` where the states below the lowest trained layer are given."""
+
+    title: str
+    method: str
+    cached: bool
+    changes: tuple[str, ...] = ()
+
+
+ROWS = {
+    "adapter": Row("Adapters, cached", "adapter", cached=True),
+    "lora_same": Row("LoRA by peft in the same layers, cached", "lora", cached=True, changes=WIDER_LORA),
+    "lora": Row("LoRA by peft, as compared with, cached", "lora", cached=True),
+    "adapter_uncached": Row("Adapters, no cache", "adapter", cached=False),
+    "lora_same_uncached": Row("LoRA by peft in the same layers, no cache", "lora", cached=False, changes=WIDER_LORA),
+    "lora_uncached": Row("LoRA by peft, as compared with, no cache", "lora", cached=False),
+    "full": Row("All weights", "full", cached=False),
+}
 
 
 def main() -> None:
@@ -87,10 +101,10 @@ def measure(row: str, path: Path, steps: int) -> dict[str, Any]:
     """Times and memory of one row."""
     tune_allocator()
     torch.manual_seed(0)
-    _, name, cached = ROWS[row]
+    _, name, cached, own = ROWS[row]
     # The methods of others know no bank, so no captions but the batch's pass through their text tower.
     changes = METHOD_ROWS["adapter_hard" if name == "adapter" else name]
-    recipe = load_recipe(path, ["data.train=train.csv", *changes])
+    recipe = load_recipe(path, ["data.train=train.csv", *changes, *own])
     assert isinstance(recipe, DomainRecipe)
     base = load_base(recipe.base, device="cpu")
     method = METHODS[name](base, recipe)
@@ -205,7 +219,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         times = f"{one['seconds'] / reference:.2f}" if reference else "–"
         floor = one["flops"] / one["matrix_rate_flops"]
         lines.append(
-            f"| {ROWS[row][0]} | {one['seconds']:.2f} | {times} | {one['flops'] / 1e9:,.0f} | "
+            f"| {ROWS[row].title} | {one['seconds']:.2f} | {times} | {one['flops'] / 1e9:,.0f} | "
             f"{one['seconds'] / floor:.1f} | {one['peak_megabytes']:,.0f} | {one['trained_parameters']:,} |"
         )
     size = next(iter(found.values()))["batch_size"]

@@ -35,6 +35,7 @@ from trimtab.towers.efficientnet import load_packaged
 from trimtab.towers.hf import load_base
 
 PHOTOS = 800
+SURE = 0.5
 
 
 def main() -> None:
@@ -149,25 +150,26 @@ def labelled_photos() -> dict[str, list[tuple[Path, set[int]]]]:
 
 def named_rightly(naming: Naming, name: str, items: Sequence[tuple[Path, set[int]]]) -> dict[str, Any]:
     """Share of photos, in percent, whose class each says."""
-    said, _ = naming([path for path, _ in items])
+    said, sure = naming([path for path, _ in items])
     right = {of: [one in known for one, (_, known) in zip(found, items, strict=True)] for of, found in said.items()}
-    row = {
-        "set": name,
-        "images": len(items),
-        **{of: round(100 * float(np.mean(each)), 1) for of, each in right.items()},
-    }
-    print(row, flush=True)
-    return row
+    shares = {of: round(100 * float(np.mean(each)), 1) for of, each in right.items()}
+    print(f"{name}, {len(items)} photos: {shares}", flush=True)
+    return {"set": name, "images": len(items), "sure": sure_share(sure), **shares}
+
+
+def sure_share(sure: np.ndarray) -> float:
+    """Share of photos, in percent, of which the packaged classifier gives more than half to one class."""
+    return round(100 * float(np.mean(sure > SURE)), 1)
 
 
 def named_as_the_classifier_does(naming: Naming, photos: Sequence[Path]) -> dict[str, Any]:
     """Share of photos, in percent, for which another says what the packaged classifier does."""
     said, sure = naming(photos)
     classes = said.pop("packaged classifier")
-    found: dict[str, Any] = {"images": len(photos), "sure": round(100 * float(np.mean(sure > 0.5)), 1)}
+    found: dict[str, Any] = {"images": len(photos), "sure": sure_share(sure)}
     for of, each in said.items():
         found[of] = round(100 * float(np.mean(each == classes)), 1)
-        found[f"{of}, where it is sure"] = round(100 * float(np.mean((each == classes)[sure > 0.5])), 1)
+        found[f"{of}, where it is sure"] = round(100 * float(np.mean((each == classes)[sure > SURE])), 1)
     return found
 
 
@@ -186,7 +188,7 @@ def as_table(rows: list[dict[str, object]]) -> str:
 
 
 def as_named_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    kinds = [key for key in rows[0] if key not in ("set", "images")]
+    kinds = [key for key in rows[0] if key not in ("set", "images", "sure")]
     lines = [f"| photos | number | {' | '.join(kinds)} |", "|---|---:|" + "---:|" * len(kinds)]
     lines += [
         f"| {row['set']} | {row['images']} | {' | '.join(f'{row[kind]:.1f}' for kind in kinds)} |" for row in rows

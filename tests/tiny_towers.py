@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import nn
 
 import tiny_models
 from tiny_starter import build_starter
@@ -73,12 +75,42 @@ def build_registers_with_bert(folder: Path) -> Path:
     return build_dinov2_with_bert(folder, registers=2)
 
 
+def build_clip_resnet(folder: Path, *, width: int = 8, side: int = 64) -> Path:
+    """CLIP's residual image tower beside its text tower, with the statistics of its norms drawn too."""
+    from transformers import CLIPImageProcessorPil, CLIPTextConfig, VisionTextDualEncoderConfig
+    from transformers import VisionTextDualEncoderModel as Model
+
+    from trimtab.towers.clip_resnet import ClipResNetVisionConfig
+
+    dim, tokenizer = tiny_models.EMBEDDING_DIM, tiny_models.clip_tokenizer()
+    vision = ClipResNetVisionConfig(dim, depths=(1, 2, 1, 2), width=width, num_attention_heads=4, image_size=side)
+    text = CLIPTextConfig(
+        **_SIZES, vocab_size=len(tokenizer), max_position_embeddings=tiny_models.CONTEXT, hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config = VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=dim)
+    model = tiny_models.randomised(Model(config))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(torch.eye(dim))
+        for module in model.modules():  # so drawn that maps stay of one size through all blocks
+            if isinstance(module, nn.Conv2d):
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
+                module.weight /= module.weight[0].numel() ** 0.5
+            elif isinstance(module, nn.BatchNorm2d):
+                module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
+                module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
+    return tiny_models._save(folder, model, tokenizer, processor)
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     **tiny_models.DUAL_ENCODERS,
     "starter": build_starter,
     "clip+roberta": build_clip_with_roberta,
     "vit+xlm-roberta": build_vit_with_xlmr,
     "vit+clip-text": build_vit_with_clip_text,
+    "clip-resnet": build_clip_resnet,
     "dinov2+bert": build_dinov2_with_bert,
     "dinov2-registers+bert": build_registers_with_bert,
 }

@@ -30,8 +30,13 @@ from trimtab.towers.states_below import StatesBelow
 
 Load = Callable[[str], DualEncoder]
 
-CASES = [(name, tower, kind) for name, tower in TOWERS for kind in ("bottleneck", "transformer")]
-CASES.append(("starter", "image", "conv"))
+CASES = [
+    (name, tower, kind)
+    for name, tower in TOWERS
+    for kind in ("bottleneck", "transformer")
+    if (name, tower) != ("clip-resnet", "image")
+]
+CASES += [("starter", "image", "conv"), ("clip-resnet", "image", "conv")]
 
 
 def group(tower: str, kind: str = "bottleneck", **changes: Any) -> DomainAdapterConfig:
@@ -100,7 +105,7 @@ def test_every_cut_with_adapters(name: str, tower: TowerName, kind: str, base_of
     base = base_of(name)
     inputs = inputs_of(base, tower, two[:1] if name == "starter" else two)
     found = [*sites(base, tower, KINDS[kind][0])]
-    if kind == "conv":
+    if name == "starter" and kind == "conv":
         found = [found[0], found[9], found[-1]]
     for site in found:
         adapters = make(base, group(tower, kind, first=site.index))
@@ -497,6 +502,7 @@ def test_adapters_stay_frozen_in_a_finished_model(adapted: DomainAdapted) -> Non
     [
         ("clip", [group("image"), group("text", "transformer", first=-1)]),
         ("starter", [group("image", "conv", first=-2), group("image"), group("text")]),
+        ("clip-resnet", [group("image", "conv", first=-2), group("text")]),
         ("siglip2", [group("image", "transformer")]),
         ("flava", [group("text", "transformer"), group("image")]),
     ],

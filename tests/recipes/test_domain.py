@@ -31,6 +31,7 @@ import trimtab
 from full_disk import check_full_disk_is_named
 from tiny_domain import CAPTIONS, toy_mapping, write_pairs
 from tiny_language import merged, never, recipe_writer
+from tiny_towers import BUILDERS
 from trimtab.cli import app
 from trimtab.config import load_recipe, recipe_from_mapping
 from trimtab.data.sampling import draw_hard_epoch
@@ -664,6 +665,25 @@ def test_bad_data_are_refused_before_a_model_is_loaded(toy: Any, tmp_path: Path,
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(RecipeError, match="holds other files"):
         adapt(toy())
+
+
+@pytest.mark.parametrize(("method", "rate"), [("adapter", 1e-2), ("lora", 1e-2), ("full", 1e-3)])
+def test_a_residual_tower_learns(
+    method: str, rate: float, places: tuple[Path, Path, Path], tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    folder = BUILDERS["clip-resnet"](tmp_path / "base")
+    changes: dict[str, Any] = {
+        "method": method,
+        "adapters": [{"tower": "image", "kind": "conv", "first": 3, "width": 8}],
+        "lora": {"targets": ["conv1", "conv3"], "first_block": 3},
+        "training": {"epochs": 3, "learning_rate": rate},
+    }
+    adapt(recipe_from_mapping(merged(toy_mapping(folder, *places[1:], tmp_path / "out"), changes), "toy"))
+    model, base = trimtab.load(tmp_path / "out", device="cpu"), trimtab.load(folder, device="cpu")
+    assert not np.allclose(model.encode_image(pictures), base.encode_image(pictures), atol=1e-3)
+    kept = [name for name in base.model.state_dict() if "running" in name]  # what its norms have counted
+    assert kept
+    assert all(torch.equal(model.model.state_dict()[name], base.model.state_dict()[name]) for name in kept)
 
 
 @pytest.mark.parametrize("adapters", [[{"tower": "image", "kind": "conv"}], [{"tower": "text", "first": 7, "last": 9}]])

@@ -73,6 +73,13 @@ def test_families(tiny_base: Callable[[str], Any], family: str, pictures: list[I
     check(model, tmp_path / "out", pictures)
 
 
+def test_a_residual_image_tower(base_of: Callable[[str], Any], pictures: list[Image.Image], tmp_path: Path) -> None:
+    model = base_of("clip-resnet")
+    about = export_onnx(model, tmp_path / "out")
+    assert max(about["parity"][tower] for tower in ("image", "text")) < 1e-5
+    check(model, tmp_path / "out", pictures)
+
+
 def build_siglip_in_python(folder: Path) -> Path:
     """SigLIP's own tokenizer asks for sentencepiece; this one is written in Python too, and needs no file."""
     from transformers import ByT5Tokenizer

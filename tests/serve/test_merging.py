@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tiny_links import save_language, save_tiny_domain, save_tiny_prompt
-from tiny_starter import build_starter
+from tiny_towers import BUILDERS
 from trimtab import files
 from trimtab.adapters.adapted import load_adapted
 from trimtab.adapters.composing import load_composed
@@ -108,8 +108,9 @@ def _imports(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
 
 
-def test_starter_brings_its_towers_along(tmp_path: Path, pictures: list[Image.Image]) -> None:
-    base = load_base(str(build_starter(tmp_path / "starter")), device="cpu")
+@pytest.mark.parametrize("name", ["starter", "clip-resnet"])
+def test_towers_of_our_own_are_brought_along(name: str, tmp_path: Path, pictures: list[Image.Image]) -> None:
+    base = load_base(str(BUILDERS[name](tmp_path / name)), device="cpu")
     about = merge(base, tmp_path / "out")
     assert "trust_remote_code=True" in about["load_with"]
     paths = []

@@ -16,6 +16,7 @@ from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import FAMILIES, load_base
 from trimtab.towers.layers import (
     LAYOUTS,
+    PartName,
     Site,
     TowerCut,
     TowerName,
@@ -29,9 +30,14 @@ Load = Callable[[str], DualEncoder]
 
 
 def all_sites(base: DualEncoder, tower: TowerName) -> list[Site]:
-    convolutional = base.name.endswith("starter") and tower == "image"
-    blocks = sites(base, tower, "blocks") if convolutional else []
-    return [*blocks, *sites(base, tower, "layers")]
+    return [site for part in parts_of(base, tower) for site in sites(base, tower, part)]
+
+
+def parts_of(base: DualEncoder, tower: TowerName) -> list[PartName]:
+    """What sites it has, from the lowest."""
+    if tower == "image" and base.name.endswith("clip-resnet"):
+        return ["blocks"]
+    return ["blocks", "layers"] if tower == "image" and base.name.endswith("starter") else ["layers"]
 
 
 def watch(base: DualEncoder, found: list[Site]) -> tuple[list[tuple[str, Tensor, Tensor]], list[Any]]:
@@ -64,10 +70,8 @@ def test_sites_are_what_runs_and_as_wide_as_they_say(
     name: str, tower: TowerName, base_of: Load, two: list[Image.Image]
 ) -> None:
     base = base_of(name)
-    for part in ("blocks", "layers"):
-        if part == "blocks" and (name, tower) != ("starter", "image"):
-            continue
-        found = sites(base, tower, part)  # type: ignore[arg-type]
+    for part in parts_of(base, tower):
+        found = sites(base, tower, part)
         ran, handles = watch(base, found)
         features_of(base, tower, inputs_of(base, tower, two))
         for handle in handles:
@@ -81,8 +85,10 @@ def test_sites_are_what_runs_and_as_wide_as_they_say(
             assert entered.shape[-2] == left.shape[-2] * site.stride, site
         for (_, _, left), (_, entered, _) in pairwise(ran):
             assert torch.equal(left, entered)  # nothing lies between
-    if name != "starter":
-        config = tower_module(base, tower).config
+    config = tower_module(base, tower).config
+    if (name, tower) == ("clip-resnet", "image"):
+        assert len(sites(base, tower, "blocks")) == sum(config.depths)
+    elif name != "starter":
         assert len(sites(base, tower, "layers")) == config.num_hidden_layers
 
 
@@ -109,6 +115,10 @@ def test_a_part_that_a_tower_lacks_is_told(base_of: Load) -> None:
         sites(base_of("clip"), "image", "blocks")
     with pytest.raises(RecipeError, match=r"text tower .*\(trimtab_sentence_bert\) has no convolutional blocks"):
         sites(base_of("starter"), "text", "blocks")
+    with pytest.raises(
+        RecipeError, match=r"\(trimtab_clip_resnet\) has no Transformer layers; it has 6 convolutional.*kind=conv"
+    ):
+        sites(base_of("clip-resnet"), "image", "layers")
 
 
 def test_unknown_towers_are_told(base_of: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +258,7 @@ def test_only_the_upper_half_runs_and_all_is_put_back(
     name: str, tower: TowerName, base_of: Load, two: list[Image.Image]
 ) -> None:
     base = base_of(name)
-    site = sites(base, tower, "layers")[1]
+    site = sites(base, tower, parts_of(base, tower)[-1])[1]
     cut = TowerCut(base, tower, site)
     inputs = inputs_of(base, tower, two)
     modules = dict(base.model.named_modules())

@@ -13,7 +13,7 @@ from trimtab.towers.prefix_reuse import can_reuse, reused_features
 from trimtab.towers.prompting import PromptTower
 
 NAMES = ["cat", "red car", "tea", "dog"]
-CAUSAL = ["clip", "vit+clip-text"]
+CAUSAL = ["clip", "vit+clip-text", "clip-resnet"]
 
 
 def learned(tower: PromptTower, classes: int) -> tuple[Tensor, Tensor]:

@@ -175,9 +175,13 @@ def test_patch_tokens_of_every_family(name: str, base_of: Any, pictures: list[Im
     found = image_tokens(base, pixels)
     close(found.features, base.pixel_features(pixels), 1e-6)
     assert found.tokens.shape[0] == 5
-    assert found.tokens.shape[1] == {"starter": 49, "siglip": 16, "siglip2": 16, "dinov2-registers+bert": 19}.get(
-        name, 17
-    )
+    assert found.tokens.shape[1] == {
+        "starter": 49,
+        "clip-resnet": 4,
+        "siglip": 16,
+        "siglip2": 16,
+        "dinov2-registers+bert": 19,
+    }.get(name, 17)
     assert (found.mask is not None) == (name == "siglip2")
     if found.mask is not None:
         assert found.mask.shape == found.tokens.shape[:2]

@@ -141,7 +141,7 @@ def convert(
         bool | None, typer.Option("--quick-gelu/--no-quick-gelu", help="The activation, where no configuration tells.")
     ] = None,
 ) -> None:
-    """Turn an OpenCLIP checkpoint into a transformers CLIPModel folder."""
+    """Turn an OpenCLIP checkpoint into a transformers folder."""
     from trimtab.towers.open_clip import convert_open_clip
 
     show_written(convert_open_clip(checkpoint, out, config=config, tokenizer=tokenizer, quick_gelu=quick_gelu))

@@ -2,7 +2,8 @@
 
 The base lies in an ordinary transformers folder. The text side of a language link has layers that no architecture of
 transformers has, so its folder brings the Python file of its own model along (`trimtab.towers.merged_text`); so does a
-folder of `starter` (`trimtab.towers.starter_model`). Such folders load with `trust_remote_code=True`.
+folder of `starter` (`trimtab.towers.starter_model`) or of CLIP's ResNets (`trimtab.towers.clip_resnet`). Such folders
+load with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trimtab.adapters.cards import shown_name
 from trimtab.errors import ModelError
 from trimtab.files import atomic_folder, write_json, write_text
 from trimtab.serve.export import CLASSES_LEFT_OUT, TEXTS, describe_processor, made_pictures, on_cpu, without_prompts
-from trimtab.towers import efficientnet, memory, merged_text, starter_model
+from trimtab.towers import clip_resnet, efficientnet, memory, merged_text, starter_model
 from trimtab.towers.dual_encoder import DualEncoder
 from trimtab.towers.hf import load_base
 from trimtab.towers.memory import PairMemory
@@ -140,10 +141,12 @@ def write_base(model: DualEncoder, folder: Path) -> float:
         ModelError: it gives other embeddings.
     """
     model.save_pretrained(folder)
-    if own_kinds(model):
-        _bring_code(folder, [efficientnet, starter_model])
-        names = {"AutoConfig": "StarterConfig", "AutoModel": "StarterModel"}
-        _point_to(folder, {kind: f"starter_model.{name}" for kind, name in names.items()})
+    if kinds := own_kinds(model):
+        resnet = clip_resnet.ClipResNetVisionConfig.model_type in kinds
+        module, name = (clip_resnet, "ClipResNet") if resnet else (starter_model, "Starter")
+        _bring_code(folder, [efficientnet, module])
+        code = module.__name__.rpartition(".")[2]
+        _point_to(folder, {f"Auto{part}": f"{code}.{name}{part}" for part in ("Config", "Model")})
     again = load_base(str(folder), device="cpu")
     worst = max(
         float(np.abs(model.encode_image(made_pictures()) - again.encode_image(made_pictures())).max()),

@@ -43,7 +43,7 @@ class Layout:
     """What is known of one kind of tower.
 
     Attributes:
-        layers: Transformer layers.
+        layers: Transformer layers, if there are any.
         blocks: convolutional blocks, which all lie below the layers.
         causal: a token sees only those before it.
         carried: inputs that are read again above the first layer.
@@ -84,6 +84,7 @@ LAYOUTS: dict[str, Layout] = {
         blocks=Part(("trunk.blocks", "trunk.head"), below=("trunk.stem",)),
         cuts_itself=True,
     ),
+    "trimtab_clip_resnet": Layout(Part((), below=()), blocks=Part(("blocks",), below=("stem",)), cuts_itself=True),
     # text towers
     "clip_text_model": Layout(Part(("encoder.layers",), below=("embeddings",)), causal=True),
     "siglip_text_model": _SIGLIP,
@@ -158,6 +159,12 @@ def sites(base: DualEncoder, tower: TowerName, part: PartName) -> list[Site]:
     path, module, layout = _find(base, tower)
     if part == "layers":
         found = _modules(module, layout.layers)
+        if not found and layout.blocks is not None:
+            raise RecipeError(
+                f"the {tower} tower of {base.name} ({module.config.model_type}) has no Transformer layers; it has "
+                f"{len(_modules(module, layout.blocks))} convolutional blocks, which take kind=conv, as in "
+                "recipes/domain-grocery.yaml"
+            )
         widths = [_layer_width(layer) for _, layer in found]
         return [
             Site(tower, part, index, f"{path}.{name}", width, width, causal=layout.causal)
@@ -422,8 +429,8 @@ def _layer_width(layer: nn.Module) -> int:
     return next(one.normalized_shape[0] for one in layer.modules() if isinstance(one, nn.LayerNorm))
 
 
-def _block_sizes(block: nn.Module) -> tuple[int, int, int]:
-    """Channels in and out, and stride, of convolutions that follow each other."""
+def _block_sizes(block: Any) -> tuple[int, int, int]:
+    """Channels in and out, and stride: the block's own, or that of convolutions that follow each other."""
     convolutions = [one for one in block.modules() if isinstance(one, nn.Conv2d)]
-    stride = math.prod(one.stride[0] for one in convolutions)
+    stride = getattr(block, "stride", None) or math.prod(one.stride[0] for one in convolutions)
     return convolutions[0].in_channels, convolutions[-1].out_channels, stride

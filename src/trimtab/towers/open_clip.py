@@ -1,7 +1,9 @@
-"""Turn an OpenCLIP checkpoint file into a transformers `CLIPModel` folder.
+"""Turn an OpenCLIP checkpoint file into a transformers folder.
 
 open_clip itself needs torchvision, so its state dict is renamed instead. ViT image towers with OpenCLIP's own
-text tower keep every weight as it is; anything that `CLIPModel` cannot compute is refused with the reason.
+text tower become a `CLIPModel` and keep every weight as it is; with CLIP's ResNets they become a
+`VisionTextDualEncoderModel`, as transformers has none of them (`trimtab.towers.clip_resnet`). Anything that these
+cannot compute is refused with the reason.
 Where the long side of a resized picture exceeds the crop by an odd number of pixels, transformers may take the middle
 one pixel beside torchvision, so that its embedding differs a little from OpenCLIP's.
 """
@@ -26,7 +28,7 @@ from trimtab.towers.hf import resolve_folder
 from trimtab.towers.parts import image_processor_class, load_tokenizer, quiet
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, VisionTextDualEncoderConfig
 
 StateDict = dict[str, Tensor]
 
@@ -39,8 +41,7 @@ _TEXT_HEADS = 8  # of an OpenCLIP configuration that does not say, whatever the 
 
 # What a state dict holds when the image or text tower is not the plain Transformer that CLIPModel computes.
 _FOREIGN = {
-    r"^visual\.layer1\.": "its image tower is a ResNet; only ViT image towers can be converted",
-    r"^visual\.trunk\.": "its image tower comes from timm; only OpenCLIP's own ViT can be converted",
+    r"^visual\.trunk\.": "its image tower comes from timm; only OpenCLIP's own ViT and ResNet can be converted",
     r"^visual\.attn_pool\.": "its image tower pools by attention, which CLIPModel cannot",
     r"^text_decoder\.": "it is a CoCa model with a text decoder, which CLIPModel does not have",
     r"^text\.transformer\.(embeddings|encoder|shared|layer)\b": "its text tower is a Hugging Face model "
@@ -50,11 +51,18 @@ _FOREIGN = {
     r"^(text\.)?cls_emb$": "its text tower reads a CLS token rather than the end token",
     r"\.attn\.(ln_|logit_scale|in_proj\.|qkv\.)|\.mlp\.ln\.|\.ln_attn\.": "its layers are not CLIPModel's",
 }
-# All that a plain ViT of OpenCLIP has: any other tensor would change its vectors and find no place in CLIPModel.
-_PLAIN_TENSORS = re.compile(
-    r"(visual\.)?(positional_embedding|transformer\.resblocks\.\d+\..+)|visual\.(proj|class_embedding|conv1\.weight)"
-    r"|(visual\.ln_pre|visual\.ln_post|ln_final)\.(weight|bias)|text_projection(\.weight)?|token_embedding\.weight"
-    r"|logit_scale"
+# All that a plain model of OpenCLIP has: any other tensor would change its vectors and find no place.
+_OF_TEXT = (
+    r"positional_embedding|transformer\.resblocks\.\d+\..+|ln_final\.(weight|bias)|text_projection(\.weight)?"
+    r"|token_embedding\.weight|logit_scale"
+)
+_OF_VIT = (
+    r"visual\.(positional_embedding|transformer\.resblocks\.\d+\..+|proj|class_embedding|conv1\.weight)"
+    r"|visual\.ln_(pre|post)\.(weight|bias)"
+)
+_OF_RESNET = (
+    r"visual\.(conv[123]\.weight|bn[123]\..+|layer[1234]\.\d+\.(conv[123]|bn[123]|downsample\.[01])\..+)"
+    r"|visual\.attnpool\.(positional_embedding|[qkvc]_proj\.(weight|bias))"
 )
 # Settings of an OpenCLIP configuration under which the same weights mean another computation.
 _PLAIN = {
@@ -125,7 +133,7 @@ def convert_open_clip(
     tokenizer: str | Path | None = None,
     quick_gelu: bool | None = None,
 ) -> Path:
-    """Write a `CLIPModel` folder that gives the embeddings of an OpenCLIP checkpoint.
+    """Write a transformers folder that gives the embeddings of an OpenCLIP checkpoint.
 
     Args:
         checkpoint: ``open_clip_model.safetensors``, or a ``.bin`` or ``.pt`` state dict, which is read
@@ -141,8 +149,7 @@ def convert_open_clip(
         `out_folder`.
 
     Raises:
-        ModelError: not an OpenCLIP checkpoint, one that `CLIPModel` cannot compute, or a configuration with a value
-            that cannot be.
+        ModelError: not an OpenCLIP checkpoint, one with other towers, or a configuration with a value that cannot be.
     """
     checkpoint, out_folder = Path(checkpoint), Path(out_folder)
     if out_folder.is_file() or (out_folder.is_dir() and any(out_folder.iterdir())):
@@ -154,29 +161,27 @@ def convert_open_clip(
     beside = checkpoint.parent / "open_clip_config.json"
     config_path = Path(config) if config is not None else (beside if beside.is_file() else None)
     settings = _read_config(config_path) if config_path else {}
-    clip_config: Any = _clip_config(checkpoint, state, settings.get("model_cfg", {}), quick_gelu)
+    configure = _resnet_config if is_resnet(state) else _clip_config
+    clip_config: Any = configure(checkpoint, state, settings.get("model_cfg", {}), quick_gelu)
     clip_tokenizer = _load_tokenizer(checkpoint, tokenizer, clip_config)
     if (end := clip_tokenizer.eos_token_id) is not None:
         clip_config.text_config.eos_token_id = end
         clip_config.text_config.bos_token_id = clip_tokenizer.bos_token_id
         clip_config.text_config.pad_token_id = clip_tokenizer.pad_token_id
 
-    from transformers import CLIPModel
-
     with quiet():
-        model = CLIPModel(clip_config)
-        weights = to_clip_names(state)
+        model, weights = _dual_encoder(clip_config, state) if is_resnet(state) else _clip_model(clip_config, state)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if wrong := [name for name, tensor in weights.items() if shapes.get(name, tensor.shape) != tensor.shape]:
             raise ModelError(
                 f"{checkpoint} holds tensors whose shapes do not go together, after renaming {wrong[:5]}: it is "
-                "damaged or no plain OpenCLIP ViT; fetch it again"
+                "damaged or no plain OpenCLIP model; fetch it again"
             )
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not name.endswith("position_ids")]
+        missing = [name for name in missing if not name.endswith(("position_ids", "num_batches_tracked"))]
         if missing or unexpected:
             raise ModelError(
-                f"{checkpoint} is not a plain OpenCLIP ViT: after renaming, "
+                f"{checkpoint} is not a plain OpenCLIP model: after renaming, "
                 f"missing {missing[:5]}, unknown {unexpected[:5]}"
             )
         processor = _image_processor(settings.get("preprocess_cfg", {}), clip_config.vision_config.image_size)
@@ -226,41 +231,115 @@ def read_state_dict(checkpoint: Path) -> StateDict:
     return loaded
 
 
+def is_resnet(state: StateDict) -> bool:
+    """Whether the image tower is one of CLIP's ResNets."""
+    return any(name.startswith("visual.layer1.") for name in state)
+
+
+def _clip_model(config: Any, state: StateDict) -> tuple[Any, StateDict]:
+    """A model to fill and the tensors by its names."""
+    from transformers import CLIPModel
+
+    return CLIPModel(config), to_clip_names(state)
+
+
+def _dual_encoder(config: Any, state: StateDict) -> tuple[Any, StateDict]:
+    """The same with CLIP's ResNet beside CLIP's text tower."""
+    from transformers import VisionTextDualEncoderModel
+
+    model = VisionTextDualEncoderModel(config)
+    nested = any(name.startswith("text_model.text_model.") for name in model.state_dict())
+    text = {
+        name.replace("text_model.", "text_model.text_model.", 1) if nested else name: tensor
+        for name, tensor in _text_names(state).items()
+    }
+    # The pooling ends in the shared space.
+    projection = torch.eye(config.projection_dim)
+    return model, {**_resnet_names(state), **text, "visual_projection.weight": projection}
+
+
 def to_clip_names(state: StateDict) -> StateDict:
     """Rename OpenCLIP's tensors to those of `CLIPModel`; fused query-key-value projections are split."""
-    renamed: StateDict = {
+    renamed = {
         "visual_projection.weight": state["visual.proj"].T.contiguous(),
-        "text_projection.weight": _text_projection(state),
-        "logit_scale": state["logit_scale"].reshape(()),
         "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
         "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
         "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
+        **_layer_names(state, "visual.", "vision_model"),
+    }
+    norms = {"visual.ln_pre": "pre_layrnorm", "visual.ln_post": "post_layernorm"}  # transformers spells it so
+    for norm, target in norms.items():
+        for kind in ("weight", "bias"):
+            if f"{norm}.{kind}" in state:
+                renamed[f"vision_model.{target}.{kind}"] = state[f"{norm}.{kind}"]
+    return {name: tensor.float() for name, tensor in renamed.items()} | _text_names(state)
+
+
+def _text_names(state: StateDict) -> StateDict:
+    """The text tower and the scale, which are the same beside any image tower."""
+    renamed = {
+        "text_projection.weight": _text_projection(state),
+        "logit_scale": state["logit_scale"].reshape(()),
         "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
         "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        **_layer_names(state, "", "text_model"),
     }
-    norms = {
-        "visual.ln_pre": "vision_model.pre_layrnorm",  # transformers spells it so
-        "visual.ln_post": "vision_model.post_layernorm",
-        "ln_final": "text_model.final_layer_norm",
-    }
+    for kind in ("weight", "bias"):
+        if f"ln_final.{kind}" in state:
+            renamed[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+    return {name: tensor.float() for name, tensor in renamed.items()}
+
+
+def _layer_names(state: StateDict, prefix: str, tower: str) -> StateDict:
     in_layer = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
                 "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+    renamed: StateDict = {}
     for name, tensor in state.items():
-        stem, _, kind = name.rpartition(".")
-        if stem in norms:
-            renamed[f"{norms[stem]}.{kind}"] = tensor
-        layer = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
+        layer = re.fullmatch(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.(.+)", name)
         if layer is None:
             continue
-        target = f"{'vision' if layer[1] else 'text'}_model.encoder.layers.{layer[2]}"
-        if layer[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            kind = layer[3].removeprefix("attn.in_proj_")
+        target = f"{tower}.encoder.layers.{layer[1]}"
+        if layer[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            kind = layer[2].removeprefix("attn.in_proj_")
             for part, values in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{target}.self_attn.{part}_proj.{kind}"] = values.contiguous()
         else:
-            stem, _, kind = layer[3].rpartition(".")
+            stem, _, kind = layer[2].rpartition(".")
             renamed[f"{target}.{in_layer.get(stem, stem)}.{kind}"] = tensor
-    return {name: tensor.float() for name, tensor in renamed.items()}
+    return renamed
+
+
+def _resnet_names(state: StateDict) -> StateDict:
+    """Rename the tensors of the image tower to those of `ClipResNetVisionModel`, whose blocks are one list."""
+    depths = _depths(state)
+    stem = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4", "conv3": "6", "bn3": "7"}
+    in_block = {"bn1": "norm1", "bn2": "norm2", "bn3": "norm3", "downsample.0": "shortcut.1",
+                "downsample.1": "shortcut.2"}  # fmt: skip
+    in_pool = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "c_proj": "output"}
+    renamed: StateDict = {}
+    for name, tensor in state.items():
+        tower, _, rest = name.partition(".")
+        if tower != "visual":
+            continue
+        place, _, kind = rest.rpartition(".")
+        if rest == "attnpool.positional_embedding":
+            target = "pool.positions"
+        elif place.startswith("attnpool."):
+            target = f"pool.{in_pool[place.removeprefix('attnpool.')]}.{kind}"
+        elif place.startswith("layer"):
+            stage, number, part = place.removeprefix("layer").split(".", 2)
+            block = sum(depths[: int(stage) - 1]) + int(number)
+            target = f"blocks.{block}.{in_block.get(part, part)}.{kind}"
+        else:
+            target = f"stem.{stem[place]}.{kind}"
+        renamed[f"vision_model.{target}"] = tensor.float() if tensor.is_floating_point() else tensor
+    return renamed
+
+
+def _depths(state: StateDict) -> list[int]:
+    """Blocks in each stage of a ResNet."""
+    found = {match.groups() for name in state if (match := re.match(r"visual\.layer(\d)\.(\d+)\.", name))}
+    return [sum(stage == str(number) for stage, _ in found) for number in range(1, 5)]
 
 
 def _text_projection(state: StateDict) -> Tensor:
@@ -282,21 +361,28 @@ def _normalise_names(state: StateDict) -> StateDict:
 def _refuse_foreign(checkpoint: Path, state: StateDict) -> None:
     for pattern, reason in _FOREIGN.items():
         if any(re.search(pattern, name) for name in state):
-            raise ModelError(f"{checkpoint} cannot become a CLIPModel: {reason}")
+            raise ModelError(f"{checkpoint} cannot be converted: {reason}")
     if "logit_bias" in state:
-        raise ModelError(f"{checkpoint} cannot become a CLIPModel: it has a logit bias (trained as SigLIP)")
-    needed = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding", "visual.proj",
-              "visual.ln_pre.weight", "visual.ln_post.weight", "token_embedding.weight",
-              "positional_embedding", "ln_final.weight", "logit_scale")  # fmt: skip
+        raise ModelError(f"{checkpoint} cannot be converted: it has a logit bias (trained as SigLIP)")
+    of_image = (
+        ("visual.conv1.weight", "visual.layer4.0.conv1.weight", "visual.attnpool.positional_embedding",
+         "visual.attnpool.c_proj.weight")
+        if is_resnet(state)
+        else ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding", "visual.proj",
+              "visual.ln_pre.weight", "visual.ln_post.weight")
+    )  # fmt: skip
+    needed = (*of_image, "token_embedding.weight", "positional_embedding", "ln_final.weight", "logit_scale")
     missing = [name for name in needed if name not in state]
     if not ("text_projection" in state or "text_projection.weight" in state):
         missing.append("text_projection")
     if missing:
-        raise ModelError(f"{checkpoint} is not an OpenCLIP checkpoint of a ViT: it lacks {', '.join(missing)}")
-    other = [name for name in state if state[name].is_floating_point() and not _PLAIN_TENSORS.fullmatch(name)]
+        kind = "ResNet" if is_resnet(state) else "ViT"
+        raise ModelError(f"{checkpoint} is not an OpenCLIP checkpoint of a {kind}: it lacks {', '.join(missing)}")
+    plain = re.compile(f"{_OF_TEXT}|{_OF_RESNET if is_resnet(state) else _OF_VIT}")
+    other = [name for name in state if state[name].is_floating_point() and not plain.fullmatch(name)]
     if other:
         raise ModelError(
-            f"{checkpoint} cannot become a CLIPModel, which has no place for {', '.join(sorted(other)[:5])}"
+            f"{checkpoint} cannot be converted, as there is no place for {', '.join(sorted(other)[:5])}"
             + (f" and {len(other) - 5} more" if len(other) > 5 else "")
         )
 
@@ -325,63 +411,112 @@ def _clip_config(checkpoint: Path, state: StateDict, model: dict[str, Any], quic
     """Sizes from the weights, and what the weights do not tell from the configuration."""
     from transformers import CLIPConfig
 
-    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    for part, plain in _PLAIN.items():
-        for key, fits in plain.items():
-            if (value := model.get(part, {}).get(key, fits)) != fits:
-                raise ModelError(
-                    f"{checkpoint} cannot become a CLIPModel: {part}.{key} is {value!r}; only {fits!r} fits"
-                )
-    vision_heads, text_heads = _heads(checkpoint, state, model)
-    if quick_gelu is None:
-        if not model:
-            raise ModelError(
-                f"{checkpoint} comes without open_clip_config.json, and its weights do not tell the "
-                "activation: say whether it uses QuickGELU (OpenAI's weights do, most later ones do not)"
-            )
-        quick_gelu = bool(model.get("quick_gelu", False))
+    _refuse_other_computations(checkpoint, model)
+    heads, text_heads = _heads(checkpoint, state, model)
+    quick_gelu = _uses_quick_gelu(checkpoint, model, quick_gelu)
+    vision = model.get("vision_cfg", {})
     width, _, patch, patch_width = state["visual.conv1.weight"].shape
-    positions = state["visual.positional_embedding"].shape[0] - 1
-    grid = math.isqrt(positions)
-    if patch != patch_width or grid * grid != positions:
-        raise ModelError(f"{checkpoint} cannot become a CLIPModel: its images or patches are not square")
-    text_width = state["token_embedding.weight"].shape[1]
-    vocabulary, dimension = state["token_embedding.weight"].shape[0], state["visual.proj"].shape[1]
+    grid = _grid(checkpoint, state["visual.positional_embedding"], square=patch == patch_width)
+    dimension = state["visual.proj"].shape[1]
     return CLIPConfig(
         projection_dim=dimension,
         vision_config={
             "image_size": grid * patch,
             "patch_size": patch,
             "projection_dim": dimension,
-            **_tower_config(checkpoint, state, "visual.", width, vision_heads, quick_gelu, vision),
+            **_tower_config(checkpoint, state, "visual.", width, heads, quick_gelu, vision),
         },
-        text_config={
-            "vocab_size": vocabulary,
-            "max_position_embeddings": state["positional_embedding"].shape[0],
-            "projection_dim": dimension,
-            "eos_token_id": vocabulary - 1,
-            "bos_token_id": vocabulary - 2,
-            "pad_token_id": 0,
-            **_tower_config(checkpoint, state, "", text_width, text_heads, quick_gelu, text),
-        },
+        text_config=_text_config(checkpoint, state, model, dimension, text_heads, quick_gelu),
     )
 
 
+def _resnet_config(
+    checkpoint: Path, state: StateDict, model: dict[str, Any], quick_gelu: bool | None
+) -> VisionTextDualEncoderConfig:
+    """The same of a checkpoint with a ResNet."""
+    from transformers import CLIPTextConfig, VisionTextDualEncoderConfig
+
+    from trimtab.towers.clip_resnet import SHRINKS, ClipResNetVisionConfig
+
+    _refuse_other_computations(checkpoint, model)
+    heads, text_heads = _heads(checkpoint, state, model)
+    quick_gelu = _uses_quick_gelu(checkpoint, model, quick_gelu)
+    dimension, channels = state["visual.attnpool.c_proj.weight"].shape
+    grid = _grid(checkpoint, state["visual.attnpool.positional_embedding"])
+    if heads < 1 or channels % heads:
+        raise ModelError(
+            f"{checkpoint}: the image tower pools {channels} channels, which {heads} heads do not divide: pass its "
+            "open_clip_config.json"
+        )
+    vision = ClipResNetVisionConfig(
+        hidden_size=dimension,
+        depths=_depths(state),
+        width=2 * state["visual.conv1.weight"].shape[0],
+        num_attention_heads=heads,
+        image_size=grid * SHRINKS,
+    )
+    text = CLIPTextConfig(**_text_config(checkpoint, state, model, dimension, text_heads, quick_gelu))
+    return VisionTextDualEncoderConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=dimension
+    )
+
+
+def _refuse_other_computations(checkpoint: Path, model: dict[str, Any]) -> None:
+    for part, plain in _PLAIN.items():
+        for key, fits in plain.items():
+            if (value := model.get(part, {}).get(key, fits)) != fits:
+                raise ModelError(f"{checkpoint} cannot be converted: {part}.{key} is {value!r}; only {fits!r} fits")
+
+
 def _heads(checkpoint: Path, state: StateDict, model: dict[str, Any]) -> tuple[int, int]:
-    """Attention heads of the image and the text tower."""
-    widths = {
-        "vision_cfg": state["visual.conv1.weight"].shape[0],
-        "text_cfg": state["token_embedding.weight"].shape[1],
-    }
-    for part, width in widths.items():
-        if part not in model and width not in _SURE_WIDTHS:
+    """Attention heads of the image and the text tower; of a ResNet those of its pooling, in all of CLIP's 64 wide."""
+    image, text = state["visual.conv1.weight"].shape[0], state["token_embedding.weight"].shape[1]
+    if is_resnet(state):
+        image = state["visual.attnpool.c_proj.weight"].shape[1]
+    for part, width in (("vision_cfg", image), ("text_cfg", text)):
+        sure = width in _SURE_WIDTHS or (part == "vision_cfg" and is_resnet(state))
+        if part not in model and not sure:
             raise ModelError(
                 f"{checkpoint}: the {'image' if part == 'vision_cfg' else 'text'} tower is {width} wide, and its "
                 "weights do not tell the number of heads: pass its open_clip_config.json by --config"
             )
-    image, text = widths.values()
     in_text = model.get("text_cfg", {}).get("heads", _TEXT_HEADS if "text_cfg" in model else text // _HEAD_WIDTH)
     return image // model.get("vision_cfg", {}).get("head_width", _HEAD_WIDTH), in_text
+
+
+def _uses_quick_gelu(checkpoint: Path, model: dict[str, Any], asked: bool | None) -> bool:
+    if asked is not None:
+        return asked
+    if not model:
+        raise ModelError(
+            f"{checkpoint} comes without open_clip_config.json, and its weights do not tell the "
+            "activation: say whether it uses QuickGELU (OpenAI's weights do, most later ones do not)"
+        )
+    return bool(model.get("quick_gelu", False))
+
+
+def _grid(checkpoint: Path, positions: Tensor, *, square: bool = True) -> int:
+    """Places on a side of the map, of which a position more is for the whole."""
+    count = positions.shape[0] - 1
+    grid = math.isqrt(count)
+    if not square or grid * grid != count:
+        raise ModelError(f"{checkpoint} cannot be converted: its images or patches are not square")
+    return grid
+
+
+def _text_config(
+    checkpoint: Path, state: StateDict, model: dict[str, Any], dimension: int, heads: int, quick_gelu: bool
+) -> dict[str, Any]:
+    vocabulary, width = state["token_embedding.weight"].shape
+    return {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": state["positional_embedding"].shape[0],
+        "projection_dim": dimension,
+        "eos_token_id": vocabulary - 1,
+        "bos_token_id": vocabulary - 2,
+        "pad_token_id": 0,
+        **_tower_config(checkpoint, state, "", width, heads, quick_gelu, model.get("text_cfg", {})),
+    }
 
 
 def _tower_config(
@@ -402,7 +537,7 @@ def _tower_config(
         )
     inner = f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"
     if inner not in state:
-        raise ModelError(f"{checkpoint} is not an OpenCLIP checkpoint of a ViT: it lacks {inner}")
+        raise ModelError(f"{checkpoint} is not an OpenCLIP checkpoint: it lacks {inner}")
     tanh = (given.get("act_kwargs") or {}).get("approximate") == "tanh"
     return {
         "hidden_size": width,

@@ -258,7 +258,9 @@ def _lacks_sentencepiece(folder: Path, error: Exception) -> bool:
 
 
 def _register_own_types() -> None:
-    import trimtab.towers.starter_model  # noqa: F401 - registers its model types with transformers
+    # They register their model types with transformers.
+    import trimtab.towers.clip_resnet
+    import trimtab.towers.starter_model  # noqa: F401
 
 
 def _known_model_types() -> set[str]:

@@ -336,8 +336,11 @@ def _token_table(base: DualEncoder) -> nn.Embedding:
 # Patch tokens
 
 
-# Where a tower has richer tokens than those above its last layer: the module whose output is the map.
-_MAPS = {"trimtab_starter_vision": "trunk.head"}
+# Where a tower has a map that is richer than its tokens, or no tokens: the module whose output that is.
+_MAPS: dict[str, Callable[[Any], nn.Module]] = {
+    "trimtab_starter_vision": lambda tower: tower.trunk.head,
+    "trimtab_clip_resnet": lambda tower: tower.blocks[-1],
+}
 
 
 class ImageTokens(NamedTuple):
@@ -346,7 +349,8 @@ class ImageTokens(NamedTuple):
     Attributes:
         features: (B, D), as `DualEncoder.pixel_features`.
         tokens: (B, N, Wi) its token states above the last layer, with CLS token and registers where there are any. Of
-            `starter` the 49 places of its trunk's last map, of which its own layers see a projection to a fifth.
+            `starter` the 49 places of its trunk's last map, of which its own layers see a projection to a fifth; of
+            CLIP's ResNets those of the last map.
         mask: (B, N) bool, False on padding; None if all are real.
     """
 
@@ -392,9 +396,9 @@ def tokens_in_pass(base: DualEncoder, pixels: dict[str, Tensor], run: Callable[[
         tower: Any = tower_module(base, "image")
     except ModelError as error:
         raise _no_patches(base, str(error)) from None
-    path = _MAPS.get(tower.config.model_type)
+    find_map = _MAPS.get(tower.config.model_type)
     seen: list[Any] = []
-    module = tower.get_submodule(path) if path else tower
+    module = find_map(tower) if find_map else tower
     handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         features = run()
@@ -403,7 +407,7 @@ def tokens_in_pass(base: DualEncoder, pixels: dict[str, Tensor], run: Callable[[
     if not seen:
         return None
     output: Any = seen[-1]
-    tokens = output.flatten(2).transpose(1, 2) if path else getattr(output, "last_hidden_state", None)
+    tokens = output.flatten(2).transpose(1, 2) if find_map else getattr(output, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] < 2:
         shape = "nothing beside its pooled output" if tokens is None else f"states of shape {tuple(tokens.shape)}"
         raise _no_patches(base, f"it gives {shape}")
