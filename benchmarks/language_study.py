@@ -7,6 +7,9 @@ recipe's two, and is judged by translation match on the same validation pairs; n
 `--seeds 3` each row is trained three times and its table has mean and standard deviation: a difference below that says
 nothing.
 
+Two things need no training of their own and are measured on the recipe's: hubness corrected at query time, and how
+class names are best asked for, on those validation pairs that name a visible thing.
+
 Texts are encoded once for all rows; only rows that change the student encode all of them anew, and every further seed
 the phrases that it composes. Runs that stand in the output file already, with the same recipe and budget, are
 not repeated; a file with runs of others is refused, not written over.
@@ -15,24 +18,34 @@ not repeated; a file with runs of others is refused, not written over.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trimtab.adapters.adapted import load_adapted
 from trimtab.config import LanguageRecipe, load_recipe, recipe_from_mapping, to_mapping
+from trimtab.data.corpora import WeightedPair, cedict_pairs, weight_of
+from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import RecipeError
+from trimtab.evaluation.classification import embed_classes
+from trimtab.evaluation.matching import translation_match
+from trimtab.evaluation.ranking import rank_embeddings
 from trimtab.files import write_json, write_text
 from trimtab.recipes.adapt import adapt
-from trimtab.recipes.sources import prepare
+from trimtab.recipes.sources import PREPARED, prepare
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "language-zh.yaml"
 AS_IT_IS = "recipe as it is"
+LONGEST = 24  # letters of a class name, of which a Chinese character counts as three
 FIGURES = ("match", "english_match", "cosine", "collapse")
 
 # Both sides of a choice stand here where the recipe may take either; the side that it takes is not trained again.
@@ -69,6 +82,24 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+def first_glosses(_: str) -> Iterator[WeightedPair]:
+    return cedict_pairs(max_glosses=1)
+
+
+def no_heavier(_: str) -> Iterator[WeightedPair]:
+    """What is visible neither comes first nor is drawn more often."""
+    return ((target, english, weight / weight_of(english)) for target, english, weight in cedict_pairs())
+
+
+# Rows that read the dictionary in another way.
+READINGS: dict[str, Callable[[str], Iterator[WeightedPair]]] = {
+    "pairs: first gloss of each entry": first_glosses,
+    "pairs: visible things no heavier": no_heavier,
+}
+CSLS = "query time: hubness corrected by `csls`"
+NAMES = "class names"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
@@ -81,7 +112,7 @@ def main() -> None:
     budget = [f"training.epochs={arguments.epochs}", f"data.epoch_pairs={arguments.pairs}", "training.trackers=[]"]
     recipe = load_recipe(arguments.recipe, budget)
     assert isinstance(recipe, LanguageRecipe)
-    variants = {**VARIANTS, **other_sources(recipe)}
+    variants = {**VARIANTS, **other_sources(recipe), **{name: [] for name in READINGS}}
     if unknown := set(arguments.only or ()) - variants.keys():
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(variants)}")
 
@@ -91,7 +122,7 @@ def main() -> None:
     chosen = {
         name: changes
         for name, changes in variants.items()
-        if name in (arguments.only or variants) and (name == AS_IT_IS or changed(changes))
+        if name in (arguments.only or variants) and (name == AS_IT_IS or name in READINGS or changed(changes))
     }
     try:
         runs = finished_runs(arguments.out, to_mapping(recipe))
@@ -103,14 +134,62 @@ def main() -> None:
             for name, changes in chosen.items():
                 if any((run["change"], run["seed"]) == (name, seed) for run in runs):
                     continue
-                places = [f"data.validation=[{validation}]", f"out={scratch}/{len(runs)}", f"seed={seed}"]
-                run = train(load_recipe(arguments.recipe, [*budget, *places, *changes]), count)
-                runs.append({"change": name, "seed": seed, **run})
-                print(json.dumps(runs[-1], ensure_ascii=False), flush=True)
-                rows = summarise(runs, list(variants))
+                out = f"{scratch}/{len(runs)}"
+                places = [f"data.validation=[{validation}]", f"out={out}", f"seed={seed}"]
+                with reading(name):
+                    run = train(load_recipe(arguments.recipe, [*budget, *places, *changes]), count)
+                found = [{"change": name, **run}]
+                if name == AS_IT_IS:
+                    found += without_training(out, recipe)
+                runs += [{"seed": seed, **one} for one in found]
+                for one in found:
+                    print(json.dumps(one, ensure_ascii=False), flush=True)
+                rows = summarise(runs, [*variants, CSLS])
                 facts = {"recipe": to_mapping(recipe), "validation_pairs": count}
                 write_json(arguments.out, {**facts, "rows": rows, "runs": runs})
-                write_text(arguments.out.with_suffix(".md"), as_table(rows))
+                write_text(arguments.out.with_suffix(".md"), as_table(rows) + names_table(runs))
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """The dictionary read as a row asks for."""
+    before = PREPARED["cedict"]
+    PREPARED["cedict"] = READINGS.get(name, before)
+    try:
+        yield
+    finally:
+        PREPARED["cedict"] = before
+
+
+def without_training(folder: str, recipe: LanguageRecipe) -> list[dict[str, Any]]:
+    """What the trained model of a folder gives on the recipe's validation pairs when it is asked in other ways."""
+    model: Any = load_adapted(folder)
+    pairs = prepare(recipe).validation
+    target, english = model.encode_text(pairs.targets), model.base.encode_text(pairs.english)
+    texts = {text: number for number, text in enumerate(dict.fromkeys(pairs.english))}
+    of = np.array([texts[text] for text in pairs.english])
+    known = np.stack([english[np.flatnonzero(of == number)[0]] for number in range(len(texts))])
+    # As for the match each pair has its own place among the targets, while equal English texts are one.
+    ranks = rank_embeddings(target, known, np.stack([np.arange(len(of)), of], axis=1), hubness="csls")
+    match = 50 * float((ranks.rows == 1).mean() + (ranks.columns[of] == 1).mean())
+    found: list[dict[str, Any]] = [{"change": CSLS, "match": match}]
+    named = {
+        chinese: name
+        for chinese, name in zip(pairs.targets, pairs.english, strict=True)
+        if weight_of(name) > 1 and max(3 * len(chinese), len(name)) <= LONGEST
+    }
+    named = {chinese: name for name, chinese in {name: chinese for chinese, name in named.items()}.items()}
+    chinese_ways, english_ways = DEFAULT_TEMPLATES["zh"], DEFAULT_TEMPLATES["en"]
+    for way, templates in {
+        "by themselves": (["{}"], ["{}"]),
+        "in one template": (chinese_ways[:1], english_ways[:1]),
+        f"the mean of {len(chinese_ways)} templates": (chinese_ways, english_ways),
+    }.items():
+        own = embed_classes(model, list(named), templates[0])
+        teacher = embed_classes(model.base, list(named.values()), templates[1])
+        match = translation_match(own, teacher).accuracy
+        found.append({"change": NAMES, "asked": way, "names": len(named), "match": match})
+    return found
 
 
 def other_sources(recipe: LanguageRecipe) -> dict[str, list[str]]:
@@ -185,7 +264,10 @@ def summarise(runs: list[dict[str, Any]], order: list[str]) -> list[dict[str, An
     rows = []
     for name in order:
         if mine := [run for run in runs if run["change"] == name]:
-            means = {key: statistics.fmean(run[key] for run in mine) for key in (*FIGURES, "pairs", "training_seconds")}
+            means = {
+                key: statistics.fmean(run[key] for run in mine) if key in mine[0] else None
+                for key in (*FIGURES, "pairs", "training_seconds")
+            }
             spread = statistics.stdev(run["match"] for run in mine) if len(mine) > 1 else None
             rows.append({"change": name, **means, "match_spread": spread, "seeds": len(mine)})
     return rows
@@ -202,10 +284,25 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         spread = "" if row["match_spread"] is None else f" ± {row['match_spread']:.1f}"
         is_reference = reference is None or row["change"] == AS_IT_IS
         difference = "" if is_reference else f"{row['match'] - reference:+.1f}"
+        if row["pairs"] is None:  # nothing was trained
+            lines.append(f"| {row['change']} | – | {row['match']:.1f}{spread} | {difference} | – | – | – |")
+            continue
         lines.append(
             f"| {row['change']} | {row['pairs']:,.0f} | {row['match']:.1f}{spread} | {difference} "
             f"| {row['english_match']:.1f} | {row['cosine']:.3f} | {row['training_seconds']:.0f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def names_table(runs: list[dict[str, Any]]) -> str:
+    """The match of class names as they are asked for, mean over seeds."""
+    mine = [run for run in runs if run["change"] == NAMES]
+    if not mine:
+        return ""
+    lines = ["", f"| {mine[0]['names']} class names of the validation pairs | match |", "|---|---:|"]
+    for asked in dict.fromkeys(run["asked"] for run in mine):
+        found = statistics.fmean(run["match"] for run in mine if run["asked"] == asked)
+        lines.append(f"| {asked} | {found:.1f} |")
     return "\n".join(lines) + "\n"
 
 
