@@ -148,8 +148,13 @@ def test_a_converted_checkpoint_computes_what_open_clip_does(
     assert converted.logit_scale == pytest.approx(base.logit_scale)
     np.testing.assert_allclose(converted.encode_text(TEXTS), base.encode_text(TEXTS), atol=1e-6)
     pixels = {"pixel_values": torch.cat([converted.preprocess(one)["pixel_values"] for one in pictures])}
-    expected = reference(state, pixels["pixel_values"], heads=4)
-    torch.testing.assert_close(converted.pixel_features(pixels), expected, atol=1e-5, rtol=1e-5)
+    state = {name: one.double() for name, one in state.items()}
+    expected = reference(state, pixels["pixel_values"].double(), heads=4)
+    found = F.normalize(converted.pixel_features(pixels), dim=-1)
+    torch.testing.assert_close(found, F.normalize(expected, dim=-1).float(), atol=1e-5, rtol=0)
+    model: Any = converted.model.double()  # where rounding hides nothing
+    exact = model.visual_projection(model.vision_model(pixels["pixel_values"].double()).pooler_output)
+    torch.testing.assert_close(exact, expected, atol=1e-9, rtol=0)
     assert (expected - expected.mean(dim=0)).abs().max() > 0.01
 
 
