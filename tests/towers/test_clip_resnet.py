@@ -178,6 +178,7 @@ def test_sizes_are_read_from_the_weights(folder: Path, tmp_path: Path, monkeypat
         ({"visual.layer2.1.bn3.weight": None}, CONFIG, r"after renaming, missing .*blocks\.2\.norm3\.weight"),
         ({"visual.layer2.1.se.weight": torch.zeros(1)}, CONFIG, r"no place for visual\.layer2\.1\.se\.weight"),
         ({"visual.proj": torch.zeros(1)}, CONFIG, r"no place for visual\.proj"),
+        ({"visual.steps": torch.zeros(1, dtype=torch.int64)}, CONFIG, r"unknown \['vision_model\.steps'\]"),
         ({"visual.layer3.0.conv2.weight": torch.zeros(1, 1, 3, 3)}, CONFIG, "shapes do not go together"),
         ({"visual.attnpool.positional_embedding": torch.zeros(4, 1024)}, CONFIG, "not square"),
         ({}, {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "head_width": 300}}, "3 heads do not divide"),

@@ -322,16 +322,16 @@ def _resnet_names(state: StateDict) -> StateDict:
         if tower != "visual":
             continue
         place, _, kind = rest.rpartition(".")
+        block = re.fullmatch(r"layer([1234])\.(\d+)\.(.+)", place)
         if rest == "attnpool.positional_embedding":
             target = "pool.positions"
         elif place.startswith("attnpool."):
             target = f"pool.{in_pool[place.removeprefix('attnpool.')]}.{kind}"
-        elif place.startswith("layer"):
-            stage, number, part = place.removeprefix("layer").split(".", 2)
-            block = sum(depths[: int(stage) - 1]) + int(number)
-            target = f"blocks.{block}.{in_block.get(part, part)}.{kind}"
-        else:
-            target = f"stem.{stem[place]}.{kind}"
+        elif block is not None:
+            number = sum(depths[: int(block[1]) - 1]) + int(block[2])
+            target = f"blocks.{number}.{in_block.get(block[3], block[3])}.{kind}"
+        else:  # what is not known is named as it is, and refused
+            target = f"stem.{stem[place]}.{kind}" if place in stem else rest
         renamed[f"vision_model.{target}"] = tensor.float() if tensor.is_floating_point() else tensor
     return renamed
 
