@@ -29,23 +29,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimtab.adapters.adapted import load_adapted
 from trimtab.config import LanguageRecipe, load_recipe, recipe_from_mapping, to_mapping
 from trimtab.data.corpora import WeightedPair, cedict_pairs, weight_of
+from trimtab.data.parallel import letters
 from trimtab.data.templates import DEFAULT_TEMPLATES
 from trimtab.errors import RecipeError
 from trimtab.evaluation.classification import embed_classes
 from trimtab.evaluation.matching import translation_match
-from trimtab.evaluation.ranking import rank_embeddings
 from trimtab.files import write_json, write_text
 from trimtab.recipes.adapt import adapt
 from trimtab.recipes.sources import PREPARED, prepare
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "language-zh.yaml"
 AS_IT_IS = "recipe as it is"
-LONGEST = 24  # letters of a class name, of which a Chinese character counts as three
+LONGEST = 24  # letters of a class name
 FIGURES = ("match", "english_match", "cosine", "collapse")
 
 # Both sides of a choice stand here where the recipe may take either; the side that it takes is not trained again.
@@ -166,17 +164,12 @@ def without_training(folder: str, recipe: LanguageRecipe) -> list[dict[str, Any]
     model: Any = load_adapted(folder)
     pairs = prepare(recipe).validation
     target, english = model.encode_text(pairs.targets), model.base.encode_text(pairs.english)
-    texts = {text: number for number, text in enumerate(dict.fromkeys(pairs.english))}
-    of = np.array([texts[text] for text in pairs.english])
-    known = np.stack([english[np.flatnonzero(of == number)[0]] for number in range(len(texts))])
-    # As for the match each pair has its own place among the targets, while equal English texts are one.
-    ranks = rank_embeddings(target, known, np.stack([np.arange(len(of)), of], axis=1), hubness="csls")
-    match = 50 * float((ranks.rows == 1).mean() + (ranks.columns[of] == 1).mean())
+    match = translation_match(target, english, groups=pairs.english, hubness="csls").accuracy
     found: list[dict[str, Any]] = [{"change": CSLS, "match": match}]
     named = {
         chinese: name
         for chinese, name in zip(pairs.targets, pairs.english, strict=True)
-        if weight_of(name) > 1 and max(3 * len(chinese), len(name)) <= LONGEST
+        if weight_of(name) > 1 and max(letters(chinese), len(name)) <= LONGEST
     }
     named = {chinese: name for name, chinese in {name: chinese for chinese, name in named.items()}.items()}
     chinese_ways, english_ways = DEFAULT_TEMPLATES["zh"], DEFAULT_TEMPLATES["en"]

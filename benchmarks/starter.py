@@ -124,11 +124,12 @@ class Naming:
         """The class that each says, (N,), and how sure the packaged classifier is of its own."""
         pixels = torch.cat([self.base.preprocess(read_image(path))["pixel_values"] for path in photos])
         logits = torch.cat([self.packaged.logits(self.packaged(part)) for part in pixels.split(32)])  # (N, 1000)
+        features = torch.cat([self.base.pixel_features({"pixel_values": part}) for part in pixels.split(32)])  # (N, D)
         sure, classes = logits.softmax(dim=-1).max(dim=-1)
         knowledge = logits.softmax(dim=-1) @ self.base.model.vision_model.alignment.class_embeddings
         said = {
             "packaged classifier": classes.numpy(),
-            "starter": (self.base.encode_image(photos) @ self.texts.T).argmax(axis=1),
+            "starter": (features.numpy() @ self.texts.T).argmax(axis=1),
             "knowledge path, packaged trunk": (knowledge.numpy() @ self.texts.T).argmax(axis=1),
         }
         return said, sure.numpy()

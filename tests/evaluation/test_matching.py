@@ -56,6 +56,16 @@ def test_parts_look_among_all_pairs() -> None:
     assert whole.accuracy == pytest.approx((2 * found["zh"].accuracy + found["de"].accuracy) / 3)
 
 
+def test_a_hub_is_corrected_where_that_is_asked_for() -> None:
+    """All students lean towards one teacher vector, which takes them from their own."""
+    teacher = unit(np.random.default_rng(0).standard_normal((60, 32)))
+    student = teacher + 1.5 * teacher[0]
+    plain, corrected = translation_match(student, teacher), translation_match(student, teacher, hubness="csls")
+    assert plain.student_to_teacher < 10
+    assert corrected.student_to_teacher > 90
+    assert match_of_parts(student, teacher, {"": np.ones(60, bool)}, hubness="csls")[""] == corrected
+
+
 def test_a_collapsed_student_scores_nothing() -> None:
     teacher = unit(np.random.default_rng(0).standard_normal((50, 8)))
     result = translation_match(np.ones((50, 8)), teacher)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from trimtab.evaluation.embedding import normalise
-from trimtab.evaluation.ranking import CHUNK, rank_embeddings
+from trimtab.evaluation.ranking import CHUNK, Hubness, rank_embeddings
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def translation_match(
     teacher: np.ndarray,
     *,
     groups: Groups = None,
+    hubness: Hubness = "none",
     chunk: int = CHUNK,
 ) -> MatchResult:
     """Among N pairs, how often each side's nearest vector (by cosine) is its partner's.
@@ -58,13 +59,15 @@ def translation_match(
         teacher: (N, D), any norm.
         groups: N keys, such as the English texts: pairs with equal keys share a teacher vector. Without it,
             vectors that are equal after rounding to 4 decimals do.
+        hubness: see `trimtab.evaluation.ranking.hubness_offsets`.
         chunk: bounds the memory; see `trimtab.evaluation.ranking`.
 
     Raises:
         ValueError: when shapes differ or there is no pair.
         ModelError: when a value is not finite.
     """
-    return match_of_parts(student, teacher, {"": np.ones(len(student), bool)}, groups=groups, chunk=chunk)[""]
+    every = {"": np.ones(len(student), bool)}
+    return match_of_parts(student, teacher, every, groups=groups, hubness=hubness, chunk=chunk)[""]
 
 
 def match_of_parts(
@@ -73,6 +76,7 @@ def match_of_parts(
     parts: Mapping[str, np.ndarray],
     *,
     groups: Groups = None,
+    hubness: Hubness = "none",
     chunk: int = CHUNK,
 ) -> dict[str, MatchResult]:
     """As `translation_match`, for the pairs of each part, such as a language; the nearest vector is that of all pairs.
@@ -91,7 +95,7 @@ def match_of_parts(
         _, first, member = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
     member = member.reshape(-1)
     pairs = np.stack([np.arange(len(student)), member], axis=1)
-    ranks = rank_embeddings(student, teacher[first], pairs, chunk=chunk)
+    ranks = rank_embeddings(student, teacher[first], pairs, hubness=hubness, chunk=chunk)
     found = {}
     for name, part in parts.items():
         forward = 100 * float(np.mean(ranks.rows[part] == 1))
